@@ -1,0 +1,43 @@
+"""Settings of data: where text, conversations and pairs come from, and in which shares they are consumed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_llm.settings import option
+
+
+@dataclass
+class SourceConfig:
+    """One source of rows."""
+
+    path: str | None = None  # "embedded:<name>", a file or glob (jsonl, parquet, txt), "hub:<org>/<name>"; none: scale.corpora[<source>]
+    weight: Any = 1.0  # share of the consumed tokens, or a ramp [{at: <share of the stage's tokens>, value: ...}]
+    columns: dict[str, str] = field(default_factory=dict)  # our field -> the file's column, where they differ
+    max_rows: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)  # of an embedded source
+
+
+@option("data", "mixture")
+@dataclass
+class DataConfig:
+    """A mixture of sources. `form` says what a row is; text may be mixed into conversations."""
+
+    name: str = "???"
+    form: str = "text"  # text | conversations | pairs
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    tokens_per_example: float | None = None  # what the plan takes an example (or pair) to cost on average
+    max_epochs: float = 4.0  # more passes over a source are refused
+    on_error: str = "stop"  # stop | skip: a malformed row
+    on_long: str = "drop"  # drop | truncate_left | stop: a conversation or pair longer than the context
+    validation: float = 0.02  # share of rows held out, by hash of their content
+
+
+@dataclass
+class TokenizerConfig:
+    """The byte-level BPE tokenizer trained on the recipe's own text (models that bring a tokenizer ignore it)."""
+
+    vocab_size: int = 2048
+    sources: list[str] = field(default_factory=list)  # paths as in SourceConfig.path
+    sample_bytes: int = 4_000_000  # of text per source

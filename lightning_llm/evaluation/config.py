@@ -1,0 +1,25 @@
+"""Settings of the evaluation that follows every training stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from lightning_llm.data.config import DataConfig
+from lightning_llm.settings import option
+
+
+@option("evaluation", "standard")
+@dataclass
+class EvaluationConfig:
+    """What is measured on held-out rows after a training stage."""
+
+    name: str = "standard"
+    text: DataConfig = field(default_factory=DataConfig)  # perplexity by domain, loss by position
+    tasks: DataConfig = field(default_factory=DataConfig)  # exact match of the last line `answer: ...`
+    pairs: DataConfig = field(default_factory=DataConfig)  # preference accuracy and win rate
+    text_tokens: int = 60_000  # per domain, at most
+    long_documents: int = 24  # held-out documents on which late tokens are scored with the full and a short context
+    questions: int = 500
+    preference_pairs: int = 300
+    max_new_tokens: int = 48
+    samples: int = 6  # conversations shown on the page

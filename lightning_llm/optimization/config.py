@@ -1,0 +1,35 @@
+"""Settings of the optimizer and of the learning-rate schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_llm.settings import Buildable, option
+
+
+@option("optimizer", "adamw")
+@dataclass
+class AdamWConfig(Buildable):
+    """AdamW (Loshchilov & Hutter 2019), fused; decay on matrices only."""
+
+    implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_adamw"
+    name: str = "adamw"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+
+
+@option("schedule", "learning_rate")
+@dataclass
+class LearningRateConfig:
+    """Learning rate as a function of consumed tokens (lightning_llm/schedules.py)."""
+
+    schedule: str = "cosine"  # constant | linear | cosine | wsd
+    peak: float = 3e-4
+    final: float | None = None  # absolute; none: 0 for linear and wsd, a tenth of the peak for cosine, the peak for constant
+    warmup_tokens: float | None = None  # at most one of the three warm-ups
+    warmup_steps: float | None = None
+    warmup_share: float | None = None  # of the stage's tokens
+    decay_share: float = 0.2  # wsd: the last share of the tokens in which the rate falls

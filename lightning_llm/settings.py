@@ -1,0 +1,43 @@
+"""What every setting is made of: a dataclass in a table of options, and the one error a user is meant to read."""
+
+from __future__ import annotations
+
+import dataclasses
+import pkgutil
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+Settings = TypeVar("Settings", bound=type)
+OPTIONS: dict[tuple[str, str], type] = {}  # (group, name) -> dataclass; the command line hands them to Hydra
+
+
+class UserError(Exception):
+    """A mistake the user can mend: where it is, what is wrong, what to do. Printed as one line, exit code 2."""
+
+    def __init__(self, where: str, what: str, remedy: str):
+        super().__init__(where, what, remedy)
+        self.where, self.what, self.remedy = where, what, remedy
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what.rstrip('.')}. {self.remedy.rstrip('.')}."
+
+
+def option(group: str, name: str) -> Callable[[Settings], Settings]:
+    """Register a dataclass as the schema of option `name` of a configuration group."""
+
+    def register(schema: Settings) -> Settings:
+        if OPTIONS.setdefault((group, name), schema) is not schema:
+            raise ValueError(f"{group}/{name} is registered twice: {OPTIONS[group, name]} and {schema}")
+        return schema
+
+    return register
+
+
+@dataclasses.dataclass
+class Buildable:
+    """A setting that names the object it sets; the module is imported only when it is built."""
+
+    implementation: ClassVar[str]  # "package.module:Name"
+
+    def build(self, *parts: Any, **named: Any) -> Any:
+        return pkgutil.resolve_name(self.implementation)(self, *parts, **named)

@@ -1,0 +1,113 @@
+"""Settings of the stages: what a recipe's `stages.<name>` may say, and what each verb is handed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_llm.data.config import DataConfig, TokenizerConfig
+from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.objectives.config import ObjectiveConfig
+from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
+from lightning_llm.settings import option
+
+
+@option("stage", "train")
+@dataclass
+class TrainStage:
+    """A training run: objective x data x schedule. Figures are the report's; `scaled` maps them."""
+
+    kind: str = "train"
+    phase: str = "pretrain"  # pretrain | sft | preference: which budget and factor of the scale applies
+    starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory; none: random weights
+    tokens: float | None = None  # exactly one of tokens, examples, steps
+    examples: float | None = None  # rows (conversations or pairs); become tokens by data.tokens_per_example
+    steps: float | None = None
+    epochs: float = 1.0  # passes over `examples`
+    context: Any = 4096  # tokens, or a ramp [{at: <tokens>, value: ...}]
+    batch_tokens: Any = None  # tokens of one optimizer step, or a ramp
+    rope_theta: float | None = None  # the RoPE base from this stage on; none: as before
+    evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
+    lr: LearningRateConfig = field(default_factory=LearningRateConfig)
+    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluate: bool = True
+
+
+@option("compute", "compute")
+@dataclass
+class ComputeConfig:
+    """Devices, precision, kernels and how ranks start, together. None of it changes a result or a key but precision."""
+
+    name: str = "cpu"
+    accelerator: str = "cpu"  # cpu | gpu
+    devices: int = 1
+    strategy: str = "single"  # single | ddp
+    precision: str = "fp32"  # fp32 | bf16 (fp32 weights and optimizer state, bf16 products)
+    attention: str = "auto"  # auto | sdpa
+    micro_batch_tokens: int = 16_384  # of one forward and backward pass on one device
+    threads: int | None = None  # of one process; none: torch's default
+    flops_per_second: float = 5e10  # of one device, dense, in this precision: for estimates and utilisation
+    memory_gib: float = 16.0  # of one device
+
+
+# ---- what the verbs are handed (section "Verbs" of docs/architecture.md); all of it enters the stage's key ----
+
+
+@dataclass
+class TokenizerSettings:
+    """kind prepare: train a tokenizer, or copy a given one."""
+
+    tokenizer: TokenizerConfig
+    source: str  # "train", or the directory or hub name
+    seed: int
+
+
+@dataclass
+class PrepareSettings:
+    """kind prepare: rows of every source into token stores, split into training and held-out rows."""
+
+    data: DataConfig
+    contexts: list[int]  # all the contexts that the stage will use
+    splits: list[str]  # of "train", "validation"
+    seed: int
+
+
+@dataclass
+class ScoreSettings:
+    """kind score: per-token log-probabilities of every row under a frozen model."""
+
+    context: int
+    split: list[str]
+    precision: str
+
+
+@dataclass
+class TrainSettings:
+    """kind train: everything that decides the trained weights. Tokens, batch and schedule are resolved."""
+
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optimizer: AdamWConfig
+    data: DataConfig
+    lr: LearningRateConfig  # peak, final, warmup_tokens resolved
+    tokens: int
+    context: list[dict[str, Any]]  # a ramp [{at: tokens, value: tokens}], at least one entry
+    batch_tokens: list[dict[str, Any]]
+    rope_theta: float | None
+    precision: str
+    seed: int
+
+
+@dataclass
+class EvaluateSettings:
+    """kind evaluate."""
+
+    evaluation: EvaluationConfig
+    context: int  # the recipe's first context: perplexities of all stages are comparable
+    full_context: int  # the context of the evaluated stage
+    preference_mode: str  # "implicit_reward" (against starts_from) or "likelihood" (length-normalised)
+    precision: str
+    seed: int
