@@ -1,0 +1,1 @@
+"""One LightningModule per objective: fetch, call a pure loss, count."""

@@ -1,0 +1,48 @@
+"""What a stage is handed and what it hands back: the contract between the runner and every file of this folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import ComputeConfig
+
+if TYPE_CHECKING:  # keeps this file free of torch and rich: the runner imports it before anything runs
+    from lightning_llm.training.console import StageConsole
+
+
+@dataclass
+class StageContext:
+    """One stage on one machine: `run(context) -> StageResult` is all that a file of this folder offers."""
+
+    name: str  # in the recipe
+    settings: Any  # one of stages/config.py; everything in it is part of the stage's key
+    inputs: dict[str, Path]  # role -> artifact; a model may also be a Hugging Face directory
+    output: Path  # an existing empty folder to fill; the store renames it when the stage is done
+    compute: ComputeConfig
+    console: StageConsole
+    evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
+
+
+@dataclass
+class StageResult:
+    """What goes into stage.json besides the files."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    ledger: dict[str, int] = field(default_factory=dict)  # source -> tokens consumed
+    flops: float = 0.0
+
+
+def model_directory(path: Path) -> Path:
+    """The Hugging Face directory of a model: `<artifact>/model`, or the folder itself."""
+    path = Path(path)
+    for directory in (path / "model", path):
+        if (directory / "config.json").is_file():
+            return directory
+    raise UserError(
+        str(path),
+        "holds no model (no config.json, no model/config.json)",
+        "Name an artifact of a training stage or a Hugging Face directory",
+    )
