@@ -1,4 +1,4 @@
-"""All that changes over a stage, as a function of consumed tokens: learning rate, batch, context. No state, no torch."""
+"""What changes over a stage, as functions of consumed tokens: learning rate, batch, context. No state, no torch."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def linear(tokens: float, *, peak: float, final: float, warmup: float, total: fl
 
 
 def cosine(tokens: float, *, peak: float, final: float, warmup: float, total: float) -> float:
-    """Linear from 0 to `peak` over the first `warmup` tokens, then half a cosine to `final` at `total`; constant beyond."""
+    """Linear from 0 to `peak` over the first `warmup` tokens, half a cosine to `final` at `total`; constant beyond."""
     if tokens < warmup:
         return _warmed_up(tokens, peak, warmup)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * _share(tokens, warmup, total)))
@@ -119,8 +119,8 @@ def cosine(tokens: float, *, peak: float, final: float, warmup: float, total: fl
 def wsd(tokens: float, *, peak: float, final: float, warmup: float, total: float, decay_share: float) -> float:
     """Warm-up, stable, decay (Hu et al. 2024, arXiv 2404.06395).
 
-    Linear from 0 to `peak` over the first `warmup` tokens, `peak` up to the last `decay_share` of `total`, then linear to
-    `final` at `total` (linear as in Haegele et al. 2024, arXiv 2405.18392); constant beyond.
+    Linear from 0 to `peak` over the first `warmup` tokens, `peak` up to the last `decay_share` of `total`, then linear
+    to `final` at `total` (linear as in Haegele et al. 2024, arXiv 2405.18392); constant beyond.
     """
     if tokens < warmup:
         return _warmed_up(tokens, peak, warmup)

@@ -57,7 +57,7 @@ def test_learning_rate_reaches_peak_and_final(schedule):
     assert learning_rate(config, 1e5, 1e5) == pytest.approx(final_learning_rate(config))
     assert final_learning_rate(dataclasses.replace(config, final=1e-5)) == 1e-5
     without = dataclasses.replace(config, warmup_tokens=None)
-    assert learning_rate(without, 1, 1e5) == pytest.approx(3e-4)
+    assert learning_rate(without, 0, 1e5) == pytest.approx(3e-4)
 
 
 def test_default_final_rates():
