@@ -1,0 +1,181 @@
+"""Does the recipe learn? Runs qwen2 once per seed and writes each claim with its figures to results/learning.json.
+
+    python benchmarks/learning.py [--seeds 0 1 2] [--scale nano] [overrides ...]
+
+A run that the store already holds costs seconds; the figures come from the run folders alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import machine
+
+RESULT = Path(__file__).resolve().parent / "results" / "learning.json"
+STAGES = ("pretrain", "long_context", "sft", "dpo")
+Metrics = Mapping[str, Mapping[str, float]]  # stage -> metric -> value; stage "start" is the untrained model
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence, the figure of a run that decides it, and the bound that each seed has to keep."""
+
+    says: str
+    value: Callable[[Metrics], float]
+    above: float = -math.inf
+    below: float = math.inf
+
+    def holds(self, value: float) -> bool:
+        return self.above < value < self.below
+
+
+def domains(metrics: Metrics) -> list[str]:
+    return sorted(name for name in metrics["pretrain"] if name.startswith("perplexity/"))
+
+
+def worst_ratio(metrics: Metrics, later: str, earlier: str) -> float:
+    """The largest ratio of perplexities over the domains."""
+    return max(metrics[later][name] / metrics[earlier][name] for name in domains(metrics))
+
+
+CLAIMS = [
+    Claim(
+        "Before any chat training, exact match on held-out tasks is under .05",
+        lambda m: max(m[stage]["tasks/exact_match"] for stage in ("pretrain", "long_context")),
+        below=0.05,
+    ),
+    Claim("After SFT it is over .5", lambda m: m["sft"]["tasks/exact_match"], above=0.5),
+    Claim(
+        "After DPO, preference accuracy on held-out pairs is over .8",
+        lambda m: m["dpo"]["preference/accuracy"],
+        above=0.8,
+    ),
+    Claim(
+        "DPO's model beats SFT's: the 95 % interval of its win rate lies above .5",
+        lambda m: m["dpo"]["judge/win_rate_low"],
+        above=0.5,
+    ),
+    Claim(
+        "DPO lowers exact match by at most .03 (the change)",
+        lambda m: m["dpo"]["tasks/exact_match"] - m["sft"]["tasks/exact_match"],
+        above=-0.03 - 1e-9,
+    ),
+    Claim(
+        "Pre-training lowers perplexity at the first context in every domain (worst ratio to the untrained model)",
+        lambda m: worst_ratio(m, "pretrain", "start"),
+        below=1.0,
+    ),
+    Claim(
+        "Long-context training raises it by at most 2 % (worst ratio to pre-training)",
+        lambda m: worst_ratio(m, "long_context", "pretrain"),
+        below=1.02 + 1e-9,
+    ),
+    Claim(
+        "Long-context training has at least 20 % of the pre-training tokens",
+        lambda m: m["long_context"]["tokens"] / (m["pretrain"]["tokens"] + m["long_context"]["tokens"]),
+        above=0.2 - 1e-9,
+    ),
+    Claim(
+        "SFT at most doubles it (worst ratio to long-context training)",
+        lambda m: worst_ratio(m, "sft", "long_context"),
+        below=2.0 + 1e-9,
+    ),
+    Claim(
+        "The long-context model predicts late tokens better with the full context than with a short one (gain, nats)",
+        lambda m: m["long_context"]["late_loss/gain"],
+        above=0.0,
+    ),
+]
+
+
+def train(seed: int, scale: str, overrides: list[str]) -> Path:
+    """Run the recipe in a process of its own; its last line is the run's folder."""
+    line = machine.command("run", "recipe=qwen2", f"scale={scale}", f"seed={seed}", *overrides)
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        last = ""
+        for text in process.stdout:
+            print(f"seed {seed}: {text}", end="", flush=True)
+            last = text.strip() or last
+    if process.returncode:
+        sys.exit(f"the run with seed {seed} failed with exit code {process.returncode}")
+    return Path(last)
+
+
+def read_metrics(run: Path) -> dict[str, dict[str, float]]:
+    """Metrics of each stage of a run; under "start" the perplexities of the untrained model (the losses at token 0)."""
+    record = json.loads((run / "run.json").read_text())
+    metrics: dict[str, dict[str, float]] = {}
+    for stage in STAGES:
+        artifact = json.loads((run / "artifacts" / stage / "stage.json").read_text())
+        metrics[stage] = {**record["stages"][stage]["metrics"], "tokens": artifact["settings"]["tokens"]}
+    lines = [json.loads(line) for line in (run / "artifacts" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
+    start = next(line for line in lines if line["tokens"] == 0 and "validation/loss" in line)
+    metrics["start"] = {
+        f"perplexity/{name.removeprefix('validation/')}": math.exp(loss)
+        for name, loss in start.items()
+        if name.startswith("validation/") and name != "validation/loss"
+    }
+    return metrics
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Values, mean and sample standard deviation."""
+    deviation = statistics.stdev(values) if len(values) > 1 else None
+    return {"values": values, "mean": statistics.fmean(values), "standard_deviation": deviation}
+
+
+def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
+    """All metrics with their spread, and every claim with the value of each seed; it holds if it does on each."""
+    stages = {
+        stage: {name: spread([m[stage][name] for m in per_seed]) for name in sorted(per_seed[0][stage])}
+        for stage in ("start", *STAGES)
+    }
+    claims = []
+    for claim in CLAIMS:
+        values = [claim.value(metrics) for metrics in per_seed]
+        bounds = {
+            name: bound for name, bound in (("above", claim.above), ("below", claim.below)) if math.isfinite(bound)
+        }
+        claims.append({"claim": claim.says, **bounds, **spread(values), "holds": all(map(claim.holds, values))})
+    return {"claims": claims, "stages": stages}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--scale", default="nano")
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
+    arguments = parser.parse_args()
+
+    runs = [train(seed, arguments.scale, arguments.overrides) for seed in arguments.seeds]
+    result = {
+        "recipe": "qwen2",
+        "scale": arguments.scale,
+        "overrides": arguments.overrides,
+        "seeds": arguments.seeds,
+        "machine": machine.describe(),
+        **summarise([read_metrics(run) for run in runs]),
+    }
+    arguments.result.parent.mkdir(parents=True, exist_ok=True)
+    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+    for claim in result["claims"]:
+        values = " ".join(f"{value:.4g}" for value in claim["values"])
+        print(f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {values}")
+    print(arguments.result)
+    if not all(claim["holds"] for claim in result["claims"]):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

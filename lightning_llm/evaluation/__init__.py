@@ -1,0 +1,1 @@
+"""What a model can do, measured on held-out rows: text, tasks, preferences."""
