@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_llm.settings import option
@@ -23,7 +23,7 @@ class ModelConfig:
     num_key_value_heads: int = 4
     head_dim: int | None = None  # none: hidden_size / num_attention_heads
     hidden_act: str = "silu"
-    attention_bias: bool = False  # bias on the query, key and value projections (Qwen 2)
+    attention_bias: bool = True  # bias on the query, key and value projections (Qwen 2)
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
     max_position_embeddings: int = 32_768
@@ -38,3 +38,31 @@ class ModelConfig:
     norm_topk_prob: bool = False
     # figures of the report that vary with the size; the recipe refers to them as ${model.published.<key>}
     published: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        """Raises ValueError, naming the field, for shapes that no transformer can have."""
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads}) unless head_dim is given"
+            )
+        if self.head_size % 2:
+            raise ValueError(f"the head size ({self.head_size}) must be even: rotary embeddings turn pairs of values")
+
+    @property
+    def head_size(self) -> int:
+        """D: `head_dim`, or what it is by default."""
+        return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
+
+
+def set_rope_theta(config: ModelConfig, theta: float) -> ModelConfig:
+    """The same model with another RoPE base (Qwen 2's long-context stage: 1e4 -> 1e6); everything else as it is."""
+    return replace(config, rope_parameters={**config.rope_parameters, "rope_theta": float(theta)})

@@ -1,0 +1,156 @@
+"""The backbone: a decoder-only transformer over a flat run of segments; every family is a choice of its config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, rms_norm
+
+if TYPE_CHECKING:
+    from lightning_llm.batch import SegmentBatch
+from lightning_llm.models import families
+from lightning_llm.models.attention import Segments, attention
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.feed_forward import FeedForward
+from lightning_llm.models.rope import inverse_frequencies, rotate, rotation
+from lightning_llm.settings import UserError
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, K, D] -> [T, H, D]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), in float32."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; queries, keys and values come from one product."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.head_size = config.head_size
+        self.heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        self.qkv_proj = nn.Linear(config.hidden_size, sum(self.heads) * self.head_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_size))  # [T, H + 2K, D]
+        q, k, v = qkv.split(self.heads, dim=1)
+        return self.o_proj(attend(rotate(q, cos, sin), rotate(k, cos, sin), v).flatten(1))
+
+
+class Layer(nn.Module):
+    """x + attention(norm x), then x + feed-forward(norm x)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """Tokens in, hidden states out. The vocabulary is met in losses/likelihood.py, through `head_weight`.
+
+    `config` may be exchanged for one with another RoPE base between stages; angles are made anew in each pass.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        if config.num_experts:
+            raise UserError(
+                f"model {config.name}", "mixture-of-experts layers are not built yet", "Plan it, or run a dense size"
+            )
+        self.config = config
+        self.attention_backend = "auto"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int) -> None:
+        """Random weights that depend on the seed alone: matrices normal(0, initializer_range), norms 1, biases 0."""
+        generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            else:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, d]: what hidden states are multiplied with to get logits."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, batch: SegmentBatch) -> Tensor:
+        """Hidden states [T, d] after the final norm."""
+        segments = Segments(batch.lengths, batch.prefixes)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, segments, backend=self.attention_backend)
+
+        return self.run(batch.input_ids, batch.positions, attend)
+
+    def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [T, d] of tokens at given positions, with `attend` in the place of attention (a cache's)."""
+        cos, sin = rotation(
+            positions, inverse_frequencies(self.config.rope_parameters, self.config.head_size, positions.device)
+        )
+        x = self.embed_tokens(input_ids)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., V] of hidden states [.., d]."""
+        return linear(hidden, self.head_weight)
+
+    @classmethod
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+        """A model from a Hugging Face directory (config.json and safetensors, one file or sharded).
+
+        Raises:
+            UserError: a file is missing, damaged or does not fit its config.json; names file and key.
+        """
+        directory = Path(directory)
+        config = families.read_config(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        model.to(dtype).to_empty(device="cpu")
+        families.read_weights(directory, config, dict(model.named_parameters()))
+        return model
+
+    def save_pretrained(self, directory: str | Path, eos_token_ids: list[int] | None = None) -> None:
+        """Write config.json, generation_config.json and model.safetensors as transformers, vLLM and lm-eval read them.
+
+        Args:
+            directory: made if it is not there.
+            eos_token_ids: tokens that end a generation, [end of turn, end of text] for a chat model.
+        """
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        families.write_config(directory, self.config, self.embed_tokens.weight.dtype, eos_token_ids)
+        families.write_weights(directory, self.config, dict(self.named_parameters()))
