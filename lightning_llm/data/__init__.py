@@ -1,0 +1,1 @@
+"""From rows of text, conversations and pairs to the batches of a training step."""

