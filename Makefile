@@ -1,0 +1,46 @@
+# Each command is what CI runs. The environment makes itself: in .venv, with the first Python >= 3.11 that is found.
+#   make demo VENV=/elsewhere PYTHON=python3.12 PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+
+VENV ?= .venv
+PIP_FLAGS ?=
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint format
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
+
+demo: $(BIN)/.demo ## train Qwen 2's four stages at nano scale: minutes on two cores, ends with one HTML page
+	$(BIN)/lightning-llm run recipe=qwen2 scale=nano
+
+test: $(BIN)/.dev ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(BIN)/.dev ## the tests that take less than some ten seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(BIN)/.dev ## format and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Stamps: nothing is installed again until pyproject.toml changes.
+$(BIN)/.demo: pyproject.toml | $(BIN)/python
+	$(INSTALL) .
+	@touch $@
+
+$(BIN)/.dev: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[dev,notebooks]'
+	@touch $@ $(BIN)/.demo
