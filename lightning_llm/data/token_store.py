@@ -1,0 +1,155 @@
+"""Tokenised rows on disk, memory-mapped: flat tokens, offsets, and which tokens are targets.
+
+    tokens.bin     ids of all segments one after the other, uint16, or uint32 for more than 65,536 entries
+    offsets.npy    [segments + 1] int64; a row is 1 segment, or 3 for a pair (prompt, chosen, rejected)
+    targets.bin    [tokens] bool, whether a token is to be learnt; absent where all are
+    counts.npy     [rows] int64, targets of each row when it stands alone and uncut
+    rows.jsonl     what judges need of a row beside its tokens; only for pairs and questions
+    store.json     form, counts, dtype
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightning_llm.settings import UserError
+
+SEGMENTS = {"text": 1, "conversations": 1, "pairs": 3, "questions": 1}  # of a row
+
+
+class StoredRow(NamedTuple):
+    """A row's segments, and for each which tokens are to be learnt (None: all)."""
+
+    segments: list[np.ndarray]
+    masks: list[np.ndarray | None]
+
+
+class TokenStore:
+    """Rows of one form. `open` one to read, `TokenStoreWriter` writes one."""
+
+    def __init__(self, directory: Path, facts: dict[str, Any]):
+        self.directory = directory
+        self.form: str = facts["form"]
+        self.rows: int = facts["rows"]
+        self.tokens: int = facts["tokens"]
+        self.targets: int = facts["targets"]
+        self.segments_per_row = SEGMENTS[self.form]
+        self.ids = _mapped(directory / "tokens.bin", np.dtype(facts["dtype"]))
+        self.offsets = np.load(directory / "offsets.npy", mmap_mode="r").view(np.ndarray)
+        self.target_counts = np.load(directory / "counts.npy", mmap_mode="r").view(np.ndarray)  # [rows]
+        masked = directory / "targets.bin"
+        self.is_target = _mapped(masked, np.dtype(np.bool_)) if masked.is_file() else None
+
+    @classmethod
+    def open(cls, directory: Path | str) -> TokenStore:
+        """
+        Raises:
+            UserError: there is no store.
+        """
+        directory = Path(directory)
+        facts = directory / "store.json"
+        if not facts.is_file():
+            raise UserError(str(directory), "holds no token store", "Prepare the data again")
+        return cls(directory, json.loads(facts.read_text("utf-8")))
+
+    def token_slice(self, row: int) -> slice:
+        """Where the row's tokens lie in tokens.bin, and so in any file that holds one number per token."""
+        k = self.segments_per_row
+        return slice(int(self.offsets[row * k]), int(self.offsets[(row + 1) * k]))
+
+    def segment_offsets(self, row: int) -> list[int]:
+        """Begin of each of the row's segments in tokens.bin, and the end of the last."""
+        k = self.segments_per_row
+        return self.offsets[row * k : (row + 1) * k + 1].tolist()
+
+    def row(self, row: int) -> StoredRow:
+        offsets = self.segment_offsets(row)
+        spans = list(zip(offsets, offsets[1:], strict=False))
+        masks: list[np.ndarray | None] = [None if self.is_target is None else self.is_target[a:b] for a, b in spans]
+        return StoredRow([self.ids[a:b] for a, b in spans], masks)
+
+    @cached_property
+    def row_lengths(self) -> np.ndarray:
+        """Tokens of each row, all its segments together."""
+        return np.diff(self.offsets[:: self.segments_per_row])
+
+    @cached_property
+    def row_contexts(self) -> np.ndarray:
+        """The context that each row needs to stand uncut: of a pair, prompt and longer response."""
+        lengths = np.diff(self.offsets).reshape(self.rows, self.segments_per_row)
+        return lengths[:, 0] + lengths[:, 1:].max(axis=1, initial=0)
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """For each row of pairs or questions: prompt messages, answer, task, responses."""
+        path = self.directory / "rows.jsonl"
+        if not path.is_file():
+            return [{} for _ in range(self.rows)]
+        with path.open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+class TokenStoreWriter:
+    """Appends rows to a new store; on leaving the `with` block the store is complete."""
+
+    def __init__(self, directory: Path, form: str, vocab_size: int):
+        self.directory, self.form = directory, form
+        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self.has_mask, self.has_metadata = form != "text", form in ("pairs", "questions")
+        self.lengths: list[int] = []
+        self.counts: list[int] = []
+
+    def __enter__(self) -> TokenStoreWriter:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._tokens = (self.directory / "tokens.bin").open("wb")
+        self._mask = (self.directory / "targets.bin").open("wb") if self.has_mask else None
+        self._rows = (self.directory / "rows.jsonl").open("w", encoding="utf-8") if self.has_metadata else None
+        return self
+
+    def append(
+        self,
+        segments: Sequence[Sequence[int]],
+        masks: Sequence[Sequence[bool]] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a row. Where it has no masks, all of its tokens are targets."""
+        count = 0
+        for i, ids in enumerate(segments):
+            mask = np.ones(len(ids), bool) if masks is None else np.asarray(masks[i], bool)
+            self._tokens.write(np.asarray(ids, self.dtype).tobytes())
+            if self._mask:
+                self._mask.write(mask.tobytes())
+            self.lengths.append(len(ids))
+            count += int(mask.sum()) - int(i == 0 and mask[0])  # nothing predicts a row's first token
+        self.counts.append(count)
+        if self._rows:
+            self._rows.write(json.dumps(metadata or {}, ensure_ascii=False) + "\n")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for file in (self._tokens, self._mask, self._rows):
+            if file:
+                file.close()
+        if kind is None:
+            offsets = np.concatenate(([0], np.cumsum(np.asarray(self.lengths, np.int64))))
+            np.save(self.directory / "offsets.npy", offsets)
+            np.save(self.directory / "counts.npy", np.asarray(self.counts, np.int64))
+            facts = {**self.facts(), "dtype": self.dtype.name, "form": self.form}
+            (self.directory / "store.json").write_text(json.dumps(facts, indent=2), "utf-8")
+
+    def facts(self) -> dict[str, int]:
+        return {"rows": len(self.counts), "tokens": sum(self.lengths), "targets": sum(self.counts)}
+
+
+def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """A file as an array that is read where it is touched. np.memmap's own indexing is ten times slower."""
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.frombuffer(memoryview(np.memmap(path, np.uint8, "r")), dtype)
