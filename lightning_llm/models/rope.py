@@ -20,12 +20,14 @@ def inverse_frequencies(rope_parameters: dict[str, Any], head_size: int, device:
 
 
 def rotation(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every token's angles, float32 [T, 1, D/2] each; the same for all layers and heads."""
-    angles = positions[:, None, None] * inverse_frequencies
-    return angles.cos(), angles.sin()
+    """Cosine and signed sine of every token's angles, float32 [T, 1, D] each; the same for all layers and heads."""
+    angles = positions[:, None, None] * inverse_frequencies  # [T, 1, D/2]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn the pairs (x_i, x_{i + D/2}) of [T, heads, D] by the token's angles, in float32; type of x kept."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    exact = x.float()
+    other_half = exact.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(other_half * sin, exact, cos).to(x.dtype)
