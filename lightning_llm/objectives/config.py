@@ -36,6 +36,12 @@ class PreferenceConfig(ObjectiveConfig):
     nll_weight: float = 0.0  # >= 0; added negative log-likelihood of the chosen response, per token
     mask_formatting: bool = False  # leave formatting tokens out of both log-ratios (Llama 3, section 4.1.4)
 
+    def __post_init__(self):
+        if self.beta <= 0:
+            raise ValueError(f"beta must be positive, got {self.beta}")
+        if self.nll_weight < 0:
+            raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}")
+
 
 @option("objective", "dpo")
 @dataclass
@@ -45,6 +51,11 @@ class DPOConfig(PreferenceConfig):
     implementation: ClassVar[str] = "lightning_llm.objectives.dpo:DPO"
     name: str = "dpo"
     label_smoothing: float = 0.0  # in [0, 0.5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
 
 
 @option("objective", "ipo")

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from lightning_llm.settings import Buildable, option
 
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
 
 @option("optimizer", "adamw")
 @dataclass
@@ -20,6 +22,13 @@ class AdamWConfig(Buildable):
     weight_decay: float = 0.1
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
 
+    def __post_init__(self):
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
+        for name in ("eps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
 
 @option("schedule", "learning_rate")
 @dataclass
@@ -28,8 +37,16 @@ class LearningRateConfig:
 
     schedule: str = "cosine"  # constant | linear | cosine | wsd
     peak: float = 3e-4
-    final: float | None = None  # absolute; none: 0 for linear and wsd, a tenth of the peak for cosine, the peak for constant
+    final: float | None = (
+        None  # absolute; none: 0 for linear and wsd, a tenth of the peak for cosine, the peak for constant
+    )
     warmup_tokens: float | None = None  # at most one of the three warm-ups
     warmup_steps: float | None = None
     warmup_share: float | None = None  # of the stage's tokens
     decay_share: float = 0.2  # wsd: the last share of the tokens in which the rate falls
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.peak < 0:
+            raise ValueError(f"peak must not be negative, got {self.peak}")

@@ -82,6 +82,7 @@ class ScoreSettings:
     context: int
     split: list[str]
     precision: str
+    on_long: str = "drop"  # as in the data that the scores are for: a truncated prompt gives other scores
 
 
 @dataclass

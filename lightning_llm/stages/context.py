@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,3 +48,16 @@ def model_directory(path: Path) -> Path:
         "holds no model (no config.json, no model/config.json)",
         "Name an artifact of a training stage or a Hugging Face directory",
     )
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let torch use `count` threads inside; none: as many as before."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,97 @@
+"""What all objectives share: a model, the step around `loss`, the sums for logging, and frozen models kept apart."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.packing import Window
+from lightning_llm.losses.likelihood import token_log_likelihood
+from lightning_llm.models import Transformer
+from lightning_llm.objectives.config import ObjectiveConfig
+from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
+from lightning_llm.optimization.window import LossSum, Totals, optimizer_step
+from lightning_llm.schedules import learning_rate
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Frozen(Generic[Model]):
+    """A model that only answers: reference, teacher, reward model.
+
+    It is no `nn.Module`, so the module that holds it neither saves, shards, trains nor moves it.
+    """
+
+    def __init__(self, model: Model):
+        self.model: Model = model.eval().requires_grad_(False)
+
+    def on(self, device: torch.device) -> Model:
+        """The model, moved there the first time."""
+        return self.model.to(device)
+
+
+class Objective(LightningModule):
+    """A loss in training. A subclass says what a unit is and what a micro-batch's units cost in sum: `loss(batch)`.
+
+    Lightning's trainer hands one `Window` at a time to `training_step`, which is one optimizer step. What is logged
+    gathers in `totals`; whoever writes it down (`training/journal.py`) takes it and starts anew.
+    """
+
+    unit: ClassVar[str] = "target_tokens"  # the field of `Window` that counts the units
+
+    def __init__(self, config: ObjectiveConfig, model: Transformer):
+        super().__init__()
+        self.automatic_optimization = False  # one loader item is one step; optimization/window.py makes it
+        self.config = config
+        self.model = model
+        self.totals = Totals()
+        self.learning_rate = 0.0  # of the last step
+
+    def loss(self, batch: SegmentBatch) -> LossSum:
+        """Sum of the loss over the batch's units, their count, and sums of what the field logs beside it."""
+        raise NotImplementedError
+
+    def optimised_by(self, optimizer: AdamWConfig, schedule: LearningRateConfig, total_tokens: int) -> Objective:
+        """Set what `fit` needs beyond the loss; returns the objective itself."""
+        self.optimizer_config, self.schedule, self.total_tokens = optimizer, schedule, total_tokens
+        return self
+
+    def frozen(self, model: Model | None) -> Frozen[Model] | None:
+        """A holder for a model that must not be a child of this module."""
+        return None if model is None else Frozen(model)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.optimizer_config.build(self.model)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch  # `training_step` moves one micro-batch at a time
+
+    def training_step(self, window: Window, index: int) -> None:
+        wrapped = self.trainer.strategy.model
+        self.learning_rate = learning_rate(self.schedule, window.progress.tokens, self.total_tokens)
+        step = optimizer_step(
+            lambda batch: self.loss(batch.to(self.device)),
+            window.mine,
+            self.optimizers(),  # pyright: ignore[reportArgumentType]  # Lightning's wrapper: stepping it counts the step
+            units=getattr(window, self.unit),
+            learning_rate=self.learning_rate,
+            clip_norm=self.optimizer_config.clip_norm,
+            world_size=self.trainer.world_size,
+            backward=self.manual_backward,
+            no_sync=wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext,
+        )
+        self.totals.merge(step)
+
+
+def token_logps(model: Transformer, batch: SegmentBatch) -> Tensor:
+    """Log-likelihood of every target that counts, in nats, 0 for the others [N]; each may get its own gradient."""
+    hidden = model(batch)  # [T, d]
+    counted = batch.target_mask.nonzero().squeeze(1)
+    logps = token_log_likelihood(hidden[batch.predictors[counted]], model.head_weight, batch.target_ids[counted])
+    return logps.new_zeros(len(batch.target_ids)).index_copy(0, counted, logps)

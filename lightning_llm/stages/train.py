@@ -1,0 +1,137 @@
+"""The verb train: a model's weights after an objective, on a mixture of data, for a number of tokens."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+from lightning_llm.data.packing import StageData
+from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.models import ModelConfig, Transformer, set_rope_theta
+from lightning_llm.models.size import training_flops_per_token
+from lightning_llm.objectives.base import Objective
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import TrainSettings
+from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
+from lightning_llm.training.journal import Journal
+from lightning_llm.training.loop import fit
+
+
+def run(context: StageContext) -> StageResult:
+    """Train in this process on one device, or in one process for each of several.
+
+    Leaves `model/`, a Hugging Face directory with the tokenizer's files, and `metrics.jsonl`.
+
+    Raises:
+        UserError: data, objective, model and tokenizer do not belong together.
+        KeyboardInterrupt: SIGINT or SIGTERM came.
+    """
+    refuse_mismatch(context)
+    if context.compute.devices > 1:
+        from lightning_llm.stages.worker import launch
+
+        return launch(context)
+    return train(context)
+
+
+def train(context: StageContext, rank: int = 0) -> StageResult:
+    """What each rank does; rank 0 writes and its result counts."""
+    settings: TrainSettings = context.settings
+    compute = context.compute
+    tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
+    data = StageData(
+        context.inputs["data"],
+        settings.data,
+        context_ramp=settings.context,
+        batch_ramp=settings.batch_tokens,
+        total_tokens=settings.tokens,
+        seed=settings.seed,
+        token_columns={"reference_logps": context.inputs["reference"]} if "reference" in context.inputs else {},
+    )
+    model = build_model(context)
+    objective = build_objective(context, model, tokenizer)
+    journal = Journal(
+        context.output / "metrics.jsonl",
+        data,
+        context.console,
+        total_tokens=settings.tokens,
+        evaluate_every=context.evaluate_every,
+        validation=functools.partial(
+            data.validation, settings.context[-1]["value"], compute.micro_batch_tokens, validation_tokens(settings)
+        ),
+        flops_per_token=functools.cache(lambda length: training_flops_per_token(model.config, length)),
+        flops_per_second=compute.flops_per_second * compute.devices,
+    )
+    with threads(compute.threads):
+        fit(objective, data, compute, precision=settings.precision, callbacks=[journal], rank=rank)
+    if rank == 0:
+        chat = settings.data.form != "text"
+        stop_ids = [tokenizer.end_of_turn_id, tokenizer.eos_id] if chat else [tokenizer.eos_id]
+        model.save_pretrained(context.output / "model", eos_token_ids=stop_ids)
+        tokenizer.save(context.output / "model")
+    rates = {"tokens_per_second": journal.tokens / journal.seconds, "steps": data.steps, "tokens": journal.tokens}
+    utilisation = journal.flops / journal.seconds / journal.flops_per_second
+    metrics = journal.last | rates | {"flops_utilisation": utilisation}
+    return StageResult(metrics, data.ledger(data.steps), journal.flops)
+
+
+def build_model(context: StageContext) -> Transformer:
+    """Random weights from the seed, or those of `starts_from`; with this stage's RoPE base and room for its context."""
+    settings: TrainSettings = context.settings
+    if "starts_from" in context.inputs:
+        model = Transformer.from_pretrained(model_directory(context.inputs["starts_from"]))
+    else:
+        model = Transformer(settings.model)
+        model.reset_parameters(settings.seed)
+    config: ModelConfig = model.config
+    if settings.rope_theta is not None:
+        config = set_rope_theta(config, settings.rope_theta)
+    longest = max(int(entry["value"]) for entry in settings.context)
+    model.config = replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))
+    model.attention_backend = context.compute.attention
+    return model
+
+
+def build_objective(context: StageContext, model: Transformer, tokenizer: Tokenizer) -> Objective:
+    settings: TrainSettings = context.settings
+    config = settings.objective
+    parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_pairs else {}
+    if config.needs_reference and "reference" not in context.inputs:
+        parts["reference"] = copy.deepcopy(model)  # the policy before its first step, asked in each
+    objective: Objective = config.build(model, **parts)
+    return objective.optimised_by(settings.optimizer, settings.lr, settings.tokens)
+
+
+def validation_tokens(settings: TrainSettings) -> int:
+    """Held-out tokens of each source: together a hundredth of the stage's, so that ten times cost a few per cent."""
+    longest = max(int(entry["value"]) for entry in settings.context)
+    return min(max(settings.tokens // (100 * len(settings.data.sources)), 4 * longest), 2**18)
+
+
+def refuse_mismatch(context: StageContext) -> None:
+    """Say before the first step what would make the last one worthless."""
+    settings: TrainSettings = context.settings
+    where = f"stage {context.name}"
+    if settings.objective.needs_pairs != (settings.data.form == "pairs"):
+        raise UserError(
+            where,
+            f"objective {settings.objective.name} does not fit data of form {settings.data.form!r}",
+            "dpo and ipo learn from pairs, causal_lm from text and conversations",
+        )
+    if settings.objective.needs_reference and "starts_from" not in context.inputs:
+        raise UserError(where, f"{settings.objective.name} needs a reference", "Name the stage it starts_from")
+    tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
+    others = {"the data": (context.inputs["data"] / "tokenizer_fingerprint").read_text().strip()}
+    if "starts_from" in context.inputs:
+        directory = model_directory(context.inputs["starts_from"])
+        if (directory / "tokenizer.json").is_file():
+            others[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint
+    for name, fingerprint in others.items():
+        if fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                where,
+                f"the tokenizer (sha {tokenizer.fingerprint[:8]}) is not that of {name} (sha {fingerprint[:8]})",
+                "Give all stages the same model.tokenizer",
+            )

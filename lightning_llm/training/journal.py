@@ -1,0 +1,147 @@
+"""What a training stage writes down: metrics.jsonl in about 200 lines, validation losses, the line on the console."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.packing import StageData, Window
+from lightning_llm.objectives.base import Objective
+from lightning_llm.optimization.window import Sums, Totals
+from lightning_llm.training.console import StageConsole
+
+LINES = 200  # of training metrics in a stage
+
+
+class Journal(Callback):
+    """Rides along in the trainer. Only rank 0 writes; sums are added up over all ranks first.
+
+    A line's figures are means over the steps since the line before; its rate and time are of that interval too and
+    leave validation out.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        data: StageData,
+        console: StageConsole,
+        *,
+        total_tokens: int,
+        evaluate_every: float | None,
+        validation: Callable[[], Iterable[tuple[str, SegmentBatch]]],
+        flops_per_token: Callable[[int], float],
+        flops_per_second: float,
+    ):
+        """
+        Args:
+            evaluate_every: tokens between validation losses; none: a tenth of the total.
+            validation: makes (source, batch) of held-out rows, the same at every validation of the stage.
+            flops_per_token: of training, for a context length.
+            flops_per_second: of all devices together, for the utilisation.
+        """
+        self.path, self.data, self.console, self.total_tokens = path, data, console, total_tokens
+        self.evaluate_every = evaluate_every or max(total_tokens / 10, 1)
+        self.validation = validation
+        self.flops_per_token, self.flops_per_second = flops_per_token, flops_per_second
+        self.every = math.ceil(data.steps / LINES)
+        self.last: dict[str, float] = {}  # the newest value of every figure, validation losses among them
+        self.nominal = 0  # tokens after the step before
+        self.tokens = 0  # consumed in fact
+        self.flops = 0.0
+        self.seconds = 0.0  # of training, without validation
+
+    def on_train_start(self, trainer: Trainer, pl_module: Objective) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self._validate(trainer, pl_module, step=0, tokens=0)
+        self._begin_interval(pl_module)
+
+    def on_train_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, trainer: Trainer, pl_module: Objective, outputs: object, batch: Window, batch_idx: int
+    ) -> None:
+        window, steps = batch, batch.progress.steps
+        consumed = sum(window.consumed.values())
+        self.tokens += consumed
+        self.interval_tokens += consumed
+        self.interval_flops += consumed * self.flops_per_token(window.context)
+        if steps % self.every == 0 or steps == self.data.steps:
+            self._write_line(trainer, pl_module, window)
+            if self._is_due(window):
+                self._validate(trainer, pl_module, step=steps, tokens=window.progress.tokens)
+            self._begin_interval(pl_module)
+        elif self._is_due(window):
+            before = time.perf_counter()
+            self._validate(trainer, pl_module, step=steps, tokens=window.progress.tokens)
+            self.interval_began += time.perf_counter() - before
+        self.nominal = window.progress.tokens
+        shown = {"loss": self.last["loss"]} if "loss" in self.last else {}
+        self.console.update(window.progress.tokens, self.total_tokens, "tok", **shown)
+
+    def _begin_interval(self, objective: Objective) -> None:
+        objective.totals = Totals()
+        self.interval_tokens, self.interval_flops, self.interval_began = 0, 0.0, time.perf_counter()
+
+    def _is_due(self, window: Window) -> bool:
+        crossed = window.progress.tokens // self.evaluate_every > self.nominal // self.evaluate_every
+        return crossed or window.progress.steps == self.data.steps
+
+    def _write_line(self, trainer: Trainer, objective: Objective, window: Window) -> None:
+        means = objective.totals.means(_gather if trainer.world_size > 1 else None)
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"the loss became {means['loss']} within the steps before {window.progress.steps}")
+        seconds = time.perf_counter() - self.interval_began
+        self.seconds += seconds
+        self.flops += self.interval_flops
+        figures = {
+            "loss": means.pop("loss"),
+            "lr": objective.learning_rate,
+            "grad_norm": means.pop("grad_norm"),
+            "tokens_per_second": self.interval_tokens / seconds,
+            "flops_utilisation": self.interval_flops / seconds / self.flops_per_second,
+        }
+        self.last |= figures | means
+        self._append(
+            trainer,
+            {
+                "step": window.progress.steps,
+                "tokens": window.progress.tokens,
+                "samples": window.progress.samples,
+                **figures,
+                "context": window.context,
+                "consumed": self.data.ledger(window.progress.steps),
+                **means,
+            },
+        )
+
+    @torch.no_grad()
+    def _validate(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int) -> None:
+        """Held-out loss of every source, and over all of them, per unit of the objective; ranks share the batches."""
+        totals = Totals()
+        objective.eval()
+        with trainer.precision_plugin.val_step_context():
+            for index, (source, batch) in enumerate(self.validation()):
+                if index % trainer.world_size == trainer.global_rank:
+                    part = objective.loss(batch.to(objective.device))
+                    totals.add_loss(part, prefix="validation/")
+                    totals.add(f"validation/{source}", part.loss, part.count)
+        objective.train()
+        means = totals.means(_gather if trainer.world_size > 1 else None)
+        if means:
+            self.last |= means
+            self._append(trainer, {"step": step, "tokens": tokens, **means})
+
+    def _append(self, trainer: Trainer, line: dict) -> None:
+        if trainer.is_global_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _gather(own: Sums) -> Sequence[Sums]:
+    everyone: list[Sums] = [{}] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, own)
+    return everyone
