@@ -1,0 +1,226 @@
+"""The verb evaluate: what a model has learnt, on held-out text, questions and pairs, alone and against its predecessor.
+
+Leaves `metrics.json` (the same figures as in stage.json), `loss_by_position.json` and `samples.json`. Nothing is kept
+between stages: the predecessor answers the same questions anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.evaluation.judges import Question, Response, StyleAndCorrectness, verify
+from lightning_llm.evaluation.perplexity import (
+    late_loss,
+    losses_by_position,
+    mean_loss,
+    position_curve,
+    sample_text,
+    sample_windows,
+)
+from lightning_llm.evaluation.preference import kl_to_reference, preference_accuracy, response_logps, sample_pairs
+from lightning_llm.evaluation.tasks import respond, sample_questions, task_metrics
+from lightning_llm.evaluation.win_rate import win_rate
+from lightning_llm.models import Transformer
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import EvaluateSettings
+from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
+
+TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
+
+
+def run(context: StageContext) -> StageResult:
+    """Measure a model on one device.
+
+    Raises:
+        UserError: model, data and tokenizer do not belong together.
+    """
+    settings: EvaluateSettings = context.settings
+    device = "cuda" if context.compute.accelerator == "gpu" else "cpu"
+    evaluation = Evaluation(context, device)
+    with (
+        torch.inference_mode(),
+        torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"),
+        threads(context.compute.threads),
+    ):
+        parts = (evaluation.measure_text, evaluation.measure_tasks, evaluation.measure_preferences)
+        for done, part in enumerate(parts):
+            context.console.update(done, len(parts), "parts")
+            part()
+    evaluation.write("metrics.json", evaluation.metrics)
+    return StageResult(dict(evaluation.metrics))
+
+
+class Evaluation:
+    """One model's evaluation: what is asked of it twice is kept, figures gather in `metrics`."""
+
+    def __init__(self, context: StageContext, device: str):
+        self.context, self.device = context, device
+        self.settings: EvaluateSettings = context.settings
+        self.sizes = self.settings.evaluation
+        self.max_tokens = context.compute.micro_batch_tokens
+        self.tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
+        self.metrics: dict[str, float] = {}
+        self._refuse_mismatch()
+
+    @cached_property
+    def model(self) -> Transformer:
+        return self._load("model")
+
+    @cached_property
+    def predecessor(self) -> Transformer | None:
+        """The model that the evaluated stage started from."""
+        return self._load("starts_from") if "starts_from" in self.context.inputs else None
+
+    # ---- text ----
+
+    def measure_text(self) -> None:
+        """perplexity/* at the recipe's first context; at the stage's own loss_by_position.json and late_loss/*."""
+        stores = self._stores("text")
+        context, full_context = self.settings.context, self.settings.full_context
+        for domain, store in stores.items():
+            documents = sample_text(store, self.sizes.text_tokens)
+            if documents:
+                loss = mean_loss(self.model, documents, context, self.max_tokens)
+                self.metrics[f"perplexity/{domain}"] = math.exp(loss.compute())
+        windows = sample_windows(stores, full_context, self.sizes.long_documents)
+        if not windows:
+            self.context.console.note(f"no held-out document has {full_context} tokens: no loss by position")
+            return
+        losses = losses_by_position(self.model, windows, self.max_tokens)
+        curve = {"context": full_context, "windows": len(windows), **position_curve(losses)}
+        self.write("loss_by_position.json", curve)
+        if full_context > context:
+            late = late_loss(self.model, windows, losses, context, self.max_tokens)
+            self.metrics |= {"late_loss/full": late.full, "late_loss/short": late.short, "late_loss/gain": late.gain}
+
+    # ---- tasks ----
+
+    def measure_tasks(self) -> None:
+        """tasks/*, responses/*, judge/* and kl/reference; samples.json."""
+        questions = sample_questions(self._stores("tasks"), self.sizes.questions)
+        if not questions:
+            return
+        greedy = self._respond(self.model, questions, temperature=0.0)
+        self.metrics |= task_metrics(questions, greedy)
+        if self.predecessor is None:
+            self._write_samples(questions, greedy)
+            return
+        # Both models answer at temperature 1 with the same random numbers: a greedy answer would hide in which share of
+        # its responses a model has a style, and that share is what preference training changes.
+        drawn = self._respond(self.model, questions, temperature=TEMPERATURE)
+        others = self._respond(self.predecessor, questions, temperature=TEMPERATURE)
+        judge = StyleAndCorrectness()
+        scores = [judge.compare(*three) for three in zip(questions, drawn, others, strict=True)]
+        rate = win_rate(scores, seed=self.settings.seed)
+        self.metrics |= {"judge/win_rate": rate.mean, "judge/win_rate_low": rate.low, "judge/win_rate_high": rate.high}
+        self._write_samples(questions, drawn, others, scores)
+        if self._has_reference:
+            prompts, responses = [q.prompt_ids for q in questions], [[response.ids] for response in drawn]
+            policy, reference = (
+                response_logps(model, prompts, responses, self.max_tokens)[:, 0]
+                for model in (self.model, self.predecessor)
+            )
+            self.metrics["kl/reference"] = kl_to_reference(policy, reference)
+
+    # ---- preferences ----
+
+    def measure_preferences(self) -> None:
+        """preference/accuracy: by implicit reward after preference training, by likelihood per token elsewhere."""
+        stores = self._stores("pairs")
+        each = math.ceil(self.sizes.preference_pairs / max(len(stores), 1))
+        pairs = [pair for store in stores.values() for pair in sample_pairs(store, each, self.settings.full_context)]
+        if not pairs:
+            return
+        prompts, responses = [pair.prompt for pair in pairs], [pair.responses for pair in pairs]
+        policy = response_logps(self.model, prompts, responses, self.max_tokens)  # [P, 2]
+        if self._has_reference and self.predecessor is not None:
+            scores = policy - response_logps(self.predecessor, prompts, responses, self.max_tokens)
+        else:
+            scores = policy / torch.tensor([[len(chosen), len(rejected)] for chosen, rejected in responses])
+        self.metrics["preference/accuracy"] = preference_accuracy(scores)
+
+    # ---- files ----
+
+    def write(self, name: str, content: Any) -> None:
+        (self.context.output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    def _write_samples(
+        self,
+        questions: list[Question],
+        responses: list[Response],
+        others: list[Response] | None = None,
+        scores: list[float] | None = None,
+    ) -> None:
+        """The first few conversations, which are of different tasks."""
+        samples = []
+        for i, (question, response) in enumerate(list(zip(questions, responses, strict=True))[: self.sizes.samples]):
+            sample = {
+                "task": question.task,
+                "prompt": question.prompt,
+                "reference": f"answer: {question.answer}",
+                "response": response.text,
+                "right": verify(question, response),
+                "starts_from": None,
+                "verdict": None,
+            }
+            if others is not None and scores is not None:
+                verdict = {1.0: "win", 0.5: "tie", 0.0: "loss"}[scores[i]]
+                sample |= {
+                    "starts_from": others[i].text,
+                    "starts_from_right": verify(question, others[i]),
+                    "verdict": verdict,
+                }
+            samples.append(sample)
+        self.write("samples.json", samples)
+
+    # ---- inputs ----
+
+    @property
+    def _has_reference(self) -> bool:
+        return self.settings.preference_mode == "implicit_reward"
+
+    def _stores(self, group: str) -> dict[str, TokenStore]:
+        """Held-out stores of `text`, `tasks` or `pairs`, by source."""
+        folder = self.context.inputs["data"] / "sources" / group
+        found = sorted(folder.glob("*/validation/store.json")) if folder.is_dir() else []
+        return {path.parts[-3]: TokenStore.open(path.parent) for path in found}
+
+    def _load(self, role: str) -> Transformer:
+        model = Transformer.from_pretrained(model_directory(self.context.inputs[role])).eval().to(self.device)
+        model.attention_backend = self.context.compute.attention
+        return model
+
+    def _respond(self, model: Transformer, questions: list[Question], *, temperature: float) -> list[Response]:
+        return respond(
+            model,
+            self.tokenizer,
+            questions,
+            max_new_tokens=self.sizes.max_new_tokens,
+            max_tokens=self.max_tokens,
+            temperature=temperature,
+            seed=self.settings.seed,
+        )
+
+    def _refuse_mismatch(self) -> None:
+        inputs, where = self.context.inputs, f"evaluation of {self.context.name}"
+        if self._has_reference and "starts_from" not in inputs:
+            raise UserError(where, "implicit rewards need the model that the stage started from", "Name starts_from")
+        fingerprints = {"the data": (inputs["data"] / "tokenizer_fingerprint").read_text("utf-8").strip()}
+        for role in ("model", "starts_from"):
+            if role in inputs and (directory := model_directory(inputs[role])).joinpath("tokenizer.json").is_file():
+                fingerprints[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint
+        own = self.tokenizer.fingerprint
+        for name, fingerprint in fingerprints.items():
+            if fingerprint != own:
+                raise UserError(
+                    where,
+                    f"the tokenizer (sha {own[:8]}) is not that of {name} (sha {fingerprint[:8]})",
+                    "Give all stages the same model.tokenizer",
+                )
