@@ -37,9 +37,7 @@ class LearningRateConfig:
 
     schedule: str = "cosine"  # constant | linear | cosine | wsd
     peak: float = 3e-4
-    final: float | None = (
-        None  # absolute; none: 0 for linear and wsd, a tenth of the peak for cosine, the peak for constant
-    )
+    final: float | None = None  # absolute; none: of the peak 0 for linear and wsd, a tenth for cosine, all for constant
     warmup_tokens: float | None = None  # at most one of the three warm-ups
     warmup_steps: float | None = None
     warmup_share: float | None = None  # of the stage's tokens

@@ -46,7 +46,7 @@ class Totals:
             self.add(name, total, count)
 
     def means(self, gather: Callable[[Sums], Sequence[Sums]] | None = None) -> dict[str, float]:
-        """sum / count of every name, NaN where nothing was counted. This is where the host waits for the device.
+        """sum / count of every name of which something was counted. This is where the host waits for the device.
 
         Args:
             gather: hands every rank's sums to every rank; the means are then over all of them.
@@ -57,7 +57,7 @@ class Totals:
             for name, (total, count) in part.items():
                 before, units = together.get(name, (0.0, 0.0))
                 together[name] = before + total, units + count
-        return {name: total / count if count else math.nan for name, (total, count) in together.items()}
+        return {name: total / count for name, (total, count) in together.items() if count}
 
 
 def optimizer_step(

@@ -66,6 +66,8 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
     )
     with threads(compute.threads):
         fit(objective, data, compute, precision=settings.precision, callbacks=[journal], rank=rank)
+    if "loss" not in journal.last:
+        raise UserError(f"stage {context.name}", "nothing in its data is to be learnt", "Give rows with an answer")
     if rank == 0:
         chat = settings.data.form != "text"
         stop_ids = [tokenizer.end_of_turn_id, tokenizer.eos_id] if chat else [tokenizer.eos_id]

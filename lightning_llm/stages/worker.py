@@ -61,8 +61,8 @@ def launch(context: StageContext) -> StageResult:
             except SignalException:
                 raise KeyboardInterrupt from None
             except ChildFailedError as error:
-                if (exchange / "user_error.json").is_file():
-                    raise UserError(*json.loads((exchange / "user_error.json").read_text())) from None
+                for user_error in exchange.glob("user_error.*.json"):
+                    raise UserError(*json.loads(user_error.read_text())) from None
                 rank, failure = error.get_first_failure()
                 raise RuntimeError(f"rank {rank} of {count} failed: {failure.message}") from error
         return StageResult(**json.loads((exchange / "result.json").read_text()))
@@ -72,6 +72,7 @@ def main() -> None:
     """One rank; the folder with its orders is the only argument."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # die with the run, even if that is killed outright
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # without a traceback: the run says what happened
     exchange = Path(sys.argv[1])
     context: StageContext = from_plain(json.loads((exchange / "stage.json").read_text()))
     each = max((os.cpu_count() or 1) // context.compute.devices, 1)
@@ -80,16 +81,21 @@ def main() -> None:
     rank = int(os.environ["RANK"])
     context.console = ProgressFile(exchange / "progress.jsonl" if rank == 0 else Path(os.devnull))  # pyright: ignore[reportAttributeAccessIssue]
 
-    import torch.distributed
     from torch.distributed.elastic.multiprocessing.errors import record
+
+    record(work)(context, rank, exchange)  # hands the launcher the message of what goes wrong
+
+
+def work(context: StageContext, rank: int, exchange: Path) -> None:
+    import torch.distributed
 
     from lightning_llm.stages.train import train
 
     try:
-        result: StageResult = record(train)(context, rank)  # pyright: ignore[reportAssignmentType]
+        result = train(context, rank)
     except UserError as error:
-        (exchange / "user_error.json").write_text(json.dumps(error.args))
-        raise
+        (exchange / f"user_error.{rank}.json").write_text(json.dumps(error.args))
+        raise SystemExit(1) from None
     if rank == 0:
         (exchange / "result.json").write_text(json.dumps(dataclasses.asdict(result)))
     torch.distributed.destroy_process_group()

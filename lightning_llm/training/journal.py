@@ -68,13 +68,12 @@ class Journal(Callback):
         consumed = sum(window.consumed.values())
         self.tokens += consumed
         self.interval_tokens += consumed
-        self.interval_flops += consumed * self.flops_per_token(window.context)
+        flops = consumed * self.flops_per_token(window.context)
+        self.flops += flops
+        self.interval_flops += flops
         if steps % self.every == 0 or steps == self.data.steps:
             self._write_line(trainer, pl_module, window)
-            if self._is_due(window):
-                self._validate(trainer, pl_module, step=steps, tokens=window.progress.tokens)
-            self._begin_interval(pl_module)
-        elif self._is_due(window):
+        if self._is_due(window):
             before = time.perf_counter()
             self._validate(trainer, pl_module, step=steps, tokens=window.progress.tokens)
             self.interval_began += time.perf_counter() - before
@@ -92,11 +91,12 @@ class Journal(Callback):
 
     def _write_line(self, trainer: Trainer, objective: Objective, window: Window) -> None:
         means = objective.totals.means(_gather if trainer.world_size > 1 else None)
+        if "loss" not in means:
+            return  # steps smaller than a document may count nothing: the interval goes on
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(f"the loss became {means['loss']} within the steps before {window.progress.steps}")
         seconds = time.perf_counter() - self.interval_began
         self.seconds += seconds
-        self.flops += self.interval_flops
         figures = {
             "loss": means.pop("loss"),
             "lr": objective.learning_rate,
@@ -117,6 +117,7 @@ class Journal(Callback):
                 **means,
             },
         )
+        self._begin_interval(objective)
 
     @torch.no_grad()
     def _validate(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int) -> None:

@@ -17,7 +17,8 @@ from lightning_llm.data.packing import StageData, Window
 from lightning_llm.objectives.base import Objective
 from lightning_llm.stages.config import ComputeConfig
 
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # works after the import only
+for part in ("pytorch", "fabric"):
+    logging.getLogger(f"lightning.{part}").setLevel(logging.ERROR)  # works after the import only
 
 
 class Windows(Dataset[Window]):

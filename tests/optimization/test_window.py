@@ -101,7 +101,7 @@ def test_a_micro_batch_in_which_nothing_counts_adds_exactly_zero(model, place):
 
 def test_a_step_in_which_nothing_counts_is_harmless(model):
     stepped, totals, _ = step(model, [masked()], learning_rate=0.0)
-    assert totals.means()["grad_norm"] == 0
+    assert totals.means() == {"grad_norm": 0}
     assert all(torch.isfinite(p).all() for p in stepped.parameters())
 
 
@@ -143,6 +143,5 @@ def test_totals_divide_once_and_over_all_ranks():
     assert totals.means() == {"loss": 3.0, "rewards/chosen": 0.5}
     everyone = totals.means(lambda own: [own, {"loss": (0.0, 4.0), "nll": (3.0, 1.0)}])
     assert everyone == {"loss": 1.0, "rewards/chosen": 0.5, "nll": 3.0}
-    empty = Totals()
-    empty.add("loss", 0.0, 0)
-    assert str(empty.means()) == "{'loss': nan}"
+    totals.add("nothing", 0.0, 0)
+    assert "nothing" not in totals.means()

@@ -1,0 +1,260 @@
+"""The stage train: it learns, leaves what the next stage needs, and does the same on one process and on two."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
+from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
+from lightning_llm.settings import UserError
+from lightning_llm.stages import score, train
+from lightning_llm.stages.config import ComputeConfig, ScoreSettings, TrainSettings
+from lightning_llm.stages.context import model_directory
+
+MODEL = ModelConfig(
+    name="tiny",
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    max_position_embeddings=32,
+)
+
+
+@pytest.fixture(scope="session")
+def settings(data_config):
+    """`settings(form)` -> those of a short stage."""
+
+    def make(form="text", **named):
+        defaults = {
+            "model": MODEL,
+            "objective": DPOConfig() if form == "pairs" else CausalLMConfig(),
+            "optimizer": AdamWConfig(eps=1e-5),
+            "data": data_config(form),
+            "lr": LearningRateConfig(peak=1e-2, warmup_share=0.1),
+            "tokens": 12_000,
+            "context": [{"at": 0, "value": 32}, {"at": 6000, "value": 64}],
+            "batch_tokens": [{"at": 0, "value": 300}, {"at": 3000, "value": 600}],
+            "rope_theta": None,
+            "precision": "fp32",
+            "seed": 3,
+        }
+        return TrainSettings(**(defaults | named))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pretrained(settings, prepared, tokenizer_artifact, context_of):
+    """Context and result of a pre-training."""
+    inputs = {"data": prepared["text"], "tokenizer": tokenizer_artifact}
+    context = context_of(settings(), inputs, evaluate_every=5000.0)
+    return context, train.run(context)
+
+
+def lines(context):
+    return [json.loads(line) for line in (context.output / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(context):
+    return load_file(context.output / "model" / "model.safetensors")
+
+
+def test_it_learns_and_says_so(pretrained):
+    context, result = pretrained
+    written = lines(context)
+    training = [line for line in written if "loss" in line]
+    validation = [line for line in written if "validation/loss" in line]
+    assert training[-1]["loss"] < 0.5 * training[0]["loss"]
+    assert [line["tokens"] for line in validation] == [0, 5400, 10_200, 12_000]
+    assert validation[0]["validation/loss"] == pytest.approx(torch.log(torch.tensor(320.0)).item(), rel=0.02)
+    assert validation[-1]["validation/prose"] < 0.5 * validation[0]["validation/prose"]
+    assert [line["step"] for line in training] == list(range(1, 26))  # fewer than 200: a line each
+    assert training[-1]["tokens"] == 12_000
+    assert training[-1]["lr"] == pytest.approx(1e-3)
+    assert {line["context"] for line in training} == {32, 64}
+    assert training[-1]["consumed"] == result.ledger
+    assert result.ledger["prose"] == pytest.approx(8400, abs=64)
+    for name in ("grad_norm", "tokens_per_second", "flops_utilisation", "samples"):
+        assert all(line[name] > 0 for line in training), name
+    assert result.metrics["loss"] == training[-1]["loss"]
+    assert result.metrics["validation/loss"] == validation[-1]["validation/loss"]
+    assert result.metrics["steps"] == 25
+    assert result.flops > 0
+
+
+def test_it_leaves_a_model_with_its_tokenizer(pretrained, tokenizer_artifact):
+    context, _ = pretrained
+    directory = model_directory(context.output)
+    model, tokenizer = Transformer.from_pretrained(directory), Tokenizer.load(directory)
+    assert tokenizer.fingerprint == Tokenizer.load(tokenizer_artifact / "tokenizer").fingerprint
+    assert model.config.max_position_embeddings == 64
+    assert json.loads((directory / "generation_config.json").read_text())["eos_token_id"] == [tokenizer.eos_id]
+
+
+def test_the_same_settings_give_the_same_weights_for_any_micro_batch(pretrained, settings, context_of):
+    context, _ = pretrained
+    again = context_of(settings(), context.inputs)
+    train.run(again)
+    small = context_of(settings(), context.inputs, compute=ComputeConfig(micro_batch_tokens=70))
+    train.run(small)
+    for name, weight in weights(context).items():
+        assert torch.equal(weight, weights(again)[name]), name
+        torch.testing.assert_close(weight, weights(small)[name], rtol=0, atol=1e-4)  # rounding, after 25 steps
+
+
+def test_sft_and_dpo_follow(pretrained, settings, prepared, tokenizer_artifact, context_of):
+    inputs = {"tokenizer": tokenizer_artifact, "starts_from": pretrained[0].output}
+    sft = context_of(settings("conversations", rope_theta=1e6), inputs | {"data": prepared["conversations"]})
+    train.run(sft)
+    config = Transformer.from_pretrained(sft.output / "model").config
+    assert config.rope_parameters["rope_theta"] == 1e6
+    tokenizer = Tokenizer.load(sft.output / "model")
+    stops = json.loads((sft.output / "model" / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == [tokenizer.end_of_turn_id, tokenizer.eos_id]
+
+    scored = {"model": sft.output, "data": prepared["pairs"]}
+    reference = context_of(ScoreSettings(64, ["train", "validation"], "fp32"), scored)
+    score.run(reference)
+    inputs |= {"data": prepared["pairs"], "starts_from": sft.output}
+    pairs = settings(
+        "pairs", lr=LearningRateConfig("constant", peak=1e-3), context=[{"at": 0, "value": 64}], tokens=6000
+    )
+    column = context_of(pairs, inputs | {"reference": reference.output})
+    online = context_of(pairs, inputs)
+    for context in (column, online):
+        train.run(context)
+        training = [line for line in lines(context) if "loss" in line]
+        assert training[0]["rewards/margins"] == pytest.approx(0.0, abs=1e-3)
+        assert training[-1]["rewards/accuracies"] > 0.9
+        assert training[-1]["rewards/margins"] > 0.1
+        assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= set(training[0])
+        assert "validation/rewards/accuracies" in lines(context)[-1]
+    for name, weight in weights(column).items():
+        torch.testing.assert_close(weight, weights(online)[name], rtol=0, atol=1e-5)
+
+
+def one_step(settings, form, **named):
+    return settings(
+        form,
+        lr=LearningRateConfig("constant", peak=1e-3),
+        context=[{"at": 0, "value": 64}],
+        batch_tokens=[{"at": 0, "value": 1500}],
+        tokens=1500,
+        **named,
+    )
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("form", ["text", "pairs"])
+def test_two_processes_make_the_same_update_as_one(
+    form, settings, prepared, tokenizer_artifact, pretrained, context_of
+):
+    inputs = {"data": prepared[form], "tokenizer": tokenizer_artifact, "starts_from": pretrained[0].output}
+    alone = context_of(one_step(settings, form), inputs)
+    alone_result = train.run(alone)
+    compute = ComputeConfig(devices=2, strategy="ddp", micro_batch_tokens=256)
+    both = context_of(one_step(settings, form), inputs, compute=compute)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    both_result = train.run(both)
+    for name, weight in weights(alone).items():
+        torch.testing.assert_close(weight, weights(both)[name], rtol=0, atol=1e-6)
+    assert both_result.ledger == alone_result.ledger
+    for one, two in zip(lines(alone), lines(both), strict=True):
+        assert one.pop("consumed", None) == two.pop("consumed", None)
+        for line in (one, two):
+            line.pop("tokens_per_second", None)
+            line.pop("flops_utilisation", None)
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-4)
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+    assert not {"RANK", "WORLD_SIZE"} & set(os.environ)
+
+
+@pytest.mark.distributed
+def test_a_failing_rank_is_named(settings, prepared, tokenizer_artifact, context_of):
+    broken = one_step(settings, "text", objective=CausalLMConfig())
+    broken.lr.warmup_steps = 3.0  # a bug of the plan's: it turns steps into tokens
+    compute = ComputeConfig(devices=2, strategy="ddp")
+    context = context_of(broken, {"data": prepared["text"], "tokenizer": tokenizer_artifact}, compute=compute)
+    with pytest.raises(RuntimeError, match=r"rank \d of 2 failed.*warmup_steps"):
+        train.run(context)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.distributed)], ids=["one", "two"])
+def test_a_signal_ends_the_stage_as_an_interrupt(devices, number, settings, prepared, tokenizer_artifact, context_of):
+    long = settings(tokens=2_000_000, data=dataclasses.replace(settings().data, max_epochs=1e9))
+    compute = ComputeConfig(devices=devices, strategy="single" if devices == 1 else "ddp")
+    inputs = {"data": prepared["text"], "tokenizer": tokenizer_artifact}
+    context = context_of(long, inputs, compute=compute, evaluate_every=1e5)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+
+    def kill_once_it_trains():
+        while not (context.output / "metrics.jsonl").is_file():
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=kill_once_it_trains)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        train.run(context)
+    thread.join()
+    assert not (context.output / "model").exists()
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_steps_smaller_than_a_document_and_no_more_than_200_lines(settings, prepared, tokenizer_artifact, context_of):
+    small = settings(batch_tokens=[{"at": 0, "value": 20}], tokens=6000)
+    context = context_of(small, {"data": prepared["text"], "tokenizer": tokenizer_artifact}, evaluate_every=1e9)
+    result = train.run(context)
+    assert result.metrics["steps"] == 300
+    training = [line for line in lines(context) if "loss" in line]
+    assert 140 <= len(training) <= 150  # every other step, and an interval in which nothing counts goes on
+    assert len(lines(context)) == len(training) + 2
+
+
+def test_nothing_to_learn_is_refused(settings, prepared, tokenizer_artifact, context_of, tmp_path):
+    shutil.copytree(prepared["conversations"], tmp_path, dirs_exist_ok=True)
+    masks = tmp_path / "sources" / "talks" / "train" / "targets.bin"
+    masks.write_bytes(bytes(masks.stat().st_size))
+    np.save(masks.parent / "counts.npy", np.zeros(TokenStore.open(masks.parent).rows, np.int64))
+    context = context_of(settings("conversations", tokens=1000), {"data": tmp_path, "tokenizer": tokenizer_artifact})
+    with pytest.raises(UserError, match="nothing in its data is to be learnt"):
+        train.run(context)
+
+
+def test_a_loss_that_is_no_number_stops_the_stage(settings, prepared, tokenizer_artifact, context_of):
+    wild = settings(lr=LearningRateConfig("constant", peak=float("inf")))
+    context = context_of(wild, {"data": prepared["text"], "tokenizer": tokenizer_artifact})
+    with pytest.raises(FloatingPointError, match="loss became nan"):
+        train.run(context)
+
+
+def test_what_does_not_belong_together_is_refused(
+    settings, prepared, tokenizer_artifact, pretrained, context_of, tmp_path
+):
+    inputs = {"data": prepared["text"], "tokenizer": tokenizer_artifact, "starts_from": pretrained[0].output}
+    with pytest.raises(UserError, match="does not fit data of form 'text'"):
+        train.run(context_of(settings(objective=DPOConfig()), inputs))
+    with pytest.raises(UserError, match="needs a reference"):
+        train.run(context_of(settings("pairs"), {"data": prepared["pairs"], "tokenizer": tokenizer_artifact}))
+    (tmp_path / "tokenizer_fingerprint").write_text("0123456789abcdef")
+    with pytest.raises(UserError, match="is not that of the data"):
+        train.run(context_of(settings(), inputs | {"data": tmp_path}))
+    with pytest.raises(UserError, match="holds no model"):
+        train.run(context_of(settings(), inputs | {"starts_from": tmp_path}))
