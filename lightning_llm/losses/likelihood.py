@@ -1,0 +1,282 @@
+"""All that has a vocabulary axis: log-likelihoods of targets, some tokens at a time. All logits never exist at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def token_log_likelihood(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocabulary width"],
+    target_ids: Int[Tensor, "tokens"] | Int[Tensor, "tokens k"],
+    target_weights: Float[Tensor, "tokens k"] | None = None,
+    *,
+    token_weights: Float[Tensor, "tokens"] | None = None,
+    tail_weight: Float[Tensor, "tokens"] | None = None,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Float[Tensor, "tokens"]:
+    """Log-likelihood of each token's target, with exact gradients for `hidden` and `weight`.
+
+    With l = softcap tanh(hidden weight^T / softcap) / temperature and p = softmax(l), of each token
+        token_weight (sum_k target_weight_k log p(target_k) + tail_weight log(1 - sum_k p(target_k)))
+
+    One target is a causal language model's, its negative sum over the tokens the training loss of pre-training and
+    SFT; (1 - a, a) on the label and a teacher's favourite is AFM's distillation; the k likeliest of a teacher and its
+    tail weight are Gemma 2's from a cache.
+
+    The gradients come about in one of two ways. With `token_weights` they are made in the forward pass, where the
+    logits are at hand; that is only right if the caller sums the result and scales it as a whole. Without them the
+    backward pass computes the logits again, and each token may have a factor of its own, as in DPO.
+
+    Args:
+        hidden: what predicts, after the final norm. Gradients flow to it and to `weight`, to nothing else.
+        weight: the head; may be the embedding as well (tied). Half precision is summed up in float32.
+        target_ids: one or k targets per token; ids have to be valid also where the weight is 0.
+        target_weights: of each of the k targets, 1 if not given.
+        token_weights: factor of each token's result; where it is 0 nothing is computed.
+        tail_weight: of the bucket that all other ids make up, from the log-sum-exp of their logits.
+        softcap: logits are held between -softcap and softcap (Gemma 2, arXiv 2408.00118, section 2).
+        temperature: divides the capped logits, > 0.
+        chunk: tokens at a time; on a CPU 256, or fewer for a large vocabulary, if not given.
+
+    Returns:
+        In nats, float32 or better, already multiplied by `token_weights`.
+
+    Raises:
+        ValueError: an argument's range or shape is wrong.
+        RuntimeError: in the backward pass, with `token_weights`, if tokens come back with different factors.
+    """
+    count, vocabulary = len(hidden), len(weight)
+    ids = target_ids if target_ids.ndim == 2 else target_ids[:, None]
+    if temperature <= 0 or (softcap is not None and softcap <= 0):
+        raise ValueError(f"temperature and softcap must be positive, got {temperature} and {softcap}")
+    if len(ids) != count or (target_weights is not None and target_weights.shape != ids.shape):
+        raise ValueError("target_ids has a row per row of hidden, and target_weights the same shape")
+    for name, given in (("token_weights", token_weights), ("tail_weight", tail_weight)):
+        if given is not None and given.shape != (count,):
+            raise ValueError(f"{name} has one entry per row of hidden, got {tuple(given.shape)} for {count}")
+    if tail_weight is not None and ids.shape[1] >= vocabulary:
+        raise ValueError(f"no id is left for the tail: {ids.shape[1]} targets of {vocabulary}")
+
+    products = _product_dtype(hidden, weight)
+    exact = torch.promote_types(products, torch.float32)
+    targets = _Targets(
+        ids,
+        torch.ones_like(ids, dtype=exact) if target_weights is None else target_weights.detach().to(exact),
+        None if tail_weight is None else tail_weight.detach().to(exact),
+    )
+    head = _Head(products, exact, softcap, temperature, chunk or _default_chunk(weight))
+    factors = None if token_weights is None else token_weights.detach().to(exact)
+    if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
+        return head.evaluate(hidden, weight, targets, factors).values
+    if factors is None:
+        return _GradientInBackward.apply(hidden, weight, targets, head)
+    return _GradientInForward.apply(hidden, weight, targets, factors, head)
+
+
+def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """What a matrix product would take. Inside an autograd function autocast has to be asked for."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return dtype
+
+
+def _default_chunk(weight: Tensor) -> int:
+    vocabulary = len(weight)
+    if weight.device.type == "cpu":
+        # from 256 tokens on the products run at full rate (V = 2,048 to 49,152); 2^24 logits are 64 MiB
+        return max(1, min(256, 2**24 // vocabulary))
+    return max(1, 2**27 // vocabulary)  # a GPU wants larger products; 512 MiB
+
+
+@dataclass(frozen=True)
+class _Targets:
+    ids: Tensor  # [n, k] int64
+    weights: Tensor  # [n, k]
+    tail: Tensor | None  # [n]
+
+    def __getitem__(self, rows: Tensor) -> _Targets:
+        return _Targets(self.ids[rows], self.weights[rows], None if self.tail is None else self.tail[rows])
+
+
+class _Evaluation(NamedTuple):
+    values: Tensor  # [N]
+    grad_hidden: Tensor | None  # [N, d]
+    grad_weight: Tensor | None  # [V, d]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The one loop over chunks. What is as large as a chunk's logits is worked on in place, in buffers made once."""
+
+    products: torch.dtype  # of the matrix products
+    exact: torch.dtype  # of everything else
+    softcap: float | None
+    temperature: float
+    chunk: int
+
+    def evaluate(
+        self,
+        hidden: Tensor,  # [N, d]
+        weight: Tensor,  # [V, d]
+        targets: _Targets,
+        factors: Tensor | None = None,  # [N], 1 if not given; a token whose factor is 0 costs nothing
+        wanted: Sequence[bool] = (False, False),  # the gradients for hidden and weight?
+    ) -> _Evaluation:
+        """Log-likelihoods times factors and, where wanted, the gradients of their sum."""
+        values = hidden.new_zeros(len(hidden), dtype=self.exact)
+        grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=self.exact) if wanted[1] else None
+        if factors is None:
+            factors = torch.ones_like(values)
+            rows = torch.arange(len(values), device=hidden.device)
+        else:
+            rows = factors.nonzero().squeeze(1)
+        matrix = weight.to(self.products)
+        logits_buffer = torch.empty(min(self.chunk, len(rows)), len(weight), dtype=self.exact, device=hidden.device)
+        slopes_buffer = torch.empty_like(logits_buffer) if self.softcap and any(wanted) else None
+
+        with torch.autocast(hidden.device.type, enabled=False):
+            for part in rows.split(self.chunk):
+                states = hidden[part].to(self.products)  # [n, d]
+                logits = self._logits(states, matrix, logits_buffer[: len(part)])  # [n, V]
+                slopes = None if slopes_buffer is None else self._slopes(logits, slopes_buffer[: len(part)])
+                likelihood = _Likelihood(logits, targets[part])
+                values[part] = likelihood.values * factors[part]
+                if not any(wanted):
+                    continue
+                grad = likelihood.grad_logits(factors[part] / self.temperature)  # [n, V]
+                if slopes is not None:
+                    grad.mul_(slopes)
+                grad = grad.to(self.products)
+                if grad_hidden is not None:
+                    grad_hidden[part] = (grad @ matrix).to(hidden.dtype)
+                if grad_weight is not None:
+                    if self.products == self.exact:
+                        grad_weight.addmm_(grad.T, states)
+                    else:
+                        grad_weight += grad.T @ states  # summed over the chunks in float32
+        return _Evaluation(values, grad_hidden, grad_weight)
+
+    def _logits(self, states: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
+        if self.products == self.exact:
+            torch.mm(states, matrix.T, out=out)
+        else:
+            out.copy_(states @ matrix.T)
+        if self.softcap:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+        return out if self.temperature == 1 else out.div_(self.temperature)
+
+    def _slopes(self, logits: Tensor, out: Tensor) -> Tensor:
+        """Derivative of the capped logits for the plain ones, 1 - tanh^2."""
+        assert self.softcap
+        return torch.mul(logits, self.temperature / self.softcap, out=out).square_().neg_().add_(1)
+
+
+class _Likelihood:
+    """Log-likelihoods `values` [n] of a chunk. Uses up its logits [n, V]: their gradient takes their place."""
+
+    def __init__(self, logits: Tensor, targets: _Targets):
+        self.targets = targets
+        self.log_tail = None  # log-probability of all ids that are no target [n, 1]
+        chosen = logits.gather(1, targets.ids)  # [n, k]
+        if targets.tail is None:
+            norm, self.share = _exponentiate_(logits)
+        else:
+            norm = logits.logsumexp(1, keepdim=True)
+            logits.scatter_(1, targets.ids, float("-inf"))
+            tail_norm, self.share = _exponentiate_(logits)
+            self.log_tail = tail_norm - norm
+        self.exponentials = logits
+        self.log_p = chosen - norm
+        self.values = (targets.weights * self.log_p).sum(1)
+        if targets.tail is not None and self.log_tail is not None:
+            self.values += targets.tail * self.log_tail.squeeze(1)
+
+    def grad_logits(self, factors: Tensor) -> Tensor:
+        """Gradient of (factors * values).sum() for the logits [n, V].
+
+        With p = softmax, w the targets' weights, t that of the tail and P its probability it is
+            w_v - (sum w + t) p_v at a target, and
+            (t / P - (sum w + t)) p_v elsewhere, where p_v / P is the softmax over the tail: nothing overflows.
+        """
+        ids, factors = self.targets.ids, factors[:, None]
+        total = self.targets.weights.sum(1, keepdim=True)
+        grad = self.exponentials
+        if self.targets.tail is None or self.log_tail is None:
+            grad.mul_(-total * self.share * factors)
+        else:
+            tail = self.targets.tail[:, None]
+            total = total + tail
+            grad.mul_((tail - total * self.log_tail.exp()) * self.share * factors)
+            grad.scatter_(1, ids, -total * self.log_p.exp() * factors)  # set, not added: an id may be listed twice
+        return grad.scatter_add_(1, ids, self.targets.weights * factors)
+
+
+def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """In place to exp(logits - their maximum) -> log-sum-exp [n, 1], the factor that makes them probabilities [n, 1].
+
+    One exponential per logit; `logsumexp` and a softmax would take two.
+    """
+    top = logits.amax(1, keepdim=True)
+    norm = logits.sub_(top).exp_().sum(1, keepdim=True).log_().add_(top)
+    return norm, (top - norm).exp_()
+
+
+class _GradientInForward(torch.autograd.Function):
+    """The logits are computed once. For a result that is summed and scaled as a whole."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets, factors: Tensor, head: _Head) -> Tensor:
+        values, *ctx.gradients = head.evaluate(hidden, weight, targets, factors, ctx.needs_input_grad[:2])
+        ctx.weight_dtype = weight.dtype
+        return values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        if len(grad) and grad.stride() != (0,) and not (grad == grad[0]).all():  # stride 0: the gradient of a sum
+            raise RuntimeError(
+                "token_log_likelihood: with token_weights the gradient is made in the forward pass, so that the "
+                "result may only be summed and scaled as a whole; leave token_weights out to treat tokens differently"
+            )
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "token_log_likelihood: with token_weights one backward pass uses the gradients up; leave "
+                "token_weights out to go through it a second time"
+            )
+        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        factor = grad[:1].sum()
+        if grad_hidden is not None:
+            grad_hidden.mul_(factor)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None, None
+
+
+class _GradientInBackward(torch.autograd.Function):
+    """The logits are computed twice and never kept. For a result whose tokens get a factor each."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets, head: _Head) -> Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.targets, ctx.head = targets, head
+        return head.evaluate(hidden, weight, targets).values
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor):
+        hidden, weight = ctx.saved_tensors
+        _, grad_hidden, grad_weight = ctx.head.evaluate(hidden, weight, ctx.targets, grad, ctx.needs_input_grad[:2])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
