@@ -50,6 +50,9 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
         seed=settings.seed,
         token_columns={"reference_logps": context.inputs["reference"]} if "reference" in context.inputs else {},
     )
+    for source, rows in data.dropped.items():
+        if rows:
+            context.console.note(f"{rows} rows of {source} are longer than the context and left out")
     model = build_model(context)
     objective = build_objective(context, model, tokenizer)
     journal = Journal(

@@ -118,6 +118,14 @@ def test_the_same_settings_give_the_same_weights_for_any_micro_batch(pretrained,
         torch.testing.assert_close(weight, weights(small)[name], rtol=0, atol=1e-4)  # rounding, after 25 steps
 
 
+def test_products_in_bf16_leave_weights_in_fp32(pretrained, settings, context_of):
+    context = context_of(settings(precision="bf16"), pretrained[0].inputs)
+    result = train.run(context)
+    assert result.metrics["loss"] == pytest.approx(pretrained[1].metrics["loss"], rel=0.2)
+    assert result.metrics["loss"] != pretrained[1].metrics["loss"]
+    assert {weight.dtype for weight in weights(context).values()} == {torch.float32}
+
+
 def test_sft_and_dpo_follow(pretrained, settings, prepared, tokenizer_artifact, context_of):
     inputs = {"tokenizer": tokenizer_artifact, "starts_from": pretrained[0].output}
     sft = context_of(settings("conversations", rope_theta=1e6), inputs | {"data": prepared["conversations"]})
