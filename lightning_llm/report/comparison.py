@@ -1,0 +1,50 @@
+"""Settings of runs as text: the recipe as YAML, the environment, and the settings in which several runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lightning_llm.report.numbers import NOTHING
+from lightning_llm.report.record import Run
+
+
+def recipe_text(run: Run) -> str:
+    """The scaled recipe as YAML."""
+    import yaml
+
+    return yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Where the artifacts were made; several values where they were made in several places."""
+    found: dict[str, dict[str, None]] = {}
+    for record in (node.record for node in run.nodes if node.record):
+        facts = {
+            "lightning_llm": record.get("code_version"),
+            "commit": (record.get("git") or {}).get("commit"),
+            "device": record.get("device"),
+            "processor": record.get("cpu_capability"),
+            "threads": record.get("threads"),
+            **(record.get("libraries") or {}),
+        }
+        for name, value in facts.items():
+            if value is not None:
+                found.setdefault(name, {})[str(value)] = None
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Settings of the scaled recipes that are not the same in all runs: dotted key -> value of each."""
+    flat = [dict(_leaves(run.recipe)) for run in runs]
+    keys = dict.fromkeys(key for settings in flat for key in settings)
+    values = {key: [str(settings.get(key, NOTHING)) for settings in flat] for key in keys}
+    return {key: each for key, each in values.items() if len(set(each)) > 1}
+
+
+def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and tree:
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
