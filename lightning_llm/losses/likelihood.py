@@ -59,6 +59,8 @@ def token_log_likelihood(
     ids = target_ids if target_ids.ndim == 2 else target_ids[:, None]
     if temperature <= 0 or (softcap is not None and softcap <= 0):
         raise ValueError(f"temperature and softcap must be positive, got {temperature} and {softcap}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be positive, got {chunk}")
     if len(ids) != count or (target_weights is not None and target_weights.shape != ids.shape):
         raise ValueError("target_ids has a row per row of hidden, and target_weights the same shape")
     for name, given in (("token_weights", token_weights), ("tail_weight", tail_weight)):
@@ -192,14 +194,16 @@ class _Likelihood:
         self.log_tail = None  # log-probability of all ids that are no target [n, 1]
         chosen = logits.gather(1, targets.ids)  # [n, k]
         if targets.tail is None:
-            norm, self.share = _exponentiate_(logits)
+            top, log_sum = _exponentiate_(logits)
+            self.log_share = -log_sum
         else:
-            norm = logits.logsumexp(1, keepdim=True)
+            top, log_sum = _exponentiate_(logits.clone())
             logits.scatter_(1, targets.ids, float("-inf"))
-            tail_norm, self.share = _exponentiate_(logits)
-            self.log_tail = tail_norm - norm
+            tail_top, tail_log_sum = _exponentiate_(logits)
+            self.log_share = -tail_log_sum
+            self.log_tail = (tail_top - top) + (tail_log_sum - log_sum)
         self.exponentials = logits
-        self.log_p = chosen - norm
+        self.log_p = (chosen - top) - log_sum  # differences first: of large logits they are exact
         self.values = (targets.weights * self.log_p).sum(1)
         if targets.tail is not None and self.log_tail is not None:
             self.values += targets.tail * self.log_tail.squeeze(1)
@@ -212,26 +216,26 @@ class _Likelihood:
             (t / P - (sum w + t)) p_v elsewhere, where p_v / P is the softmax over the tail: nothing overflows.
         """
         ids, factors = self.targets.ids, factors[:, None]
+        share = self.log_share.exp()  # turns the exponentials into probabilities, of all ids or of those in the tail
         total = self.targets.weights.sum(1, keepdim=True)
         grad = self.exponentials
         if self.targets.tail is None or self.log_tail is None:
-            grad.mul_(-total * self.share * factors)
+            grad.mul_(-total * share * factors)
         else:
             tail = self.targets.tail[:, None]
             total = total + tail
-            grad.mul_((tail - total * self.log_tail.exp()) * self.share * factors)
+            grad.mul_((tail - total * self.log_tail.exp()) * share * factors)
             grad.scatter_(1, ids, -total * self.log_p.exp() * factors)  # set, not added: an id may be listed twice
         return grad.scatter_add_(1, ids, self.targets.weights * factors)
 
 
 def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """In place to exp(logits - their maximum) -> log-sum-exp [n, 1], the factor that makes them probabilities [n, 1].
+    """In place to exp(logits - top) -> top, the largest logit [n, 1], and the log of the exponentials' sum [n, 1].
 
     One exponential per logit; `logsumexp` and a softmax would take two.
     """
     top = logits.amax(1, keepdim=True)
-    norm = logits.sub_(top).exp_().sum(1, keepdim=True).log_().add_(top)
-    return norm, (top - norm).exp_()
+    return top, logits.sub_(top).exp_().sum(1, keepdim=True).log_()
 
 
 class _GradientInForward(torch.autograd.Function):
@@ -240,7 +244,8 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets, factors: Tensor, head: _Head) -> Tensor:
         values, *ctx.gradients = head.evaluate(hidden, weight, targets, factors, ctx.needs_input_grad[:2])
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(hidden, weight)
+        ctx.targets, ctx.factors, ctx.head = targets, factors, head
         return values
 
     @staticmethod
@@ -251,17 +256,16 @@ class _GradientInForward(torch.autograd.Function):
                 "token_log_likelihood: with token_weights the gradient is made in the forward pass, so that the "
                 "result may only be summed and scaled as a whole; leave token_weights out to treat tokens differently"
             )
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "token_log_likelihood: with token_weights one backward pass uses the gradients up; leave "
-                "token_weights out to go through it a second time"
-            )
-        (grad_hidden, grad_weight), ctx.gradients = ctx.gradients, None
+        hidden, weight = ctx.saved_tensors
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # handed on before: the graph is gone through a second time
+            _, *gradients = ctx.head.evaluate(hidden, weight, ctx.targets, ctx.factors, ctx.needs_input_grad[:2])
+        grad_hidden, grad_weight = gradients
         factor = grad[:1].sum()
         if grad_hidden is not None:
             grad_hidden.mul_(factor)
         if grad_weight is not None:
-            grad_weight = grad_weight.mul_(factor).to(ctx.weight_dtype)
+            grad_weight = grad_weight.mul_(factor).to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
