@@ -1,1 +1,1 @@
-"""Losses as pure functions on tensors: sums and counts leave the caller, nothing is averaged here."""
+"""Losses: pure functions on tensors. Nothing is averaged here."""
