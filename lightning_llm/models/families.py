@@ -147,15 +147,13 @@ def write_config(directory: Path, config: ModelConfig, dtype: torch.dtype, eos_t
 
 
 def stored_parts(config: ModelConfig, parameters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(key on disk, view of a parameter): what we keep as one product, a Hugging Face file keeps apart."""
+    """(key on disk, view of a parameter): names are alike, but on disk queries, keys and values are kept apart."""
     heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
     for name, parameter in parameters.items():
         name = name if name.startswith("lm_head.") else f"model.{name}"
         if ".qkv_proj." in name:
             views = parameter.split([count * config.head_size for count in heads])
             yield from zip((name.replace("qkv", x) for x in "qkv"), views, strict=True)
-        elif ".gate_up_proj." in name:
-            yield from zip((name.replace("gate_up", x) for x in ("gate", "up")), parameter.chunk(2), strict=True)
         else:
             yield name, parameter
 

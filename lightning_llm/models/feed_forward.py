@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer: SwiGLU (Shazeer 2020, arXiv 2002.05202), gate and up as one product."""
+"""The feed-forward half of a layer: SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class FeedForward(nn.Module):
         super().__init__()
         if config.hidden_act != "silu":
             raise UserError("model.hidden_act", f"{config.hidden_act!r} is not built yet", "Use silu")
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)  # gate first
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # [T, intermediate] each
-        return self.down_proj(silu(gate) * up)
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
