@@ -22,6 +22,7 @@ def training_curves(runs: Sequence[Run]) -> Figure | None:
     traces: list[Trace] = []
     for run, stage, offset, colour in _curves(runs):
         name, shared = _name(runs, run, stage), {"legendgroup": _group(runs, run, stage)}
+        shared["name"] = escape(shared["legendgroup"], quote=False)
         first = not any(trace.get("legendgroup") == shared["legendgroup"] for trace in traces)
         for axis, figure in enumerate(("loss", "lr", "grad_norm"), start=1):
             lines = [line for line in stage.training if is_number(line.get(figure))]
@@ -203,6 +204,7 @@ def _curve(lines: list[dict[str, Any]], figure: str, offset: float, colour: str,
         "type": "scatter",
         "mode": "lines",
         "name": escape(name, quote=False),
+        "hovertemplate": f"%{{y:.4g}} after %{{x:,.0f}} tokens<extra>{escape(name, quote=False)}</extra>",
         "x": [offset + line["tokens"] for line in lines],
         "y": [digits(line[figure]) for line in lines],
         "yaxis": "y" if axis == 1 else f"y{axis}",

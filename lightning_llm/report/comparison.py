@@ -8,12 +8,17 @@ from typing import Any
 from lightning_llm.report.numbers import NOTHING
 from lightning_llm.report.record import Run
 
+BOOKKEEPING = ("pinned", "published", "is_scaled")  # of recipe.json: how the figures came about
+ELSEWHERE = (*BOOKKEEPING, "overrides", "store", "runs", "limits")  # no difference in what was trained
+
 
 def recipe_text(run: Run) -> str:
-    """The scaled recipe as YAML."""
+    """The scaled recipe as YAML, without what is not set."""
     import yaml
 
-    return yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
+    return yaml.safe_dump(
+        _without_nothing(run.recipe), sort_keys=False, allow_unicode=True, width=110, default_flow_style=None
+    )
 
 
 def environment(run: Run) -> dict[str, str]:
@@ -36,10 +41,17 @@ def environment(run: Run) -> dict[str, str]:
 
 def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     """Settings of the scaled recipes that are not the same in all runs: dotted key -> value of each."""
-    flat = [dict(_leaves(run.recipe)) for run in runs]
+    flat = [dict(_leaves({name: value for name, value in run.recipe.items() if name not in ELSEWHERE})) for run in runs]
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: [str(settings.get(key, NOTHING)) for settings in flat] for key in keys}
     return {key: each for key, each in values.items() if len(set(each)) > 1}
+
+
+def _without_nothing(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        kept = {key: _without_nothing(value) for key, value in tree.items() if key not in BOOKKEEPING}
+        return {key: value for key, value in kept.items() if value is not None and value not in ({}, [])}
+    return tree
 
 
 def _leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

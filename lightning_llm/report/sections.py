@@ -54,6 +54,11 @@ def notices(runs: Sequence[Run]) -> str:
 def missing(runs: Sequence[Run]) -> Iterable[str]:
     for run in runs:
         which = f"{run.name}: " if len(runs) > 1 else ""
+        status = run.facts.get("status", "done")
+        if status != "done":
+            yield which + {"running": "the run has not ended", "failed": "the run failed"}.get(
+                status, f"the run was {status}"
+            )
         if run.missing and run.nodes:
             yield f"{which}not made: {', '.join(node.name for node in run.missing)}"
         for problem in run.problems:
@@ -224,7 +229,7 @@ def totals(run: Run) -> dict[str, str]:
         "parameters": quantity(parameters[-1]) if parameters else NOTHING,
         "tokens trained": quantity(sum(tokens)) if tokens else NOTHING,
         "FLOPs": flops(sum(operations)),
-        "time": duration(sum(spent)) if spent else NOTHING,
+        "time": duration(run.facts.get("seconds", sum(spent))),
         "stages": f"{len(made)} of {len(run.nodes)}" if len(made) < len(run.nodes) else str(len(made)),
         "reused": f"{len(reused)}, {duration(sum(reused))}" if reused else NOTHING,
     }

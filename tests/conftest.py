@@ -1,0 +1,39 @@
+"""A real run of the whole recipe, small enough for a test: four stages with all that is inserted for them."""
+
+from __future__ import annotations
+
+import pytest
+
+TINY = [  # overrides of qwen2 at nano
+    "scale.pretraining_tokens=40_000",
+    "stages.sft.examples=200",
+    "stages.dpo.examples=100",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.num_attention_heads=2",
+    "model.num_key_value_heads=1",
+    "model.intermediate_size=64",
+    "scale.vocabulary=512",
+    "tokenizer.sample_bytes=50_000",
+    *(
+        f"scale.corpora.{name}.max_rows={rows}"
+        for name, rows in (("web", 40), ("docs", 200), ("math", 200), ("code", 40))
+    ),
+    "scale.corpora.instructions.options.rows=300",
+    "scale.corpora.preferences.options.rows=200",
+    "evaluation.text_tokens=2000",
+    "evaluation.long_documents=2",
+    "evaluation.questions=12",
+    "evaluation.preference_pairs=8",
+    "evaluation.max_new_tokens=12",
+    "compute.threads=1",
+]
+
+
+@pytest.fixture(scope="session")
+def run_folder(tmp_path_factory):
+    """The folder of a finished run."""
+    from lightning_llm import compose, run
+
+    place = tmp_path_factory.mktemp("run")
+    return run(compose("qwen2", overrides=[*TINY, f"store.root={place}/artifacts", f"runs={place}/runs"])).folder

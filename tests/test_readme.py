@@ -1,0 +1,100 @@
+"""The README runs as written: cheap commands for real, `run` as the plan it would execute, Python up to what trains."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+PROGRAM = [sys.executable, "-c", "import sys; from lightning_llm.cli import main; sys.exit(main())"]
+
+
+def arguments(line: str) -> list[str]:
+    return shlex.split(line, comments=True)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory, run_folder):
+    """Where the README's user works: the YAML files and the data it shows, and a run."""
+    place = tmp_path_factory.mktemp("readme")
+    for kind, block in BLOCKS:
+        if kind == "yaml":
+            path = place / block.splitlines()[0].removeprefix("# ")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(block, encoding="utf-8")
+        elif kind == "json":
+            rows = block.splitlines()
+            (place / "chats.jsonl").write_text("\n".join(row for row in rows if "messages" in row), encoding="utf-8")
+            (place / "pairs.jsonl").write_text("\n".join(row for row in rows if "chosen" in row), encoding="utf-8")
+    (place / "texts").mkdir()
+    (place / "runs" / "qwen2").mkdir(parents=True)
+    (place / "runs" / "qwen2" / run_folder.name).symlink_to(run_folder)
+    return place
+
+
+def lightning_llm(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([*PROGRAM, *words], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("lightning-llm")])
+def test_commands_run_as_written(line, folder):
+    verb, *rest = arguments(line)[1:]
+    words = [str(path) for word in rest for path in (sorted(folder.glob(word)) if word.endswith("/*") else [word])]
+    done = lightning_llm(folder, "plan" if verb == "run" else verb, *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_make_knows_the_targets():
+    for line in COMMANDS:
+        if line.startswith("make"):
+            subprocess.run(["make", "--dry-run", *arguments(line)[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_python_runs_up_to_what_trains(folder, monkeypatch, capsys):
+    """The last statement trains: its arguments are checked against the function, all before it is executed."""
+    [block] = [block for kind, block in BLOCKS if kind == "python"]
+    *before, last = ast.parse(block).body
+    monkeypatch.chdir(folder)
+    names: dict[str, object] = {}
+    exec(compile(ast.Module(before, []), "README.md", "exec"), names)
+    assert "dpo" in capsys.readouterr().out
+    assert isinstance(last, ast.Assign)
+    assert isinstance(last.value, ast.Call)
+    call = last.value
+    given = {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+    inspect.signature(names["run"]).bind(names["recipe"], **given)
+
+
+def test_rows_shown_are_rows(tmp_path):
+    from lightning_llm.data.config import SourceConfig
+    from lightning_llm.data.sources import open_source
+
+    [block] = [block for kind, block in BLOCKS if kind == "json"]
+    forms = []
+    for number, line in enumerate(block.splitlines()):
+        json.loads(line)
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(line + "\n", encoding="utf-8")
+        [row] = open_source(SourceConfig(path=str(path)), "data.sources.mine").rows()
+        assert not isinstance(row, Exception), row
+        forms.append(row.form)
+    assert forms == ["text", "conversations", "conversations", "pairs"]
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    assert [target for target in targets if "://" not in target and not (ROOT / target).exists()] == []
