@@ -1,0 +1,303 @@
+"""lightning-llm VERB ...: the verb first, then plain Hydra. Nothing heavy is imported before a stage runs."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_llm import __version__
+from lightning_llm.settings import UserError
+
+if TYPE_CHECKING:
+    from lightning_llm.pipeline.composition import Composition
+
+VERBS = {  # verb -> what it takes besides overrides, what it does
+    "run": ("recipe=NAME", "make what is missing of a recipe, stage by stage"),
+    "plan": ("recipe=NAME", "show what run would do: tokens, steps, FLOPs, memory, disk, time"),
+    "report": ("RUN...", "write one HTML page about one run or several"),
+    "store": ("list|verify|remove [ARTIFACT...]", "look after finished artifacts"),
+}
+POSITIONAL = {"report": "runs", "store": "names"}  # verb -> the setting that words without = stand for
+VALUED_FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+EXAMPLES = """\
+  lightning-llm run recipe=qwen2                                       all stages at nano; again: what is missing
+  lightning-llm run recipe=qwen2 stages.dpo.objective.beta=0.05        everything before dpo is reused
+  lightning-llm run recipe=qwen2 objective@stages.dpo.objective=ipo    swap an option of one stage
+  lightning-llm run recipe=qwen2 until=sft | only=dpo | force=[sft]
+  lightning-llm run -m recipe=qwen2 seed=0,1,2                         a sweep
+  lightning-llm plan recipe=qwen2 scale=paper compute=ddp format=json"""
+FLAGS = """\
+  --cfg job             print the composed settings      --info defaults   print where they come from
+  --config-dir FOLDER   your own YAML files              -m, --multirun    run every combination of a=1,2 b=x,y
+  --version             print the version                --hydra-help      all of Hydra's flags"""
+
+
+def main() -> None:
+    """The console script. Exit codes: 0 done, 2 the user's mistake, 1 a failed stage or a bug, 130 interrupted."""
+    sys.exit(command(sys.argv[1:]))
+
+
+def command(words: list[str]) -> int:
+    """Run one command line and return its exit code; anything that is neither the user's mistake nor a failed stage
+    is a bug and comes out with its traceback."""
+    try:
+        return _command(words)
+    except UserError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues with the stage that was cut", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _command(words: list[str]) -> int:
+    if words and words[0] in ("-sc", "--shell-completion"):
+        words = _completed_words(words)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"lightning-llm {__version__}")
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        remedy = f"The nearest is {near[0]}" if near else f"Verbs are {', '.join(VERBS)}"
+        raise UserError("lightning-llm", f"there is no verb {verb}", remedy)
+    if "-h" in rest or "--help" in rest:
+        print(usage_of(verb, _option(rest, "--config-dir", "-cd")))
+        return 0
+    if "--version" in rest:
+        print(f"lightning-llm {__version__}")
+        return 0
+    return _hydra(verb, _arranged(verb, rest))
+
+
+def _complain(error: UserError) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+# ---- Hydra ----
+
+
+def _hydra(verb: str, words: list[str]) -> int:
+    """Hand the words to Hydra. Its complaints come back as ours, and so does what the verb raises."""
+    import hydra
+    from hydra._internal.utils import get_args_parser
+
+    from lightning_llm.pipeline.composition import CONF, build_loader
+    from lightning_llm.pipeline.mistakes import as_user_error
+    from lightning_llm.pipeline.sweep import SweepFailed, use_checked_sweeper
+
+    flags = get_args_parser().parse_args(words)
+    loader = build_loader(flags.config_dir)
+    if flags.cfg:
+        _check_tree(verb, flags.overrides, loader)
+    use_checked_sweeper()
+    argv, kept = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["lightning-llm", *words]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print
+    outcome: list[int | BaseException] = []
+    try:
+        hydra.main(config_path=str(CONF), config_name=verb, version_base="1.3")(_job(verb, outcome))()
+    except SweepFailed as error:
+        return 2 if error.is_users else 1
+    except Exception as error:
+        if mistake := as_user_error(error, loader, flags.overrides):
+            raise mistake from error
+        raise
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if kept is not None:
+            os.environ["HYDRA_FULL_ERROR"] = kept
+    for result in outcome:
+        if isinstance(result, BaseException):
+            raise result
+    return max((result for result in outcome if isinstance(result, int)), default=0)
+
+
+def _check_tree(verb: str, overrides: list[str], loader: Any) -> None:
+    """Refuse an unknown key also where Hydra itself prints the tree."""
+    from lightning_llm.pipeline.composition import compose_tree
+    from lightning_llm.pipeline.recipe import build_recipe, refuse_unknown_keys
+
+    composition = compose_tree(verb, overrides, loader=loader)
+    refuse_unknown_keys(composition)
+    if composition.recipe is not None:
+        build_recipe(composition)
+
+
+def _job(verb: str, outcome: list[int | BaseException]) -> Callable[[Any], Any]:
+    """What Hydra calls with a composed tree: once, or for each job of a sweep."""
+
+    def job(config: Any) -> Any:
+        from hydra.core.global_hydra import GlobalHydra
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+
+        from lightning_llm.pipeline.composition import job_composition
+
+        work = {"run": _run, "plan": _plan, "report": _report, "store": _store}[verb]
+        if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper keeps the errors of the jobs apart
+            return work(job_composition(verb, config, GlobalHydra.instance().config_loader()))[1]
+        try:  # past Hydra, which would add lines of its own
+            code, result = work(job_composition(verb, config, GlobalHydra.instance().config_loader()))
+            outcome.append(code)
+            return result
+        except Exception as error:
+            outcome.append(error)
+
+    return job
+
+
+# ---- verbs: (exit code, what they leave) ----
+
+
+def _run(composition: Composition) -> tuple[int, str]:
+    from lightning_llm.pipeline import run
+    from lightning_llm.pipeline.recipe import build_recipe, build_settings
+
+    settings = build_settings(composition)
+    recipe = build_recipe(composition, settings)
+    record = run(recipe, until=settings.until, only=settings.only, force=settings.force)
+    from lightning_llm.report import report
+
+    report([record.folder], record.folder / "report.html")
+    print(record.folder, flush=True)
+    return 0, str(record.folder)
+
+
+def _plan(composition: Composition) -> tuple[int, None]:
+    from lightning_llm.pipeline import plan
+    from lightning_llm.pipeline.recipe import build_recipe, build_settings
+
+    settings = build_settings(composition)
+    if settings.format not in ("text", "json"):
+        raise UserError("format", f"is {settings.format!r}", "Give text or json")
+    chosen = plan(build_recipe(composition, settings)).selected(until=settings.until, only=settings.only)
+    if settings.format == "json":
+        import json
+
+        print(json.dumps(chosen.to_json(), indent=2))
+    else:
+        print(chosen)
+    return 0, None
+
+
+def _report(composition: Composition) -> tuple[int, str]:
+    from lightning_llm.pipeline.recipe import build_settings
+    from lightning_llm.report import report
+
+    settings = build_settings(composition)
+    page = report([Path(run) for run in settings.runs], Path(settings.output))
+    print(page)
+    return 0, str(page)
+
+
+def _store(composition: Composition) -> tuple[int, None]:
+    from lightning_llm.pipeline.recipe import build_settings
+    from lightning_llm.pipeline.store_report import list_store, remove_from_store, verify_store
+
+    settings = build_settings(composition)
+    actions = {"list": list_store, "verify": verify_store, "remove": remove_from_store}
+    if settings.action not in actions:
+        near = difflib.get_close_matches(settings.action, actions, n=1)
+        remedy = f"The nearest is {near[0]}" if near else f"Give {', '.join(actions)}"
+        raise UserError("store", f"cannot {settings.action}", remedy)
+    return actions[settings.action](settings), None
+
+
+# ---- words ----
+
+
+def _arranged(verb: str, words: list[str]) -> list[str]:
+    """Flags first, as Hydra wants them; then overrides, among them `report A B` and `store remove A` spelt as such."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    plain: list[str] = []
+    takes_value = False
+    for word in words:
+        if takes_value or word.startswith("-"):
+            flags.append(word)
+        else:
+            (overrides if "=" in word or word.startswith("~") or verb not in POSITIONAL else plain).append(word)
+        takes_value = not takes_value and word in VALUED_FLAGS
+    if verb == "store" and plain:
+        overrides.append(f"action={_quoted(plain.pop(0))}")
+    if plain:
+        overrides.append(f"{POSITIONAL[verb]}=[{','.join(map(_quoted, plain))}]")
+    return flags + overrides
+
+
+def _quoted(word: str) -> str:
+    """A word as a string of Hydra's grammar."""
+    escaped = word.replace("\\", "\\\\") if word.endswith("\\") else word
+    return "'" + escaped.replace("'", "\\'") + "'"
+
+
+def _completed_words(words: list[str]) -> list[str]:
+    """The words of a completion request with the verb in front, which Hydra does not know of."""
+    if "query=bash" not in words:
+        return ["run", *words]
+    program, _, rest = os.environ["COMP_LINE"].partition(" ")
+    verb, space, rest = rest.lstrip().partition(" ")
+    if not space or verb not in VERBS:
+        print(" ".join(VERBS))
+        sys.exit(0)
+    os.environ["COMP_LINE"] = f"{program} {rest}"
+    return [verb, *words]
+
+
+# ---- help ----
+
+
+def usage() -> str:
+    """What --help prints."""
+    verbs = "\n".join(f"  {verb:<8}{words:<34}{what}" for verb, (words, what) in VERBS.items())
+    return (
+        f"lightning-llm {__version__}: published LLM training recipes as programs\n\n"
+        f"lightning-llm VERB [key=value ...]\n\n{verbs}\n\n{EXAMPLES}\n\n{FLAGS}\n\n"
+        "lightning-llm VERB --help lists what can be chosen."
+    )
+
+
+def usage_of(verb: str, config_dir: str | None) -> str:
+    """What VERB --help prints: what it takes, and the options of every group, the user's own among them."""
+    words, what = VERBS[verb]
+    head = f"lightning-llm {verb} {words} [key=value ...]: {what}"
+    if verb in ("report", "store"):
+        return f"{head}\n\n{FLAGS}"
+    package = Path(__file__).parent
+    shipped = next(path for path in (package.parent / "conf", package / "conf") if (path / "base.yaml").is_file())
+    options: dict[str, set[str]] = {}
+    for folder in (shipped, *([Path(config_dir)] if config_dir else [])):
+        for path in folder.glob("*/*.yaml"):
+            options.setdefault(path.parent.name, set()).add(path.stem)
+    groups = "\n".join(f"  {group:<12}{', '.join(sorted(names))}" for group, names in sorted(options.items()))
+    return (
+        f"{head}\n\ngroups (group=option; in a stage group@stages.NAME.group=option):\n{groups}\n\n"
+        f"any setting: key=value, as --cfg job prints them\n\n{EXAMPLES}\n\n{FLAGS}"
+    )
+
+
+def _option(words: list[str], *names: str) -> str | None:
+    """The value of a flag, given as `--flag value` or `--flag=value`."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word in names:
+            return following
+        for name in names:
+            if word.startswith(f"{name}="):
+                return word.partition("=")[2]
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""YAML and overrides to one tree: where conf/ is, the schemas that Hydra checks it against, what the user has set.
+
+This file and sweep.py are all that knows Hydra; recipe.py turns the tree into dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module, metadata
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path
+from hydra.conf import HydraConf
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from lightning_llm.pipeline.mistakes import COMMAND_LINE, as_user_error, unknown_setting
+from lightning_llm.settings import OPTIONS, UserError
+
+PACKAGE = Path(__file__).parents[1]
+CONF = next(p for p in (PACKAGE.parent / "conf", PACKAGE / "conf") if (p / "base.yaml").is_file())  # checkout, wheel
+SETTINGS = (
+    "models",
+    "data",
+    "optimization",
+    "objectives",
+    "evaluation",
+    "stages",
+    "pipeline",
+)  # packages with a config.py
+
+
+@dataclass
+class Composition:
+    """A composed tree, and what of it the user has set."""
+
+    verb: str
+    config: DictConfig
+    choices: dict[str, str | None] = field(default_factory=dict)  # group -> option
+    overrides: list[str] = field(default_factory=list)
+    pinned: frozenset[str] = frozenset()  # keys that the command line, an experiment or a sweep sets
+    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned keys of stages
+
+    @property
+    def recipe(self) -> str | None:
+        """The recipe's name: the option that was chosen."""
+        return self.choices.get("recipe")
+
+
+@functools.cache
+def register_schemas() -> None:
+    """Give Hydra every dataclass that is an option. In a group of their own, since no user chooses among them."""
+    for package in SETTINGS:
+        import_module(f"lightning_llm.{package}.config")
+    for entry in metadata.entry_points(group="lightning_llm.settings"):  # options of other people's packages
+        entry.load()
+    for (group, name), schema in OPTIONS.items():
+        ConfigStore.instance().store(group=f"schema/{group}", name=name, node=schema)
+
+
+def build_loader(config_dir: str | Path | None = None) -> ConfigLoaderImpl:
+    """Hydra's loader for our conf/ and the user's folder, beside whatever else Hydra does in this process.
+
+    Raises:
+        UserError: the folder does not exist.
+    """
+    version.setbase("1.3")
+    register_schemas()
+    search_path = create_config_search_path(str(CONF))
+    if config_dir is not None:
+        folder = Path(config_dir).absolute()
+        if not folder.is_dir():
+            raise UserError(
+                "--config-dir", f"there is no folder {config_dir}", "Name the folder of your own YAML files"
+            )
+        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    return ConfigLoaderImpl(config_search_path=search_path)
+
+
+def compose_tree(
+    verb: str,
+    overrides: Sequence[str] = (),
+    config_dir: str | Path | None = None,
+    loader: ConfigLoaderImpl | None = None,
+) -> Composition:
+    """Compose what a verb is given.
+
+    Args:
+        overrides: as on the command line.
+        config_dir: a folder of the user's own YAML files, searched besides ours.
+        loader: instead of `config_dir`, one that is there already.
+
+    Raises:
+        UserError: the user's mistake, in one line.
+    """
+    overrides = list(overrides)
+    loader = loader or build_loader(config_dir)
+    try:
+        config = loader.load_configuration(verb, overrides, run_mode=RunMode.RUN, from_shell=False)
+    except Exception as error:
+        if mistake := as_user_error(error, loader, overrides):
+            raise mistake from error
+        raise
+    return read_composition(verb, config, overrides, loader)
+
+
+def read_composition(verb: str, config: DictConfig, overrides: list[str], loader: ConfigLoaderImpl) -> Composition:
+    """What Hydra has composed, without Hydra's own settings."""
+    _refuse_additions(overrides)
+    choices = dict(config.hydra.runtime.choices)
+    with open_dict(config):
+        del config["hydra"]
+    return _with_origins(Composition(verb, config, choices, overrides), loader)
+
+
+def job_composition(verb: str, config: DictConfig, loader: ConfigLoader) -> Composition:
+    """The same of what Hydra hands to a job: the settings and its own apart."""
+    own = HydraConfig.get()
+    _refuse_additions(own.overrides.hydra)
+    overrides = OmegaConf.to_container(own.overrides.task)
+    composition = Composition(verb, config, dict(own.runtime.choices), overrides)  # pyright: ignore[reportArgumentType]
+    return _with_origins(composition, loader)  # pyright: ignore[reportArgumentType]
+
+
+def _refuse_additions(overrides: Sequence[str]) -> None:
+    """Refuse `+hydra.<key>=...` for what is none of Hydra's own settings."""
+    for override in overrides:
+        if override.startswith(("+hydra.", "++hydra.")):
+            path, *names = override.lstrip("+").partition("=")[0].split(".")
+            schema: Any = HydraConf
+            for name in names:
+                if not dataclasses.is_dataclass(schema):
+                    break
+                path += f".{name}"
+                if name not in {f.name for f in dataclasses.fields(schema)}:
+                    raise unknown_setting(path, schema, COMMAND_LINE)  # pyright: ignore[reportArgumentType]
+                schema = typing.get_type_hints(schema)[name]
+
+
+def _with_origins(composition: Composition, loader: ConfigLoaderImpl) -> Composition:
+    verb, overrides = composition.verb, composition.overrides
+    composition.pinned = frozenset(_user_keys(verb, overrides, loader))
+    if any(key.startswith("stages.") for key in composition.pinned):
+        composition.published = _published(verb, overrides, loader, composition.pinned)
+    return composition
+
+
+def _user_keys(verb: str, overrides: list[str], loader: ConfigLoaderImpl) -> set[str]:
+    """Dotted keys of every value that the overrides and the chosen experiment state."""
+    keys: set[str] = set()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key = override.key_or_group
+        if override.package is not None or override.is_hydra_override() or loader.repository.group_exists(key):
+            continue
+        keys.update(_leaves(override.value(), key))
+    for default in _experiment_files(verb, overrides, loader):
+        loaded = loader.repository.load_config(default.config_path)
+        values = OmegaConf.to_container(loaded.config) if loaded else {}
+        keys.update(_leaves(values, default.package or ""))
+    return {key for key in keys if key.split(".")[0] not in ("hydra", "defaults")}
+
+
+def _leaves(value: Any, key: str) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield key
+        return
+    for name, part in value.items():
+        yield from _leaves(part, f"{key}.{name}" if key else str(name))
+
+
+def _experiment_files(verb: str, overrides: list[str], loader: ConfigLoaderImpl) -> list[Any]:
+    if not any(override.lstrip("+").startswith("experiment") for override in overrides):
+        return []
+    defaults = loader.compute_defaults_list(verb, overrides, RunMode.RUN).defaults
+    return [default for default in defaults if (default.config_path or "").startswith("experiment/")]
+
+
+def _published(verb: str, overrides: list[str], loader: ConfigLoaderImpl, keys: frozenset[str]) -> dict[str, Any]:
+    """What the files say for `keys` where neither an override nor an experiment comes in between.
+
+    The same files are merged again without the last two. A scale maps a stage by the recipe's own figures of all
+    stages, so it has to know them also where the user has set others.
+    """
+    defaults, repository = loader.compute_defaults_list(verb, overrides, RunMode.RUN).defaults, loader.repository
+    files = [default for default in defaults if not (default.config_path or "").startswith("experiment/")]
+    config = loader._compose_config_from_defaults_list(files, repository)
+    published = {}
+    for key in filter(lambda key: key.startswith("stages."), keys):
+        value = OmegaConf.select(config, key, default=None)
+        published[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return published

@@ -1,0 +1,126 @@
+"""Settings of the pipeline: what a scale may say, and the tree that each verb of the command line is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_llm.data.config import SourceConfig, TokenizerConfig
+from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.settings import option
+from lightning_llm.stages.config import ComputeConfig, TrainStage
+
+
+@dataclass
+class PhaseScale:
+    """What a scale does to the stages of one phase. None keeps the recipe's own figure."""
+
+    examples: float | None = None  # rows of a post-training stage; its epochs stay
+    tokens_per_example: float | None = None  # mean cost of one, where the data mixture does not say it itself
+    batch_tokens: float | None = None  # of the phase's first stage at its start; ratios to it are kept
+    lr_factor: float = 1.0  # for peak and final alike
+
+
+@dataclass
+class EvaluationScale:
+    """Sizes of the evaluation. None keeps what the evaluation says."""
+
+    text_tokens: int | None = None
+    long_documents: int | None = None
+    questions: int | None = None
+    preference_pairs: int | None = None
+    max_new_tokens: int | None = None
+    samples: int | None = None
+
+
+@option("scale", "scale")
+@dataclass
+class ScaleConfig:
+    """How large a recipe is run. None, and an empty entry, keep what the recipe says (pipeline/scaling.py)."""
+
+    name: str = "???"
+    shapes: dict[str, dict[str, Any]] = field(
+        default_factory=dict
+    )  # role -> fields of the model; other fields are kept
+    vocabulary: int | None = None  # of a tokenizer trained on the recipe's own text; none: the model's own tokenizer
+    context: int | None = None  # the recipe's first context; all others keep their multiple of it
+    pretraining_tokens: float | None = None  # of all pre-training stages together; their shares are kept
+    minimum_share: float = 0.0  # of pretraining_tokens, for each pre-training stage after the first
+    minimum_steps: int = 1  # optimizer steps of every stage, and of every segment of a ramp
+    minimum_warmup_steps: int = 0  # where a stage warms up at all
+    phases: dict[str, PhaseScale] = field(default_factory=dict)
+    validation: float | None = None  # share of rows held out, of every source
+    corpora: dict[str, SourceConfig] = field(default_factory=dict)  # source -> where from; without a path it is dropped
+    evaluation: EvaluationScale = field(default_factory=EvaluationScale)
+
+
+@dataclass
+class LimitsConfig:
+    """What `run` refuses."""
+
+    hours: float = 24.0  # estimated time of what is missing
+
+
+@dataclass
+class StoreConfig:
+    """Where artifacts live; may be shared by any number of runs, recipes and people."""
+
+    root: str = "artifacts"
+
+
+@dataclass
+class RecipeSettings:
+    """What `run` and `plan` have in common."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    stages: dict[str, TrainStage] = field(default_factory=dict)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+
+@option("verb", "run")
+@dataclass
+class RunSettings(RecipeSettings):
+    """lightning-llm run"""
+
+    until: str | None = None  # the last stage
+    only: str | None = None  # the one stage; what it needs has to be there
+    force: list[str] = field(default_factory=list)  # stages that are made again
+    runs: str = "runs"  # the folder of run folders
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+
+
+@option("verb", "plan")
+@dataclass
+class PlanSettings(RecipeSettings):
+    """lightning-llm plan"""
+
+    format: str = "text"  # text | json
+    until: str | None = None
+    only: str | None = None
+
+
+@option("verb", "report")
+@dataclass
+class ReportSettings:
+    """lightning-llm report RUN..."""
+
+    runs: list[str] = field(default_factory=list)  # run folders
+    output: str = "report.html"
+
+
+@option("verb", "store")
+@dataclass
+class StoreSettings:
+    """lightning-llm store list|verify|remove [ARTIFACT...]"""
+
+    action: str = "list"  # list | verify | remove
+    names: list[str] = field(default_factory=list)  # artifacts' folders or keys; none: all (not for remove)
+    runs: str = "runs"  # where to look for who refers to them
+    force: bool = False  # remove also what a run refers to
+    store: StoreConfig = field(default_factory=StoreConfig)

@@ -1,0 +1,224 @@
+"""The visible graph: every stage of a scaled recipe with the nodes it needs, all their settings resolved.
+
+    tokenizer            prepare   the one tokenizer of all stages that start from random weights
+    evaluation.prepare   prepare   held-out rows that all evaluations share
+    <stage>.prepare      prepare   its data as tokens
+    <stage>.reference    score     log-probabilities under the model it starts from, for preferences
+    <stage>              train
+    <stage>.evaluate     evaluate
+
+A stage that starts from a model of elsewhere brings that model's tokenizer: `<stage>.tokenizer`, and with it
+`<stage>.evaluation`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.optimization.config import LearningRateConfig
+from lightning_llm.pipeline.recipe import Recipe, order_of_stages
+from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
+from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, warmup_tokens
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import (
+    EvaluateSettings,
+    PrepareSettings,
+    ScoreSettings,
+    TokenizerSettings,
+    TrainSettings,
+    TrainStage,
+)
+from lightning_llm.stages.context import model_directory
+
+DATA_SEED = 0  # of tokenizers and prepared rows: they are the same for every seed of a sweep
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage as it will run."""
+
+    name: str
+    kind: str  # the verb's file: prepare | score | train | evaluate
+    settings: Any  # one of stages/config.py
+    inputs: dict[str, str] = field(default_factory=dict)  # role -> name of a node, or the path of a model of elsewhere
+    evaluate_every: float | None = None  # tokens; not part of the settings, since it decides nothing
+    figures: dict[str, Any] = field(default_factory=dict)  # what the plan says about it
+
+    @property
+    def stage(self) -> str:
+        """The recipe's stage that it belongs to; `tokenizer` and `evaluation` belong to all."""
+        return self.name.partition(".")[0]
+
+
+def expand(recipe: Recipe) -> list[Node]:
+    """All nodes of a scaled recipe, each after its inputs.
+
+    Raises:
+        UserError: a model of elsewhere that is none, a mixture without sources.
+    """
+    assert recipe.is_scaled, "expand(scaled(recipe))"
+    return list(_Expansion(recipe).nodes())
+
+
+class _Expansion:
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.models: dict[str, ModelConfig] = {}  # stage -> shape
+        self.first_context = int(as_ramp(next(iter(recipe.stages.values())).context)[0]["value"])
+
+    def nodes(self) -> Iterator[Node]:
+        made: set[str] = set()
+        for name in order_of_stages(self.recipe.stages):
+            stage = self.recipe.stages[name]
+            self.models[name] = self._model(name, stage)
+            for node in self._nodes_of(name, stage):
+                if node.name not in made:  # the shared ones come up with every stage
+                    made.add(node.name)
+                    yield node
+
+    def _nodes_of(self, name: str, stage: TrainStage) -> Iterator[Node]:
+        recipe = self.recipe
+        root, outside = self._root(name)
+        tokenizer, held_out = ("tokenizer", "evaluation.prepare") if outside is None else (
+            f"{root}.tokenizer", f"{root}.evaluation")  # fmt: skip
+        yield Node(tokenizer, "prepare", self._tokenizer(outside))
+        evaluates = stage.evaluate and any(part.sources for part in _parts(recipe.evaluation).values())
+        if evaluates:
+            yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
+        train = self._train(name, stage)
+        contexts = sorted({int(entry["value"]) for entry in train.context})
+        data = PrepareSettings(
+            _rows_of(stage.data), contexts if stage.data.form != "text" else [], ["train", "validation"], DATA_SEED
+        )
+        yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer})
+        inputs = {"data": f"{name}.prepare", "tokenizer": tokenizer}
+        source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
+        if stage.objective.needs_reference:
+            score = ScoreSettings(contexts[-1], ["train", "validation"], recipe.compute.precision, stage.data.on_long)
+            yield Node(f"{name}.reference", "score", score, {"model": source["starts_from"], "data": f"{name}.prepare"})
+            inputs["reference"] = f"{name}.reference"
+        yield Node(name, "train", train, source | inputs, stage.evaluate_every)
+        if evaluates:
+            settings = EvaluateSettings(
+                evaluation=_without_sources(recipe.evaluation),
+                context=self.first_context,
+                full_context=contexts[-1],
+                preference_mode="implicit_reward" if stage.objective.needs_reference else "likelihood",
+                precision=recipe.compute.precision,
+                seed=recipe.seed,
+            )
+            yield Node(
+                f"{name}.evaluate",
+                "evaluate",
+                settings,
+                {"model": name, "data": held_out, "tokenizer": tokenizer, **source},
+            )
+
+    def _root(self, name: str) -> tuple[str, str | None]:
+        """The stage where a stage's line of models begins, and the model of elsewhere that it begins from."""
+        source = self.recipe.stages[name].starts_from
+        return self._root(source) if source in self.recipe.stages else (name, source)
+
+    def _source(self, starts_from: str) -> str:
+        return starts_from if starts_from in self.recipe.stages else str(Path(starts_from).expanduser().resolve())
+
+    def _model(self, name: str, stage: TrainStage) -> ModelConfig:
+        if stage.starts_from in self.models:
+            return self.models[stage.starts_from]
+        if stage.starts_from is None:
+            return self.recipe.model
+        from lightning_llm.models.families import read_config  # knows torch: only models of elsewhere cost it
+
+        return replace(read_config(model_directory(Path(self._source(stage.starts_from)))), name=name)
+
+    def _tokenizer(self, outside: str | None) -> TokenizerSettings:
+        recipe = self.recipe
+        source = recipe.model.tokenizer
+        if outside is not None:
+            source = str(model_directory(Path(self._source(outside))))
+            if not (Path(source) / "tokenizer.json").is_file():
+                raise UserError(
+                    source, "has a model but no tokenizer.json", "Put the model's tokenizer files beside it"
+                )
+        if source != "train":
+            return TokenizerSettings(TokenizerConfig(), source, DATA_SEED)
+        config = recipe.tokenizer
+        if not config.sources:
+            first = next(iter(recipe.stages.values())).data
+            paths = dict.fromkeys(source.path for source in first.sources.values() if source.path is not None)
+            config = replace(config, sources=list(paths))
+        return TokenizerSettings(config, source, DATA_SEED)
+
+    def _held_out(self) -> PrepareSettings:
+        """One mixture of all that is evaluated; the part stands in front of the source's name."""
+        evaluation = self.recipe.evaluation
+        sources, shares = {}, set()
+        for part, data in _parts(evaluation).items():
+            for name, source in data.sources.items():
+                if source.path == "embedded:tasks":  # as many questions as are asked
+                    each = math.ceil(evaluation.questions / len(data.sources))
+                    source = replace(source, options={"questions": each, **source.options})
+                sources[f"{part}/{name}"] = source
+                shares.add(data.validation)
+        for name, stage in self.recipe.stages.items():
+            if shares and stage.data.validation < max(shares):
+                raise UserError(
+                    f"stages.{name}.data.validation",
+                    f"holds out {stage.data.validation:g} of the rows, the evaluation takes {max(shares):g}",
+                    "Make it at least as large, so that nothing evaluated has been trained on",
+                )
+        data = DataConfig(name="evaluation", sources=sources, validation=max(shares, default=0.0))
+        return PrepareSettings(_rows_of(data), [], ["validation"], DATA_SEED)
+
+    def _train(self, name: str, stage: TrainStage) -> TrainSettings:
+        context, batch = _whole(as_ramp(stage.context)), _whole(as_ramp(stage.batch_tokens))
+        tokens = round(length_in_tokens(f"stages.{name}", stage, batch))
+        return TrainSettings(
+            model=replace(self.models[name], published={}, tokenizer="train"),
+            objective=stage.objective,
+            optimizer=stage.optimizer,
+            data=replace(stage.data, tokens_per_example=None),
+            lr=resolve_learning_rate(stage.lr, tokens, batch),
+            tokens=max(tokens, 1),
+            context=context,
+            batch_tokens=batch,
+            rope_theta=stage.rope_theta,
+            precision=self.recipe.compute.precision,
+            seed=self.recipe.seed,
+        )
+
+
+def resolve_learning_rate(lr: LearningRateConfig, tokens: int, batch: Ramp) -> LearningRateConfig:
+    """The same schedule with its end and its warm-up as figures, the latter in tokens."""
+    if lr.warmup_steps is not None:
+        lr = replace(lr, warmup_steps=None, warmup_tokens=tokens_of_steps(lr.warmup_steps, batch))
+    warmup = round(warmup_tokens(lr, tokens))
+    return replace(lr, final=final_learning_rate(lr), warmup_tokens=float(min(warmup, tokens)), warmup_share=None)
+
+
+def _parts(evaluation: EvaluationConfig) -> dict[str, DataConfig]:
+    return {"text": evaluation.text, "tasks": evaluation.tasks, "pairs": evaluation.pairs}
+
+
+def _without_sources(evaluation: EvaluationConfig) -> EvaluationConfig:
+    """What decides an evaluation beside its data, which has a key of its own."""
+    empty = {part: DataConfig(name=data.name, form=data.form) for part, data in _parts(evaluation).items()}
+    return replace(evaluation, **empty)
+
+
+def _rows_of(data: DataConfig) -> DataConfig:
+    """A mixture without what decides only how its rows are consumed: stages that share rows share the tokens too."""
+    sources: dict[str, SourceConfig] = {name: replace(source, weight=1.0) for name, source in data.sources.items()}
+    neutral = DataConfig()
+    return replace(data, name=data.form, sources=sources, tokens_per_example=None, max_epochs=neutral.max_epochs)
+
+
+def _whole(ramp: Ramp) -> Ramp:
+    return [{"at": round(entry["at"]), "value": round(entry["value"])} for entry in ramp]

@@ -1,0 +1,247 @@
+"""What Hydra and OmegaConf complain about, as one line that names the key and the nearest valid one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_llm.settings import OPTIONS, UserError
+
+COMMAND_LINE = "command line"
+
+
+def as_user_error(error: BaseException, loader: Any, overrides: Sequence[str]) -> UserError | None:
+    """The mistake of the user's that `error` reports; None if it is none.
+
+    Args:
+        loader: Hydra's, which knows groups and files.
+        overrides: as the user gave them.
+    """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark
+        where = f"{_shown(mark.name)}:{mark.line + 1}" if mark else "YAML"
+        return UserError(where, f"is not YAML ({error.problem})", "Mend it")
+    if isinstance(error, OverrideParseException):
+        return UserError(COMMAND_LINE, f"{error.override!r} cannot be read", "Overrides have the form key=value")
+    if isinstance(error, MissingConfigException):
+        return _unknown_option(error, loader, overrides)
+    if isinstance(error, OmegaConfBaseException):
+        return _refused_value(error, COMMAND_LINE, loader)
+    if isinstance(error, ConfigCompositionException):
+        return _not_composed(error, loader, overrides)
+    if isinstance(error, HydraException | ValueError | TypeError | AssertionError):  # said of what was typed
+        return UserError(COMMAND_LINE, _first_line(error), "See --help")
+    return None
+
+
+def _unknown_option(error: MissingConfigException, loader: Any, overrides: Sequence[str]) -> UserError:
+    path, _, option = (error.missing_cfg_file or "").rpartition("/")
+    where = COMMAND_LINE
+    if (file := re.match(r"In '([^']*)'", str(error))) and not any(o.endswith(f"={option}") for o in overrides):
+        where = _file_of(file[1], loader)
+    known = [name for name in error.options or [] if not name.startswith("_")]
+    what = f"{option} is not an option of {path}" if path else f"there is no configuration {option}"
+    return UserError(where, what, name_nearest(option, known))
+
+
+def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Sequence[str]) -> UserError:
+    text = str(error)
+    if file := re.match(r"In '([^']*)': \w+ raised while composing config", text):
+        where = _file_of(file[1], loader)
+        cause = error.__cause__ or error.__context__
+        if isinstance(cause, OmegaConfBaseException):
+            return _refused_value(cause, where, loader)
+        return UserError(where, " ".join(text.split("\n")[1:2]), "See --help")
+    if group := re.match(r"Override (\S+) looks like a config group override, but config group '(.*)' does", text):
+        return UserError(COMMAND_LINE, f"there is no group {group[2]}", name_nearest(group[2], groups(loader)))
+    if package := re.match(r"Could not override '([^']*)'\. ?\n?(?:Did you mean to override (\S+)\?)?", text):
+        cause = error.__cause__
+        if isinstance(cause, OmegaConfBaseException):
+            return _refused_value(cause, COMMAND_LINE, loader, asked=package[1])
+        near = re.findall(r"[\w/]+@[\w.]+", text.partition("\n")[2]) or [package[2]]
+        candidates = [name for name in near if name]
+        remedy = (
+            f"The nearest is {candidates[0]}"
+            if candidates
+            else "Address it as group@key, as objective@stages.dpo.objective"
+        )
+        return UserError(COMMAND_LINE, f"nothing chooses {package[1]}", remedy)
+    if text.startswith("Error merging override"):
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            given = text.removeprefix("Error merging override").strip().lstrip("+").partition("=")[0]
+            return _refused_value(error.__cause__, COMMAND_LINE, loader, asked=given)
+    if ambiguous := re.match(r"Ambiguous value for argument '([^']*)'", text):
+        key = ambiguous[1].partition("=")[0]
+        return UserError(
+            COMMAND_LINE, f"{key} is given several values", "Add -m to run them all, or write a list [a,b]"
+        )
+    if sweep := re.match(r"Sweep parameters '([^']*)' requires --multirun", text):
+        return UserError(COMMAND_LINE, f"{sweep[1]} is a sweep", "Add -m to run all of it")
+    return UserError(COMMAND_LINE, _first_line(error), "See --help")
+
+
+def _refused_value(error: OmegaConfBaseException, where: str, loader: Any, asked: str | None = None) -> UserError:
+    """A key that is none, or a value of the wrong type; OmegaConf's errors carry both the key and the place."""
+    key = error.full_key or asked or str(error.key)
+    parent: Any = error.parent_node
+    refused = _first_line(error)
+    if "is not in struct" in refused or re.match(r"Key '.*' not in '", refused):
+        schema = error.object_type if dataclasses.is_dataclass(error.object_type) else None
+        if schema is not None:
+            more = groups(loader) if asked is not None and "." not in asked else ()
+            return unknown_setting(key, schema, where, more)
+        known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
+        return unknown_entry(key, known, where)
+    if asked and "dict is not a subclass of" in refused:  # `+stages.new.tokens=1`: the new stage is nothing yet
+        parts = asked.split(".")
+        name = key.rpartition(".")[2]
+        path = ".".join(parts[: parts.index(name) + 1]) if name in parts else asked
+        adding = f"+stage@{path}=sft" if path.startswith("stages.") and path.count(".") == 1 else f"+{path}={{...}}"
+        return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
+    if "does not support deletion" in refused:
+        return UserError(where, f"{key} cannot be taken away", "Give it a value instead")
+    if isinstance(parent, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(parent)):
+        schema = OmegaConf.get_type(parent)
+        name = str(error.key)
+        if name in {f.name for f in dataclasses.fields(schema)}:
+            return UserError(where, f"{key} cannot be {_given(error)}", f"It is {describe(schema, name)}")
+    if "nterpolation" in type(error).__name__ or "nterpolation" in refused:
+        return UserError(where, f"{key}: {refused}", "Refer to a key that is there")
+    return UserError(where, f"{key}: {refused}", "See --help")
+
+
+def _given(error: OmegaConfBaseException) -> str:
+    value = error.value
+    return repr(value) if isinstance(value, str | int | float | bool) else _first_line(error)
+
+
+# ---- names that are none ----
+
+
+def unknown_setting(key: str, schema: type, where: str, more: Iterable[str] = ()) -> UserError:
+    """`key` ends in a name that is no field of `schema`; the remedy is the nearest one, or one of that name below it.
+
+    Args:
+        more: names that are right there too, as groups beside the settings of a verb.
+    """
+    name = key.rsplit(".", 1)[-1]
+    prefix = key.rsplit(".", 1)[0] + "." if "." in key else ""
+    what = f"{key} is not a setting of {schema_name(schema)}"
+    known = [f.name for f in dataclasses.fields(schema)]
+    below = next((path for path in _paths(schema) if path.endswith(f".{name}")), None)
+    if below is not None:
+        return UserError(where, what, f"The nearest is {prefix}{below}")
+    if kinds := _subclasses(schema):  # a file of the user's own that names no schema
+        options = ", ".join(schema_name(kind) for kind in kinds)
+        return UserError(
+            where, what, f"Begin the file with the defaults of one of {options}, as [{schema_name(kinds[0])}, _self_]"
+        )
+    near = nearest(name, [*known, *more])
+    if near in known:
+        return UserError(where, what, f"The nearest is {near} ({describe(schema, near)})")
+    return UserError(where, what, f"The nearest is {near}" if near else f"Known: {', '.join(known)}")
+
+
+def unknown_entry(key: str, known: Sequence[str], where: str) -> UserError:
+    """`key` ends in a name that is no entry of an open mapping."""
+    parent, _, name = key.rpartition(".")
+    return UserError(where, f"{key} is not there" if parent else f"there is no {key}", name_nearest(name, known))
+
+
+def name_nearest(name: str, known: Sequence[str]) -> str:
+    """The remedy for a name that is none of `known`."""
+    near = nearest(name, known)
+    others = f"known: {', '.join(sorted(known))}" if known else "there are none"
+    return f"The nearest is {near} ({others})" if near else others[0].upper() + others[1:]
+
+
+def nearest(name: str, known: Sequence[str]) -> str | None:
+    """The name out of `known` that is spelt most alike, if any comes near."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def schema_name(schema: type) -> str:
+    """A dataclass as the user knows it: `dpo`, `the stage`, `a source`."""
+    for (group, name), option in OPTIONS.items():
+        if option is schema:
+            return name if group in ("objective", "optimizer", "verb") else _a(group)
+    return _a(re.sub(r"(Config|Settings|Conf)$", "", schema.__name__).lower())
+
+
+def _a(noun: str) -> str:
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def describe(schema: type, name: str) -> str:
+    """`number, default 0.1`"""
+    setting = next(f for f in dataclasses.fields(schema) if f.name == name)
+    kind = _kind(typing.get_type_hints(schema)[name])
+    if setting.default in (dataclasses.MISSING, "???"):
+        return kind
+    return f"{kind}, default {'null' if setting.default is None else setting.default}"
+
+
+def _kind(hint: Any) -> str:
+    names = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
+    if hint in names:
+        return names[hint]
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return " or ".join(_kind(part) if part is not type(None) else "null" for part in typing.get_args(hint))
+    origin = typing.get_origin(hint)
+    return "list" if origin in (list, tuple) else "several settings"
+
+
+def _paths(schema: type, prefix: str = "") -> Iterable[str]:
+    """Dotted names of all fields of the dataclasses inside `schema`, nearest first."""
+    inside = []
+    for name, hint in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(hint) and name in {f.name for f in dataclasses.fields(schema)}:
+            parts = [hint, *_subclasses(hint)]
+            yield from dict.fromkeys(f"{prefix}{name}.{f.name}" for part in parts for f in dataclasses.fields(part))
+            inside.append((hint, f"{prefix}{name}."))
+    for hint, path in inside:
+        yield from _paths(hint, path)
+
+
+def _subclasses(schema: type) -> list[type]:
+    return [option for option in OPTIONS.values() if issubclass(option, schema) and option is not schema]
+
+
+def groups(loader: Any) -> list[str]:
+    """The groups that a user chooses among."""
+    return [name for name in loader.list_groups("") if name not in ("hydra", "schema")]
+
+
+def _file_of(config_path: str, loader: Any) -> str:
+    """The file behind `recipe/mine`, as the user would name it."""
+    for source in loader.get_sources():
+        if source.scheme() == "file":
+            path = Path(source.path) / f"{config_path}.yaml"
+            if path.is_file():
+                return _shown(path)
+    return config_path
+
+
+def _shown(path: str | Path) -> str:
+    path = Path(path)
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0] or type(error).__name__

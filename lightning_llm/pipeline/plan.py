@@ -1,0 +1,298 @@
+"""What a run will do, in figures: steps, parameters, FLOPs, memory, disk and time of every node. Touches no weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.size import forward_flops_per_token, parameter_counts, training_flops_per_token
+from lightning_llm.pipeline.expand import Node, expand
+from lightning_llm.pipeline.mistakes import name_nearest
+from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.scaling import scaled
+from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import EvaluateSettings, PrepareSettings, TrainSettings
+
+GIB = 2**30
+PREPARED_PER_SECOND = 1e6  # tokens; `tokenizers` makes some 4 MB of text a second
+BYTES_PER_TRAINED_PARAMETER = 16  # fp32 weights, gradients, and AdamW's two moments
+SHARED = ("tokenizer", "evaluation")  # nodes that belong to no stage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The nodes in the order in which they run; printing it shows the table."""
+
+    recipe: Recipe  # scaled
+    nodes: tuple[Node, ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(node.figures["flops"] for node in self.nodes)
+
+    @property
+    def seconds(self) -> float:
+        return sum(node.figures["seconds"] for node in self.nodes)
+
+    @property
+    def disk_gib(self) -> float:
+        return sum(node.figures["disk_gib"] for node in self.nodes)
+
+    def selected(self, *, until: str | None = None, only: str | None = None) -> Plan:
+        """The part that a selector names: a stage with its inserted nodes, and for `until` all stages before it.
+
+        Raises:
+            UserError: both are given, or there is no such stage.
+        """
+        if until is not None and only is not None:
+            raise UserError("until and only", "are both given", "Give one of them")
+        if until is None and only is None:
+            return self
+        name = self.checked_stage("until" if only is None else "only", until or only or "")
+        wanted, stages = {name}, self.recipe.stages
+        while only is None and (before := stages[name].starts_from) in stages:
+            wanted.add(name := before)
+        kept = [node for node in self.nodes if node.stage in wanted]
+        needed = {source for node in kept for source in node.inputs.values()}
+        return Plan(self.recipe, tuple(
+            node for node in self.nodes if node in kept or (node.stage in SHARED and node.name in needed)
+        ))  # fmt: skip
+
+    def checked_stage(self, selector: str, name: str) -> str:
+        """`name`, if it is a stage."""
+        if name not in self.recipe.stages:
+            raise UserError(selector, f"there is no stage {name}", name_nearest(name, list(self.recipe.stages)))
+        return name
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        recipe = self.recipe
+        stages = [{"name": node.name, "kind": node.kind, "inputs": node.inputs, **node.figures} for node in self.nodes]
+        return {
+            "recipe": recipe.name,
+            "scale": recipe.scale.name,
+            "seed": recipe.seed,
+            "model": recipe.model.name,
+            "compute": recipe.compute.name,
+            "flops": self.flops,
+            "seconds": self.seconds,
+            "disk_gib": self.disk_gib,
+            "stages": stages,
+        }
+
+    def __str__(self) -> str:
+        recipe, compute = self.recipe, self.recipe.compute
+        sizes = parameter_counts(recipe.model)
+        active = f", {_short(sizes['active'])} active" if sizes["active"] != sizes["total"] else ""
+        head = (
+            f"{recipe.name} at scale {recipe.scale.name}, seed {recipe.seed}: {recipe.model.name} "
+            f"({_short(sizes['total'])} parameters{active}) on {compute.devices} x {compute.name}, {compute.precision}"
+        )
+        rows = [[title for title, _ in COLUMNS], *([show(node) for _, show in COLUMNS] for node in self.nodes)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+        lines = ["  ".join(_aligned(cell, i, widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows]
+        total = f"total: {_short(self.flops)} FLOPs, {_gib(self.disk_gib)} on disk, about {duration(self.seconds)}"
+        tight = [node.name for node in self.nodes if node.figures["memory_gib"] > compute.memory_gib]
+        note = f"\n{', '.join(tight)}: more than the {compute.memory_gib:g} GiB of a device" if tight else ""
+        return "\n".join([head, "", *lines, "", total]) + note
+
+    __repr__ = __str__  # a notebook shows the table
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Scale and expand a recipe, and reckon what it costs.
+
+    Raises:
+        UserError: the recipe cannot be run at its scale.
+    """
+    recipe = scaled(recipe)
+    nodes = {node.name: node for node in expand(recipe)}
+    models: dict[str, ModelConfig] = {n.name: n.settings.model for n in nodes.values() if n.kind == "train"}
+    return Plan(recipe, tuple(replace(n, figures=_figures(recipe, n, nodes, models)) for n in nodes.values()))
+
+
+# ---- figures ----
+
+
+def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[str, ModelConfig]) -> dict[str, Any]:
+    """What the plan says about a node: the same names for all, None or 0 where there is nothing to say."""
+    compute = recipe.compute
+    empty = {name: None for name in ("objective", "starts_from", "tokens", "steps", "context", "batch_tokens", "lr")}
+    costs = {"parameters": None, "flops": 0.0, "memory_gib": 0.0, "disk_gib": 0.0, "seconds": 0.0}
+    if node.kind == "train":
+        found = _train_figures(recipe, node)
+    elif node.kind == "score":
+        model = models.get(node.inputs["model"], recipe.model)
+        stage = nodes[node.stage].settings
+        tokens = _prepared_tokens(recipe, node.stage, stage)
+        found = {
+            "starts_from": node.inputs["model"],
+            "tokens": tokens,
+            "context": node.settings.context,
+            "flops": tokens * forward_flops_per_token(model, node.settings.context),
+            **_frozen(recipe, model, models=1),
+            "disk_gib": 4 * tokens / GIB,
+        }
+    elif node.kind == "evaluate":
+        found = _evaluate_figures(recipe, node, models)
+    elif isinstance(node.settings, PrepareSettings):
+        tokens = None
+        if node.stage in recipe.stages and node.stage in nodes and node.name.endswith(".prepare"):
+            tokens = _prepared_tokens(recipe, node.stage, nodes[node.stage].settings)
+        width = 2 if recipe.model.vocab_size <= 2**16 else 4
+        found = {
+            "tokens": tokens,
+            "disk_gib": width * (tokens or 0) / GIB,
+            "seconds": (tokens or 0) / PREPARED_PER_SECOND,
+        }
+    else:
+        found = {}
+    figures = empty | costs | found
+    if figures["flops"]:
+        devices = compute.devices if node.kind == "train" else 1
+        figures["seconds"] = figures["flops"] / (compute.flops_per_second * devices)
+    return figures
+
+
+def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
+    settings: TrainSettings = node.settings
+    batches = BatchPlan(settings.batch_tokens, settings.tokens)
+    counts = parameter_counts(settings.model)
+    return {
+        "objective": settings.objective.name,
+        "starts_from": node.inputs.get("starts_from"),
+        "tokens": settings.tokens,
+        "steps": batches.steps,
+        "context": _single(settings.context),
+        "batch_tokens": _single(settings.batch_tokens),
+        "lr": {
+            "schedule": settings.lr.schedule,
+            "peak": settings.lr.peak,
+            "final": settings.lr.final,
+            "warmup_tokens": settings.lr.warmup_tokens,
+        },
+        "parameters": counts["total"],
+        "flops": _training_flops(settings),
+        "memory_gib": (BYTES_PER_TRAINED_PARAMETER * counts["total"] + _activation_bytes(recipe, settings)) / GIB,
+        "disk_gib": 4 * counts["total"] / GIB,
+    }
+
+
+def _training_flops(settings: TrainSettings) -> float:
+    """Over the pieces of the context ramp."""
+    total, ends = 0.0, [entry["at"] for entry in settings.context[1:]] + [settings.tokens]
+    for entry, end in zip(settings.context, ends, strict=True):
+        tokens = max(min(end, settings.tokens) - entry["at"], 0)
+        total += tokens * training_flops_per_token(settings.model, entry["value"])
+    return total
+
+
+def _activation_bytes(recipe: Recipe, settings: TrainSettings) -> float:
+    """What one micro-batch keeps for the backward pass. A rule of thumb: the inputs of every product and norm."""
+    model = settings.model
+    wide = model.intermediate_size
+    if model.num_experts:
+        wide = model.num_experts_per_tok * model.moe_intermediate_size + model.shared_expert_intermediate_size
+    heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_size
+    per_token = model.num_hidden_layers * (8 * model.hidden_size + 4 * heads + 4 * wide)
+    longest = max(entry["value"] for entry in settings.context)
+    tokens = min(max(recipe.compute.micro_batch_tokens, longest), ramp_value(settings.batch_tokens, settings.tokens))
+    return (2 if settings.precision == "bf16" else 4) * per_token * tokens
+
+
+def _prepared_tokens(recipe: Recipe, name: str, settings: TrainSettings) -> int:
+    """Tokens that a stage reads, each once. Text may be there in plenty: what is not consumed is not counted."""
+    return round(settings.tokens / max(recipe.stages[name].epochs, 1.0))
+
+
+def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:
+    settings: EvaluateSettings = node.settings
+    sizes, parts = settings.evaluation, recipe.evaluation
+    model = models[node.inputs["model"]]
+    both = 2 if "starts_from" in node.inputs else 1
+    phase = recipe.scale.phases.get("preference")
+    pair = (phase and phase.tokens_per_example) or settings.context
+    text = sizes.text_tokens * len(parts.text.sources) + 2 * sizes.long_documents * settings.full_context
+    # greedy once, and sampled once from either model where there are two
+    answers = sizes.questions * sizes.max_new_tokens * (1 if both == 1 else 3) if parts.tasks.sources else 0
+    pairs = sizes.preference_pairs * pair * both if parts.pairs.sources else 0
+    tokens = round(text + answers + pairs)
+    return {
+        "starts_from": node.inputs["model"],
+        "tokens": tokens,
+        "context": settings.full_context,
+        "flops": tokens * forward_flops_per_token(model, settings.context),
+        **_frozen(recipe, model, models=both),
+    }
+
+
+def _frozen(recipe: Recipe, model: ModelConfig, models: int) -> dict[str, Any]:
+    total = parameter_counts(model)["total"]
+    return {"parameters": total, "memory_gib": 4 * total * models / GIB}
+
+
+def _single(ramp: Ramp) -> Any:
+    return ramp[0]["value"] if len(ramp) == 1 else ramp
+
+
+# ---- text ----
+
+
+def _aligned(cell: str, column: int, width: int) -> str:
+    return cell.ljust(width) if column < 3 else cell.rjust(width)
+
+
+def _short(value: float | None) -> str:
+    """1.2M, 7.62B, 6.7T; powers of ten beyond."""
+    if value is None:
+        return ""
+    if value >= 1e15:
+        return f"{value:.2e}".replace("e+", "e")
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            scale = 1e3 if letter == "k" else size
+            return f"{value / scale:.3g}{letter}" if value / scale < 999.5 else f"{value / scale:.0f}{letter}"
+    return f"{value:g}"
+
+
+def _ramp_text(value: Any) -> str:
+    if isinstance(value, list):
+        return " -> ".join(_short(entry["value"]) for entry in value)
+    return f"{value:,}" if isinstance(value, int) and value < 1e6 else _short(value)
+
+
+def _lr_text(lr: dict[str, Any] | None) -> str:
+    return "" if lr is None else f"{lr['peak']:.2g} {lr['schedule']} {lr['final']:.2g}"
+
+
+def _gib(value: float) -> str:
+    if not value:
+        return ""
+    return f"{value * 1024:.1f} MiB" if value < 1 else f"{value:,.1f} GiB"
+
+
+def duration(seconds: float) -> str:
+    """41 s, 12 min, 3.1 h, 12 days, 300 years."""
+    for size, unit in ((3600 * 24 * 365, "years"), (3600 * 24, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:,.0f} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 0.5 else ""
+
+
+COLUMNS = (
+    ("stage", lambda node: node.name),
+    ("kind", lambda node: node.figures["objective"] or node.kind),
+    ("starts from", lambda node: node.figures["starts_from"] or ""),
+    ("tokens", lambda node: _short(node.figures["tokens"])),
+    ("steps", lambda node: "" if node.figures["steps"] is None else f"{node.figures['steps']:,}"),
+    ("context", lambda node: _ramp_text(node.figures["context"])),
+    ("batch", lambda node: _ramp_text(node.figures["batch_tokens"])),
+    ("learning rate", lambda node: _lr_text(node.figures["lr"])),
+    ("params", lambda node: _short(node.figures["parameters"])),
+    ("FLOPs", lambda node: _short(node.figures["flops"] or None)),
+    ("memory", lambda node: _gib(node.figures["memory_gib"])),
+    ("disk", lambda node: _gib(node.figures["disk_gib"])),
+    ("time", lambda node: duration(node.figures["seconds"])),
+)

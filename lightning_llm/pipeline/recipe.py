@@ -1,0 +1,367 @@
+"""A composed tree as a Recipe of dataclasses, with every key known and every edge checked.
+
+The last file that knows OmegaConf: what comes out is plain Python, and nobody downstream asks upstream a question.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
+from lightning_llm.pipeline.mistakes import COMMAND_LINE, name_nearest, unknown_entry, unknown_setting
+from lightning_llm.schedules import as_ramp, final_learning_rate, warmup_tokens
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import ComputeConfig, TrainStage
+
+if TYPE_CHECKING:
+    from lightning_llm.pipeline.composition import Composition
+
+# Mappings whose keys are not fields of a dataclass, but not free either.
+ROW_FIELDS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "answer", "task")
+ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
+        "low_freq_factor", "high_freq_factor", "attention_factor")  # fmt: skip
+FIGURES = ("tokens", "long_context_tokens", "peak_lr", "long_context_lr", "batch_tokens")  # conf/model/: published
+ROLES = ("policy",)  # of scale.shapes
+PHASES = ("pretrain", "sft", "preference")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A graph of stages with all that it takes to run it. Made by `compose`, mapped by `scaled`, never changed."""
+
+    name: str
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    stages: dict[str, TrainStage]
+    evaluation: EvaluationConfig
+    scale: ScaleConfig
+    compute: ComputeConfig
+    seed: int = 0
+    store: StoreConfig = field(default_factory=StoreConfig)
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    runs: str = "runs"
+    overrides: tuple[str, ...] = ()  # as the user gave them
+    pinned: frozenset[str] = frozenset()  # keys that the user has set: `scaled` leaves them alone
+    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned keys of stages
+    is_scaled: bool = False
+
+    def is_pinned(self, key: str) -> bool:
+        """Whether the user has set `key`, a part of it, or what it is part of."""
+        return any(key == pin or key.startswith(pin + ".") or pin.startswith(key + ".") for pin in self.pinned)
+
+
+def compose(
+    recipe: str, scale: str = "nano", overrides: Sequence[str] = (), config_dir: str | Path | None = None
+) -> Recipe:
+    """Compose a recipe as `lightning-llm run recipe=... scale=... OVERRIDES` would; works inside a Hydra job too.
+
+    Args:
+        recipe, scale: options of conf/recipe/ and conf/scale/.
+        overrides: as on the command line; what they set is final, whatever the scale.
+        config_dir: a folder of your own YAML files, searched besides ours.
+
+    Raises:
+        UserError: a misspelt key, a wrong type, an unknown option; names the key and the nearest valid one.
+    """
+    from lightning_llm.pipeline.composition import compose_tree
+
+    return build_recipe(compose_tree("run", [f"recipe={recipe}", f"scale={scale}", *overrides], config_dir))
+
+
+def build_recipe(composition: Composition, settings: RecipeSettings | None = None) -> Recipe:
+    """The recipe of a composed tree.
+
+    Args:
+        settings: what `build_settings` made of it, if that is known.
+
+    Raises:
+        UserError: as `compose`.
+    """
+    settings = settings or build_settings(composition)
+    assert composition.recipe is not None
+    names = {f.name for f in dataclasses.fields(Recipe)} - {"name", "overrides", "pinned", "published", "is_scaled"}
+    given = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
+    recipe = Recipe(
+        composition.recipe,
+        overrides=tuple(composition.overrides),
+        pinned=composition.pinned,
+        published=composition.published,
+        **given,
+    )
+    recipe = dataclasses.replace(
+        recipe, stages={name: _one_length(recipe, name, stage) for name, stage in recipe.stages.items()}
+    )
+    check(recipe)
+    return recipe
+
+
+def build_settings(composition: Composition) -> Any:
+    """The dataclass of a verb, every key checked against its field.
+
+    Raises:
+        UserError: no recipe is chosen, an unknown or missing key, a reference to nothing, a value that is refused.
+    """
+    reader = _Reader(composition)
+    reader.refuse_unknown(composition.config, "")
+    if "stages" in composition.config and composition.recipe is None:
+        from lightning_llm.pipeline.composition import CONF
+
+        known = ", ".join(sorted(path.stem for path in (CONF / "recipe").glob("*.yaml")))
+        raise UserError("recipe", "none is chosen", f"Give recipe=NAME; known: {known}")
+    try:
+        return reader.build(composition.config, "")
+    except OmegaConfBaseException as error:
+        first = str(error).split("\n")[0]
+        raise UserError(str(error.full_key or composition.verb), first, "Refer to a key that is there") from error
+
+
+def refuse_unknown_keys(composition: Composition) -> None:
+    """Refuse every key that is no field of its dataclass. `+key=...` and YAML under an untyped node get past Hydra's
+    schemas; nothing gets past this.
+
+    Raises:
+        UserError: names the key and the nearest valid one.
+    """
+    _Reader(composition).refuse_unknown(composition.config, "")
+
+
+class _Reader:
+    """Walks the tree: first over the keys, then over the values."""
+
+    def __init__(self, composition: Composition):
+        self.composition = composition
+
+    def refuse_unknown(self, node: Any, path: str) -> None:
+        if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
+            return
+        schema = OmegaConf.get_type(node)
+        known: Sequence[str] | None = _known_entries(path)
+        if isinstance(schema, type) and dataclasses.is_dataclass(schema):
+            known = [f.name for f in dataclasses.fields(schema)]
+        for name in map(str, node._content):  # pyright: ignore[reportArgumentType, reportCallIssue]
+            key = _join(path, name)
+            if known is not None and name not in known:
+                if dataclasses.is_dataclass(schema):
+                    raise unknown_setting(key, schema, self._origin(key))  # pyright: ignore[reportArgumentType]
+                raise unknown_entry(key, known, self._origin(key))
+            self.refuse_unknown(node._get_node(name), key)
+
+    def build(self, node: Any, path: str) -> Any:
+        if isinstance(node, ListConfig):
+            return [self.build(node[i], f"{path}[{i}]") for i in range(len(node))]
+        if not isinstance(node, DictConfig):
+            return node
+        if node._is_none():
+            return None
+        schema = OmegaConf.get_type(node)
+        if not (isinstance(schema, type) and dataclasses.is_dataclass(schema)):
+            return {str(name): self.build(node[name], _join(path, name)) for name in node}
+        hints = typing.get_type_hints(schema)
+        values = {}
+        for name in (f.name for f in dataclasses.fields(schema)):
+            key = _join(path, name)
+            if OmegaConf.is_missing(node, name):
+                raise self._missing(key)
+            if name not in node:
+                raise UserError(self._origin(key), f"{key} cannot be taken away", "Give it a value instead")
+            value = self.build(node[name], key)
+            values[name] = tuple(value) if typing.get_origin(hints[name]) is tuple else value
+        try:
+            return schema(**values)
+        except ValueError as error:
+            raise UserError(path or self.composition.verb, str(error), "Mend it") from error
+
+    def _missing(self, key: str) -> UserError:
+        if key.startswith("stages."):
+            _, stage, *_ = key.split(".")
+            others = [name for name in self.composition.config.stages if name != stage]
+            return UserError(
+                self._origin(f"stages.{stage}"),
+                f"stages.{stage} has no {key.split('.', 2)[2].removesuffix('.name')}",
+                f"{name_nearest(stage, others)}; a new one begins with an option of conf/stage/",
+            )
+        return UserError(key, "has no value", f"Give {key}=..., or choose an option of the group")
+
+    def _origin(self, key: str) -> str:
+        """Where a key comes from: the command line if the user has set it or what it is part of."""
+        if any(key == pin or key.startswith(pin + ".") or pin.startswith(key + ".") for pin in self.composition.pinned):
+            return COMMAND_LINE
+        return f"recipe {self.composition.recipe}" if self.composition.recipe else self.composition.verb
+
+
+def _known_entries(path: str) -> Sequence[str] | None:
+    """The keys of a mapping that is no dataclass, where they are not free."""
+    if path.startswith("scale.shapes."):
+        return [f.name for f in dataclasses.fields(ModelConfig)]
+    return {
+        "model.rope_parameters": ROPE, "model.published": FIGURES, "scale.shapes": ROLES, "scale.phases": PHASES,
+    }.get(path, ROW_FIELDS if path.endswith(".columns") else None)  # fmt: skip
+
+
+def _join(path: str, name: Any) -> str:
+    return f"{path}.{name}" if path else str(name)
+
+
+# ---- what a tree of known keys may still have wrong ----
+
+LENGTHS = ("tokens", "examples", "steps")
+WARMUPS = ("warmup_tokens", "warmup_steps", "warmup_share")
+
+
+def _one_length(recipe: Recipe, name: str, stage: TrainStage) -> TrainStage:
+    """A length or a warm-up that the user gives takes the place of the recipe's own, in whatever unit that is."""
+
+    def winner(config: Any, key: str, units: Sequence[str]) -> dict[str, None]:
+        given = [unit for unit in units if f"{key}.{unit}" in recipe.pinned and getattr(config, unit) is not None]
+        return dict.fromkeys(set(units) - set(given)) if len(given) == 1 else {}
+
+    lr = dataclasses.replace(stage.lr, **winner(stage.lr, f"stages.{name}.lr", WARMUPS))
+    return dataclasses.replace(stage, lr=lr, **winner(stage, f"stages.{name}", LENGTHS))
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what cannot run, before anything does.
+
+    Raises:
+        UserError: names the key.
+    """
+    if not recipe.stages:
+        raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
+    for name, stage in recipe.stages.items():
+        _check_name(name)
+        _check_stage(f"stages.{name}", stage, recipe)
+    for part in ("text", "tasks", "pairs"):
+        _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
+    order_of_stages(recipe.stages)
+    _one_of("compute.precision", recipe.compute.precision, ("fp32", "bf16"))
+    _one_of("compute.strategy", recipe.compute.strategy, ("single", "ddp"))
+    _one_of("compute.accelerator", recipe.compute.accelerator, ("cpu", "gpu"))
+    _in_range("compute.devices", recipe.compute.devices, low=1)
+    _in_range("limits.hours", recipe.limits.hours, low=0)
+
+
+def _check_name(name: str) -> None:
+    if not name.replace("_", "").isalnum() or name in ("tokenizer", "evaluation"):
+        raise UserError(
+            f"stages.{name}", "is no name for a stage", "Use letters, digits and _; tokenizer and evaluation are taken"
+        )
+
+
+def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
+    _one_of(f"{key}.kind", stage.kind, ("train",))
+    _one_of(f"{key}.phase", stage.phase, PHASES)
+    given = [unit for unit in LENGTHS if getattr(stage, unit) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise UserError(key, f"wants exactly one of {', '.join(LENGTHS)}, has {found}", "Set the others to null")
+    for name in (*given, "epochs"):
+        _in_range(f"{key}.{name}", getattr(stage, name), above=0)
+    for name in ("context", "batch_tokens"):
+        if getattr(stage, name) is None:
+            raise UserError(f"{key}.{name}", "has no value", f"Give {key}.{name}=...")
+        try:
+            ramp = as_ramp(getattr(stage, name))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{key}.{name}", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
+        for entry in ramp:
+            _in_range(f"{key}.{name}", entry["value"], low=1)
+    lr, optimizer, objective = stage.lr, stage.optimizer, stage.objective
+    try:
+        final_learning_rate(lr)
+        warmup_tokens(dataclasses.replace(lr, warmup_steps=None) if lr.warmup_steps is not None else lr, 1.0)
+    except ValueError as error:
+        raise UserError(f"{key}.lr", str(error), f"See conf/schedule/; {key}.lr.<key>=null takes one away") from error
+    if len([unit for unit in WARMUPS if getattr(lr, unit) is not None]) > 1:
+        raise UserError(f"{key}.lr", f"at most one of {', '.join(WARMUPS)}", "Set the others to null")
+    _in_range(f"{key}.lr.peak", lr.peak, above=0)
+    _in_range(f"{key}.optimizer.clip_norm", optimizer.clip_norm, low=0)
+    _in_range(f"{key}.optimizer.weight_decay", optimizer.weight_decay, low=0)
+    if len(optimizer.betas) != 2:
+        raise UserError(f"{key}.optimizer.betas", f"are {len(optimizer.betas)}", "Give two, as [0.9, 0.95]")
+    for beta in optimizer.betas:
+        _in_range(f"{key}.optimizer.betas", beta, low=0, below=1)
+    if objective.needs_pairs != (stage.data.form == "pairs"):
+        raise UserError(
+            f"{key}.data",
+            f"{stage.data.name} holds {stage.data.form}, and {objective.name} does not learn from that",
+            "causal_lm learns from text and conversations, dpo and ipo from pairs",
+        )
+    if objective.needs_reference and stage.starts_from is None:
+        raise UserError(f"{key}.starts_from", f"has no value, and {objective.name} needs a reference", "Name a stage")
+    _check_data(f"{key}.data", stage.data)
+
+
+def _check_data(key: str, data: DataConfig) -> None:
+    _one_of(f"{key}.form", data.form, ("text", "conversations", "pairs", "questions"))
+    _one_of(f"{key}.on_error", data.on_error, ("stop", "skip"))
+    _one_of(f"{key}.on_long", data.on_long, ("drop", "truncate_left", "stop"))
+    _in_range(f"{key}.validation", data.validation, low=0, below=1)
+    _in_range(f"{key}.max_epochs", data.max_epochs, above=0)
+    for name, source in data.sources.items():
+        _check_source(f"{key}.sources.{name}", source)
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    try:
+        ramp = as_ramp(source.weight)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}.weight", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
+    for entry in ramp:
+        _in_range(f"{key}.weight", entry["value"], low=0)
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(key, f"{value!r} is not one of its values", name_nearest(str(value), known))
+
+
+def _in_range(
+    key: str, value: Any, low: float = float("-inf"), above: float = float("-inf"), below: float = float("inf")
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(key, f"is {value!r} and not a number", "Give a number")
+    if not (value >= low and value > above and value < below):
+        wanted = [f"at least {low:g}" * (low > float("-inf")), f"above {above:g}" * (above > float("-inf"))]
+        wanted += [f"below {below:g}" * (below < float("inf"))]
+        raise UserError(key, f"is {value:g}", f"It must be {' and '.join(filter(None, wanted))}")
+
+
+def order_of_stages(stages: Mapping[str, TrainStage]) -> list[str]:
+    """Names of the stages, each after the one that it starts from.
+
+    Raises:
+        UserError: a stage starts from what is neither a stage nor a folder, or from itself in the end.
+    """
+    for name, stage in stages.items():
+        source = stage.starts_from
+        if source is not None and source not in stages and not Path(source).expanduser().is_dir():
+            raise UserError(
+                f"stages.{name}.starts_from",
+                f"{source} is neither a stage nor a folder with a model",
+                name_nearest(source, [other for other in stages if other != name]),
+            )
+    order: list[str] = []
+    for name in stages:
+        chain: list[str] = []
+        at: str | None = name
+        while at is not None and at not in order:
+            if at in chain:
+                circle = " -> ".join([*chain[chain.index(at) :], at])
+                raise UserError(
+                    f"stages.{at}.starts_from", f"goes round in a circle ({circle})", "Let one of them start anew"
+                )
+            chain.append(at)
+            at = stages[at].starts_from if stages[at].starts_from in stages else None
+        order += reversed(chain)
+    return order

@@ -1,0 +1,325 @@
+"""Run a plan: what is in the store is taken from there, what is missing is made, stage by stage.
+
+runs/<recipe>/<time>-<id>/
+    run.json plan.json plan.txt recipe.json
+    artifacts/<node> -> the artifact in the store
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lightning_llm import __version__
+from lightning_llm.pipeline.expand import Node
+from lightning_llm.pipeline.key import canonical, node_keys, outside_key
+from lightning_llm.pipeline.plan import Plan, duration, plan
+from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.store import Claim, Store, read_record
+from lightning_llm.settings import UserError
+from lightning_llm.stages.context import StageContext, StageResult
+from lightning_llm.training.console import Console, StageConsole
+
+LIBRARIES = ("torch", "lightning", "tokenizers", "transformers", "datasets", "safetensors", "numpy", "flash-attn")
+SHOWN = {  # metric -> how the console calls it when a stage is done
+    "loss": "loss",
+    "validation/loss": "validation loss",
+    "rewards/accuracies": "pairs won",
+    "tasks/exact_match": "tasks",
+    "preference/accuracy": "preference",
+    "judge/win_rate": "win rate",
+    "rows": "rows",
+    "vocab_size": "entries",
+}
+
+
+class StageFailed(RuntimeError):
+    """A stage ended in an error that is not the user's. The error itself is the cause."""
+
+    def __init__(self, stage: str, kept: Sequence[str]):
+        self.stage, self.kept = stage, tuple(kept)
+        super().__init__(stage, self.kept)
+
+    def __str__(self) -> str:
+        kept = ", ".join(self.kept) or "nothing"
+        return f"stage {self.stage} failed. Kept: {kept}; the same command continues from there"
+
+
+@dataclass
+class RunRecord:
+    """What a run has made: `folder` on disk, and of every node its artifact, key and metrics (run.json)."""
+
+    folder: Path
+    plan: Plan
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    status: str = "running"  # running | done | failed | interrupted
+    seconds: float = 0.0
+
+    def artifact(self, node: str) -> Path:
+        """The folder of a node's artifact in the store."""
+        return Path(self.stages[node]["artifact"])
+
+    def write(self) -> None:
+        """Bring run.json up to date, in one piece."""
+        recipe = self.plan.recipe
+        content = {
+            "recipe": recipe.name,
+            "scale": recipe.scale.name,
+            "seed": recipe.seed,
+            "status": self.status,
+            "created": self.folder.name.rpartition("-")[0],
+            "seconds": round(self.seconds, 1),
+            "version": __version__,
+            "overrides": list(recipe.overrides),
+            "stages": self.stages,
+        }
+        write_json(self.folder / "run.json", content)
+
+
+def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, force: Sequence[str] = ()) -> RunRecord:
+    """Make what is missing of a recipe, and a run folder that links to all of it.
+
+    Args:
+        until: the last stage; what neither it nor a stage before it needs is left out.
+        only: the one stage; what it starts from has to be in the store.
+        force: stages that are made again although they are there.
+
+    Raises:
+        UserError: the recipe, a selector or the data is wrong, or it would take longer than `limits.hours`.
+        StageFailed: a stage ended in an error; what was made before it is kept.
+        KeyboardInterrupt: SIGINT or SIGTERM; the same.
+    """
+    whole = plan(recipe)
+    recipe = whole.recipe
+    for name in force:
+        whole.checked_stage("force", name)
+    chosen = whole.selected(until=until, only=only)
+    keys = node_keys(whole.nodes)
+    store = Store(recipe.store.root)
+    there = {n.name: store.find(n.kind, n.name, keys[n.name]) for n in whole.nodes}
+    _refuse_missing(chosen, whole, there)
+    to_make = [node for node in chosen.nodes if there[node.name] is None or node.stage in force]
+    _refuse_long(recipe, to_make)
+    record = RunRecord(_new_folder(Path(recipe.runs).expanduser() / recipe.name), chosen)
+    began = time.monotonic()
+    try:
+        with _interruptible():
+            _write_plan(record)
+            console = Console(len(chosen.nodes))
+            for index, node in enumerate(chosen.nodes, start=1):
+                _run_node(
+                    record, store, node, keys, whole, console.stage(index, node.name, node.kind), node.stage in force
+                )
+                record.seconds = time.monotonic() - began
+                record.write()
+        record.status = "done"
+    except BaseException as error:
+        record.status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
+        raise
+    finally:
+        record.seconds = time.monotonic() - began
+        record.write()
+    return record
+
+
+def _refuse_missing(chosen: Plan, whole: Plan, there: dict[str, Path | None]) -> None:
+    names, all_names = {node.name for node in chosen.nodes}, {node.name for node in whole.nodes}
+    for node in chosen.nodes:
+        for source in node.inputs.values():
+            if source in all_names and source not in names and there[source] is None:
+                stage = source.partition(".")[0]
+                raise UserError(f"only={node.stage}", f"{source} is not in the store", f"Make it first: until={stage}")
+
+
+def _refuse_long(recipe: Recipe, nodes: Sequence[Node]) -> None:
+    seconds = sum(node.figures["seconds"] for node in nodes)
+    if seconds > 3600 * recipe.limits.hours:
+        raise UserError(
+            "limits.hours",
+            f"about {duration(seconds)} on {recipe.compute.devices} x {recipe.compute.name} are more than "
+            f"{recipe.limits.hours:g} hours",
+            f"Choose a smaller scale or another compute, or allow it: limits.hours={math.ceil(seconds / 3600)}",
+        )
+
+
+# ---- one node ----
+
+
+def _run_node(
+    record: RunRecord, store: Store, node: Node, keys: dict[str, str], whole: Plan, console: StageConsole, again: bool
+) -> None:
+    key = keys[node.name]
+    with (
+        console,
+        store.claim(
+            node.kind, node.name, key, again=again, waiting=lambda: console.note("another run is making it: waiting")
+        ) as claim,
+    ):
+        for fault in claim.lost:
+            console.note(f"the artifact that was there cannot be used ({fault}): it is set aside and made again")
+        if claim.found is not None and not again:
+            artifact, reused = claim.found, True
+        else:
+            artifact, reused = _make(record, store, node, keys, whole, console, claim), False
+    content = read_record(artifact) or {}
+    metrics = content.get("metrics", {})
+    record.stages[node.name] = {"artifact": str(artifact), "key": key, "reused": reused, "metrics": metrics}
+    if node.kind == "evaluate":  # what a stage has learnt stands with the stage
+        record.stages.get(node.stage, {}).setdefault("metrics", {}).update(metrics)
+    link = record.folder / "artifacts" / node.name
+    link.symlink_to(os.path.relpath(artifact, link.parent.resolve()))
+    console.close("reused" if reused else summary(metrics))
+
+
+def _make(
+    record: RunRecord, store: Store, node: Node, keys: dict[str, str], whole: Plan, console: StageConsole, claim: Claim
+) -> Path:
+    """Run a node's verb on its inputs, and make what it leaves an artifact."""
+    kinds = {other.name: other.kind for other in whole.nodes}
+    inputs = {
+        role: store.place(kinds[source], source, keys[source]) if source in keys else Path(source)
+        for role, source in node.inputs.items()
+    }
+    context = StageContext(
+        node.name, node.settings, inputs, claim.folder, whole.recipe.compute, console, node.evaluate_every
+    )
+    began = time.monotonic()
+    try:
+        result: StageResult = importlib.import_module(f"lightning_llm.stages.{node.kind}").run(context)
+    except (UserError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise StageFailed(node.name, list(record.stages)) from error
+    seconds = time.monotonic() - began
+    return claim.commit(
+        {
+            "name": node.name,
+            "kind": node.kind,
+            "key": keys[node.name],
+            "settings": canonical(node.settings),
+            "inputs": {
+                role: {"key": keys[source], "path": str(inputs[role])}
+                if source in keys
+                else {"sha256": outside_key(source), "path": source}
+                for role, source in node.inputs.items()
+            },
+            "code_version": __version__,
+            "libraries": _libraries(),
+            "git": _git_state(),
+            "seed": getattr(node.settings, "seed", None),
+            **_machine(whole.recipe),
+            "ledger": result.ledger,
+            "metrics": _finite(result.metrics),
+            "flops": result.flops,
+            "seconds": {"total": round(seconds, 3)},
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+    )
+
+
+def summary(metrics: dict[str, Any]) -> str:
+    """The few metrics that say how a stage went."""
+    return "  ".join(f"{name} {metrics[key]:.4g}" for key, name in SHOWN.items() if metrics.get(key) is not None)
+
+
+def _finite(metrics: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _machine(recipe: Recipe) -> dict[str, Any]:
+    torch = sys.modules.get("torch")  # preparing data needs none, and shall not wait for it
+    device = recipe.compute.accelerator
+    if torch is not None and device == "gpu" and torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    return {
+        "device": device,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability() if torch is not None else None,
+        "threads": recipe.compute.threads or (torch.get_num_threads() if torch is not None else os.cpu_count()),
+    }
+
+
+@functools.cache
+def _libraries() -> dict[str, str]:
+    installed = {}
+    for name in LIBRARIES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+@functools.cache
+def _git_state() -> dict[str, Any] | None:
+    """The commit of the code, if it runs from a checkout."""
+    here = Path(__file__).parents[2]
+    if not (here / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ---- the run folder ----
+
+
+def _new_folder(parent: Path) -> Path:
+    """`<time>-<id>`; two runs that start in the same second get one each."""
+    folder = parent / f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    (folder / "artifacts").mkdir(parents=True)
+    return folder
+
+
+def _write_plan(record: RunRecord) -> None:
+    write_json(record.folder / "plan.json", record.plan.to_json())
+    (record.folder / "plan.txt").write_text(f"{record.plan}\n", "utf-8")
+    recipe = dataclasses.asdict(record.plan.recipe)
+    write_json(record.folder / "recipe.json", recipe | {"pinned": sorted(record.plan.recipe.pinned)})
+    record.write()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file so that a reader sees the old one or the new one."""
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

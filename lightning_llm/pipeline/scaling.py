@@ -1,0 +1,269 @@
+"""A recipe at another scale: shapes, lengths, batches and learning rates mapped, ratios kept. One pure function."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
+from lightning_llm.data.config import DataConfig, SourceConfig
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.optimization.config import LearningRateConfig
+from lightning_llm.pipeline.config import PhaseScale, ScaleConfig
+from lightning_llm.pipeline.mistakes import name_nearest
+from lightning_llm.pipeline.recipe import Recipe, order_of_stages
+from lightning_llm.schedules import BatchPlan, Ramp, as_ramp, ramp_value
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import TrainStage
+
+EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+Config = TypeVar("Config")
+
+
+def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
+    """The recipe at `scale`; at its own where none is given. What the user has set stays as it is.
+
+    Kept: the family's features, the shares of tokens among pre-training stages (but for `minimum_share`), the ratio of
+    every context to the recipe's first, the ratio of every batch to the first of its phase, the shape of learning
+    rates with their ratio of final to peak, and the recipe's own sources where it names them.
+
+    Raises:
+        UserError: a source that the scale has no corpus for, a length that nothing is known of.
+    """
+    if recipe.is_scaled:
+        return recipe
+    scale = scale or recipe.scale
+    original = {name: _Published(recipe, name, stage) for name, stage in recipe.stages.items()}
+    stages = {}
+    for name in order_of_stages(recipe.stages):
+        stages[name] = _scaled_stage(recipe, scale, name, original)
+    evaluation = _overlaid(recipe, "evaluation", recipe.evaluation, _given(scale.evaluation))
+    for part in ("text", "tasks", "pairs"):
+        data = _located(recipe, scale, f"evaluation.{part}", getattr(evaluation, part))
+        evaluation = replace(evaluation, **{part: data})
+    tokenizer = recipe.tokenizer
+    if scale.vocabulary is not None:
+        tokenizer = _overlaid(recipe, "tokenizer", tokenizer, {"vocab_size": scale.vocabulary})
+    return replace(
+        recipe,
+        scale=scale,
+        model=_scaled_model(recipe, scale, stages),
+        tokenizer=tokenizer,
+        stages={name: stages[name] for name in recipe.stages},
+        evaluation=evaluation,
+        is_scaled=True,
+    )
+
+
+class _Published:
+    """A stage's figures as the recipe states them, also where the user has set others."""
+
+    def __init__(self, recipe: Recipe, name: str, stage: TrainStage):
+        def figure(key: str, value: Any) -> Any:
+            return recipe.published.get(f"stages.{name}.{key}", value)
+
+        self.phase = stage.phase
+        self.context: Ramp = as_ramp(figure("context", stage.context))
+        self.batch: Ramp = as_ramp(figure("batch_tokens", stage.batch_tokens))
+        self.tokens: float | None = figure("tokens", stage.tokens)
+        steps = figure("steps", stage.steps)
+        if self.tokens is None and steps is not None:
+            self.tokens = tokens_of_steps(steps, self.batch)
+
+
+def tokens_of_steps(steps: float, batch_ramp: Ramp) -> float:
+    """Tokens of so many optimizer steps."""
+    horizon = batch_ramp[-1]["at"] + steps * max(entry["value"] for entry in batch_ramp)
+    return BatchPlan(batch_ramp, int(horizon)).boundary(int(steps))
+
+
+# ---- a stage ----
+
+
+def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[str, _Published]) -> TrainStage:
+    stage, own, key = recipe.stages[name], original[name], f"stages.{name}"
+    phase = scale.phases.get(stage.phase, PhaseScale())
+
+    def free(field: str) -> bool:
+        return not recipe.is_pinned(f"{key}.{field}")
+
+    data = _located(recipe, scale, f"{key}.data", stage.data)
+    if data.tokens_per_example is None:
+        data = replace(data, tokens_per_example=phase.tokens_per_example)
+    stage = replace(stage, data=data)
+    context, batch = as_ramp(stage.context), as_ramp(stage.batch_tokens)
+    if free("context") and scale.context is not None:
+        first = next(iter(original.values())).context[0]["value"]
+        context = _mapped(context, lambda value: max(round(value * scale.context / first), 1))
+    if free("batch_tokens") and phase.batch_tokens is not None:
+        first = next(other for other in original.values() if other.phase == own.phase).batch[0]["value"]
+        batch = _mapped(batch, lambda value: max(round(value * phase.batch_tokens / first), 1))
+
+    has_free_length = all(free(unit) for unit in ("tokens", "examples", "steps"))
+    if has_free_length:
+        stage = _budgeted(stage, scale, phase, own, original)
+    tokens = length_in_tokens(key, stage, batch)
+    # positions in ramps, warm-ups and intervals are in the recipe's tokens
+    stretch = 1.0 if own.tokens is None else tokens / own.tokens
+    if free("context"):
+        context = _stretched(context, stretch, scale.minimum_steps, batch)
+    if free("batch_tokens"):
+        batch = _stretched(batch, stretch, scale.minimum_steps, batch)
+    if has_free_length:
+        floor = max(_end_of_floor(ramp, scale.minimum_steps, batch) for ramp in (context, batch))
+        if tokens < floor:
+            stage, tokens = _lengthened(stage, floor / tokens), floor
+    if free("evaluate_every") and stage.evaluate_every is not None:
+        stage = replace(stage, evaluate_every=stage.evaluate_every * stretch)
+    lr = _scaled_learning_rate(recipe, f"{key}.lr", stage, scale, own, tokens, batch)
+    return replace(stage, context=_plain(context), batch_tokens=_plain(batch), lr=lr)
+
+
+def _budgeted(
+    stage: TrainStage, scale: ScaleConfig, phase: PhaseScale, own: _Published, original: dict[str, _Published]
+) -> TrainStage:
+    """The stage with the length that the scale's budget gives it."""
+    if phase.examples is not None:
+        return replace(stage, tokens=None, steps=None, examples=phase.examples)
+    if stage.phase != "pretrain" or scale.pretraining_tokens is None or own.tokens is None:
+        return stage
+    together = [other for other in original.values() if other.phase == "pretrain" and other.tokens is not None]
+    total = sum(other.tokens for other in together if other.tokens is not None)
+    shares = [max((other.tokens or 0) / total, scale.minimum_share) for other in together[1:]]
+    share = 1 - sum(shares) if own is together[0] else shares[together.index(own) - 1]
+    if share <= 0:
+        raise UserError(
+            "scale.minimum_share",
+            f"{scale.minimum_share:g} for each of {len(shares)} stages leaves the first pre-training stage nothing",
+            "Lower it",
+        )
+    return replace(stage, tokens=share * scale.pretraining_tokens, steps=None)
+
+
+def length_in_tokens(key: str, stage: TrainStage, batch: Ramp) -> float:
+    """Tokens of a stage whose length may be given in examples or in steps.
+
+    Raises:
+        UserError: nobody says what an example costs.
+    """
+    if stage.tokens is not None:
+        return stage.tokens
+    if stage.steps is not None:
+        return tokens_of_steps(stage.steps, batch)
+    assert stage.examples is not None
+    if stage.data.tokens_per_example is None:
+        raise UserError(
+            f"{key}.data.tokens_per_example",
+            "has no value, so examples cannot be counted in tokens",
+            f"Give it, or give {key}.tokens",
+        )
+    return stage.examples * stage.epochs * stage.data.tokens_per_example
+
+
+def _lengthened(stage: TrainStage, factor: float) -> TrainStage:
+    unit = next(unit for unit in ("tokens", "examples", "steps") if getattr(stage, unit) is not None)
+    return replace(stage, **{unit: math.ceil(getattr(stage, unit) * factor)})
+
+
+def _scaled_learning_rate(
+    recipe: Recipe, key: str, stage: TrainStage, scale: ScaleConfig, own: _Published, tokens: float, batch: Ramp
+) -> LearningRateConfig:
+    lr, phase = stage.lr, scale.phases.get(stage.phase, PhaseScale())
+    free = {f.name for f in fields(lr) if not recipe.is_pinned(f"{key}.{f.name}")}
+    changes: dict[str, Any] = {}
+    if "peak" in free:
+        changes["peak"] = lr.peak * phase.lr_factor
+    if "final" in free and lr.final is not None:
+        changes["final"] = lr.final * phase.lr_factor
+    if not free.issuperset(("warmup_tokens", "warmup_steps", "warmup_share")):
+        return replace(lr, **changes)
+    stretch = 1.0 if own.tokens is None else tokens / own.tokens
+    floor = min(scale.minimum_warmup_steps * batch[0]["value"], tokens / 2)
+    if lr.warmup_share is not None:
+        changes["warmup_share"] = max(lr.warmup_share, floor / tokens)
+    elif lr.warmup_tokens is not None:
+        changes["warmup_tokens"] = max(lr.warmup_tokens * stretch, floor)
+    elif lr.warmup_steps is not None and (stretch != 1.0 or floor):
+        warmup = tokens_of_steps(lr.warmup_steps, own.batch) * stretch
+        changes |= {"warmup_steps": None, "warmup_tokens": max(warmup, floor)}
+    return replace(lr, **changes)
+
+
+# ---- ramps ----
+
+
+def _mapped(ramp: Ramp, value: Callable[[float], float]) -> Ramp:
+    return [{"at": entry["at"], "value": value(entry["value"])} for entry in ramp]
+
+
+def _stretched(ramp: Ramp, stretch: float, minimum_steps: int, batch: Ramp) -> Ramp:
+    """Move a ramp's positions, and keep them so far apart that every segment has its optimizer steps."""
+    moved: Ramp = ramp[:1]
+    for before, entry in itertools.pairwise(ramp):
+        floor = moved[-1]["at"] + minimum_steps * ramp_value(batch, before["at"])
+        moved.append({"at": max(round(entry["at"] * stretch), floor), "value": entry["value"]})
+    return moved
+
+
+def _end_of_floor(ramp: Ramp, minimum_steps: int, batch: Ramp) -> float:
+    """The fewest tokens that leave the last segment its optimizer steps."""
+    return ramp[-1]["at"] + minimum_steps * ramp_value(batch, ramp[-1]["at"])
+
+
+def _plain(ramp: Ramp) -> Any:
+    """A ramp of one entry is a number again."""
+    return ramp[0]["value"] if len(ramp) == 1 else ramp
+
+
+# ---- model, data, evaluation ----
+
+
+def _scaled_model(recipe: Recipe, scale: ScaleConfig, stages: dict[str, TrainStage]) -> ModelConfig:
+    shape = dict(scale.shapes.get("policy", {}))
+    if not recipe.model.num_experts:
+        shape = {name: value for name, value in shape.items() if name not in EXPERT_FIELDS}
+    if scale.vocabulary is not None and not recipe.is_pinned("model.tokenizer"):
+        shape |= {"tokenizer": "train", "vocab_size": scale.vocabulary}
+        if recipe.is_pinned("tokenizer.vocab_size"):
+            shape["vocab_size"] = recipe.tokenizer.vocab_size
+    if scale.context is not None:
+        longest = max(entry["value"] for stage in stages.values() for entry in as_ramp(stage.context))
+        shape.setdefault("max_position_embeddings", int(longest))
+    return _overlaid(recipe, "model", recipe.model, shape)
+
+
+def _located(recipe: Recipe, scale: ScaleConfig, key: str, data: DataConfig) -> DataConfig:
+    """The mixture with a place for every source: its own, or the scale's corpus of that name."""
+    sources: dict[str, SourceConfig] = {}
+    for name, source in data.sources.items():
+        if source.path is not None:
+            sources[name] = source
+            continue
+        if name not in scale.corpora:
+            known = [corpus for corpus, place in scale.corpora.items() if place.path is not None]
+            raise UserError(f"{key}.sources.{name}", f"has no path, and scale {scale.name} has no corpus {name}",
+                            f"Give it a path. {name_nearest(name, known)}")  # fmt: skip
+        corpus = scale.corpora[name]
+        if corpus.path is not None:  # a corpus without one is dropped: its share goes to the others
+            sources[name] = _overlaid(recipe, f"{key}.sources.{name}", source, _given(replace(corpus, weight=None)))
+    if data.sources and not sources:
+        raise UserError(key, f"scale {scale.name} drops all of its sources", "Give one of them a path")
+    share = {} if scale.validation is None else {"validation": scale.validation}
+    return _overlaid(recipe, key, replace(data, sources=sources), share)
+
+
+def _given(config: Any) -> dict[str, Any]:
+    """Fields that say something."""
+    values = {f.name: getattr(config, f.name) for f in fields(config)}
+    return {name: value for name, value in values.items() if value is not None and value != {}}
+
+
+def _overlaid(recipe: Recipe, key: str, config: Config, values: dict[str, Any]) -> Config:
+    """`config` with `values`, but for what the user has set."""
+    free = {name: value for name, value in values.items() if not recipe.is_pinned(f"{key}.{name}")}
+    try:
+        return replace(config, **free)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    except ValueError as error:  # a shape of the user's and one of the scale's that do not go together
+        raise UserError(key, str(error), f"Set both, or choose another scale than {recipe.scale.name}") from error

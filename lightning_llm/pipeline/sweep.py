@@ -1,0 +1,117 @@
+"""A multirun: all jobs are checked before the first trains, and one that fails does not stop the others."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobStatus
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from lightning_llm.pipeline.composition import compose_tree
+from lightning_llm.pipeline.plan import plan
+from lightning_llm.pipeline.recipe import build_recipe, build_settings
+from lightning_llm.settings import UserError
+
+
+def use_checked_sweeper() -> None:
+    """Take the place of Hydra's basic sweeper in this process; a sweeper that the user chooses stays what it is."""
+    Plugins.instance().class_name_to_class["hydra._internal.core_plugins.basic_sweeper.BasicSweeper"] = CheckedSweeper
+
+
+class SweepFailed(Exception):
+    """Some jobs of a multirun failed; they have been listed."""
+
+    def __init__(self, is_users: bool):
+        self.is_users = is_users  # all failures were the user's mistakes
+        super().__init__(is_users)
+
+
+@dataclass
+class Job:
+    """One job of a multirun."""
+
+    number: int
+    overrides: list[str]
+    error: BaseException | None = None
+    folder: Any = None
+
+
+class CheckedSweeper(Sweeper):
+    """The grid over all values that are given, as Hydra's own, for any of its launchers."""
+
+    def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None):
+        self.max_batch_size, self.params = max_batch_size, params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.config, self.loader = config, hydra_context.config_loader
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> list[Job]:
+        """Run the grid.
+
+        Raises:
+            SweepFailed: a job failed; the others have been run.
+        """
+        from hydra._internal.core_plugins.basic_sweeper import BasicSweeper  # Hydra loads it anew when it starts
+
+        words = [f"{key}={value}" for key, value in self.params.items()] + arguments
+        overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
+        grid = BasicSweeper.split_arguments(overrides, None)[0]
+        jobs = [Job(number, list(one)) for number, one in enumerate(grid)]
+        for job in jobs:
+            self._check(job)
+        good = [job for job in jobs if job.error is None]
+        for job in jobs if good else ():  # otherwise the list at the end is all there is
+            if job.error is not None:
+                _say_failed(job)
+        size = self.max_batch_size or len(good) or 1
+        for start in range(0, len(good), size):
+            self._launch(good[start : start + size], start)
+        return self._conclude(jobs)
+
+    def _check(self, job: Job) -> None:
+        verb = self.config.hydra.job.config_name
+        try:
+            composition = compose_tree(verb, job.overrides, loader=self.loader)  # pyright: ignore[reportArgumentType]
+            settings = build_settings(composition)
+            plan(build_recipe(composition, settings)).selected(until=settings.until, only=settings.only)
+        except UserError as error:
+            job.error = error
+
+    def _launch(self, jobs: Sequence[Job], first: int) -> None:
+        results = self.launcher.launch([job.overrides for job in jobs], initial_job_idx=first)
+        for job, result in zip(jobs, results, strict=True):
+            if result.status == JobStatus.COMPLETED:
+                job.folder = result.return_value
+                continue
+            job.error = error = result._return_value  # its property would print a line and raise
+            if not isinstance(error, UserError):
+                traceback.print_exception(error)
+            _say_failed(job)
+
+    def _conclude(self, jobs: list[Job]) -> list[Job]:
+        """List how each job ended."""
+        for job in jobs:
+            line = f"[{job.number + 1}/{len(jobs)}] {' '.join(job.overrides)}"
+            if job.error is None:
+                print(f"{line}  {job.folder or 'done'}", flush=True)
+            else:
+                print(f"error: {line}: {job.error}", file=sys.stderr, flush=True)
+        failures = [job.error for job in jobs if job.error is not None]
+        if failures:
+            raise SweepFailed(all(isinstance(error, UserError) for error in failures))
+        return jobs
+
+
+def _say_failed(job: Job) -> None:
+    print(f"error: job {job.number} ({' '.join(job.overrides)}): {job.error}", file=sys.stderr, flush=True)
