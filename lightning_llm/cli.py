@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,6 +95,7 @@ def _hydra(verb: str, words: list[str]) -> int:
 
     from lightning_llm.pipeline.composition import CONF, build_loader
     from lightning_llm.pipeline.mistakes import as_user_error
+    from lightning_llm.pipeline.runner import StageFailed
     from lightning_llm.pipeline.sweep import SweepFailed, use_checked_sweeper
 
     flags = get_args_parser().parse_args(words)
@@ -119,6 +121,10 @@ def _hydra(verb: str, words: list[str]) -> int:
         if kept is not None:
             os.environ["HYDRA_FULL_ERROR"] = kept
     for result in outcome:
+        if isinstance(result, StageFailed):
+            traceback.print_exception(result.__cause__)
+            print(f"error: {result}", file=sys.stderr)
+            return 1
         if isinstance(result, BaseException):
             raise result
     return max((result for result in outcome if isinstance(result, int)), default=0)

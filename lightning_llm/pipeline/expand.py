@@ -71,11 +71,12 @@ class _Expansion:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.models: dict[str, ModelConfig] = {}  # stage -> shape
-        self.first_context = int(as_ramp(next(iter(recipe.stages.values())).context)[0]["value"])
+        self.order = order_of_stages(recipe.stages)
+        self.first = recipe.stages[self.order[0]]
 
     def nodes(self) -> Iterator[Node]:
         made: set[str] = set()
-        for name in order_of_stages(self.recipe.stages):
+        for name in self.order:
             stage = self.recipe.stages[name]
             self.models[name] = self._model(name, stage)
             for node in self._nodes_of(name, stage):
@@ -108,7 +109,7 @@ class _Expansion:
         if evaluates:
             settings = EvaluateSettings(
                 evaluation=_without_sources(recipe.evaluation),
-                context=self.first_context,
+                context=int(as_ramp(self.first.context)[0]["value"]),
                 full_context=contexts[-1],
                 preference_mode="implicit_reward" if stage.objective.needs_reference else "likelihood",
                 precision=recipe.compute.precision,
@@ -151,8 +152,7 @@ class _Expansion:
             return TokenizerSettings(TokenizerConfig(), source, DATA_SEED)
         config = recipe.tokenizer
         if not config.sources:
-            first = next(iter(recipe.stages.values())).data
-            paths = dict.fromkeys(source.path for source in first.sources.values() if source.path is not None)
+            paths = dict.fromkeys(source.path for source in self.first.data.sources.values() if source.path is not None)
             config = replace(config, sources=list(paths))
         return TokenizerSettings(config, source, DATA_SEED)
 

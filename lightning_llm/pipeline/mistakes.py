@@ -113,8 +113,8 @@ def _refused_value(error: OmegaConfBaseException, where: str, loader: Any, asked
         return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
     if "does not support deletion" in refused:
         return UserError(where, f"{key} cannot be taken away", "Give it a value instead")
-    if isinstance(parent, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(parent)):
-        schema = OmegaConf.get_type(parent)
+    schema = OmegaConf.get_type(parent) if isinstance(parent, DictConfig) else None
+    if schema is not None and dataclasses.is_dataclass(schema):
         name = str(error.key)
         if name in {f.name for f in dataclasses.fields(schema)}:
             return UserError(where, f"{key} cannot be {_given(error)}", f"It is {describe(schema, name)}")
@@ -209,7 +209,7 @@ def _paths(schema: type, prefix: str = "") -> Iterable[str]:
     inside = []
     for name, hint in typing.get_type_hints(schema).items():
         if dataclasses.is_dataclass(hint) and name in {f.name for f in dataclasses.fields(schema)}:
-            parts = [hint, *_subclasses(hint)]
+            parts = [hint, *_subclasses(hint)]  # pyright: ignore[reportArgumentType]
             yield from dict.fromkeys(f"{prefix}{name}.{f.name}" for part in parts for f in dataclasses.fields(part))
             inside.append((hint, f"{prefix}{name}."))
     for hint, path in inside:

@@ -131,7 +131,8 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
             "starts_from": node.inputs["model"],
             "tokens": tokens,
             "context": node.settings.context,
-            "flops": tokens * forward_flops_per_token(model, node.settings.context),
+            "flops": tokens
+            * forward_flops_per_token(model, _segment_length(recipe, node.stage, node.settings.context)),
             **_frozen(recipe, model, models=1),
             "disk_gib": 4 * tokens / GIB,
         }
@@ -174,18 +175,24 @@ def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
             "warmup_tokens": settings.lr.warmup_tokens,
         },
         "parameters": counts["total"],
-        "flops": _training_flops(settings),
+        "flops": _training_flops(recipe, node.name, settings),
         "memory_gib": (BYTES_PER_TRAINED_PARAMETER * counts["total"] + _activation_bytes(recipe, settings)) / GIB,
         "disk_gib": 4 * counts["total"] / GIB,
     }
 
 
-def _training_flops(settings: TrainSettings) -> float:
+def _segment_length(recipe: Recipe, name: str, context: int) -> int:
+    """How long the segments of a stage are: documents fill the context, conversations and pairs are what they are."""
+    data = recipe.stages[name].data
+    return context if data.form == "text" else min(round(data.tokens_per_example or context), context)
+
+
+def _training_flops(recipe: Recipe, name: str, settings: TrainSettings) -> float:
     """Over the pieces of the context ramp."""
     total, ends = 0.0, [entry["at"] for entry in settings.context[1:]] + [settings.tokens]
     for entry, end in zip(settings.context, ends, strict=True):
         tokens = max(min(end, settings.tokens) - entry["at"], 0)
-        total += tokens * training_flops_per_token(settings.model, entry["value"])
+        total += tokens * training_flops_per_token(settings.model, _segment_length(recipe, name, entry["value"]))
     return total
 
 
@@ -277,7 +284,7 @@ def duration(seconds: float) -> str:
     """41 s, 12 min, 3.1 h, 12 days, 300 years."""
     for size, unit in ((3600 * 24 * 365, "years"), (3600 * 24, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
-            return f"{seconds / size:,.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:,.0f} {unit}"
+            return f"{seconds / size:,.1f} {unit}" if seconds / size < 10 else f"{seconds / size:,.0f} {unit}"
     return f"{seconds:.0f} s" if seconds >= 0.5 else ""
 
 

@@ -248,6 +248,10 @@ def check(recipe: Recipe) -> None:
     _one_of("compute.strategy", recipe.compute.strategy, ("single", "ddp"))
     _one_of("compute.accelerator", recipe.compute.accelerator, ("cpu", "gpu"))
     _in_range("compute.devices", recipe.compute.devices, low=1)
+    if recipe.compute.devices > 1 and recipe.compute.strategy == "single":
+        raise UserError(
+            "compute.devices", f"is {recipe.compute.devices} with strategy single", "Set compute.strategy=ddp"
+        )
     _in_range("limits.hours", recipe.limits.hours, low=0)
 
 

@@ -117,6 +117,7 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
     _refuse_missing(chosen, whole, there)
     to_make = [node for node in chosen.nodes if there[node.name] is None or node.stage in force]
     _refuse_long(recipe, to_make)
+    _refuse_absent_device(recipe, to_make)
     record = RunRecord(_new_folder(Path(recipe.runs).expanduser() / recipe.name), chosen)
     began = time.monotonic()
     try:
@@ -157,6 +158,18 @@ def _refuse_long(recipe: Recipe, nodes: Sequence[Node]) -> None:
             f"{recipe.limits.hours:g} hours",
             f"Choose a smaller scale or another compute, or allow it: limits.hours={math.ceil(seconds / 3600)}",
         )
+
+
+def _refuse_absent_device(recipe: Recipe, nodes: Sequence[Node]) -> None:
+    if recipe.compute.accelerator == "gpu" and any(node.kind != "prepare" for node in nodes):
+        import torch
+
+        if torch.cuda.device_count() < recipe.compute.devices:
+            raise UserError(
+                f"compute={recipe.compute.name}",
+                f"wants {recipe.compute.devices} GPUs, torch sees {torch.cuda.device_count()}",
+                "Choose compute=cpu, or fewer devices",
+            )
 
 
 # ---- one node ----

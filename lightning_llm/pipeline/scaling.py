@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from lightning_llm.data.config import DataConfig, SourceConfig
+from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline.config import PhaseScale, ScaleConfig
@@ -35,23 +34,20 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
     if recipe.is_scaled:
         return recipe
     scale = scale or recipe.scale
-    original = {name: _Published(recipe, name, stage) for name, stage in recipe.stages.items()}
-    stages = {}
-    for name in order_of_stages(recipe.stages):
-        stages[name] = _scaled_stage(recipe, scale, name, original)
+    order = order_of_stages(recipe.stages)
+    original = {name: _Published(recipe, name, recipe.stages[name]) for name in order}
+    stages = {name: _scaled_stage(recipe, scale, name, original) for name in order}
     evaluation = _overlaid(recipe, "evaluation", recipe.evaluation, _given(scale.evaluation))
     for part in ("text", "tasks", "pairs"):
         data = _located(recipe, scale, f"evaluation.{part}", getattr(evaluation, part))
         evaluation = replace(evaluation, **{part: data})
-    tokenizer = recipe.tokenizer
-    if scale.vocabulary is not None:
-        tokenizer = _overlaid(recipe, "tokenizer", tokenizer, {"vocab_size": scale.vocabulary})
+    model, tokenizer = _scaled_model(recipe, scale, stages)
     return replace(
         recipe,
         scale=scale,
-        model=_scaled_model(recipe, scale, stages),
+        model=model,
         tokenizer=tokenizer,
-        stages={name: stages[name] for name in recipe.stages},
+        stages=stages,
         evaluation=evaluation,
         is_scaled=True,
     )
@@ -95,11 +91,10 @@ def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[
     stage = replace(stage, data=data)
     context, batch = as_ramp(stage.context), as_ramp(stage.batch_tokens)
     if free("context") and scale.context is not None:
-        first = next(iter(original.values())).context[0]["value"]
-        context = _mapped(context, lambda value: max(round(value * scale.context / first), 1))
+        context = _times(context, scale.context / next(iter(original.values())).context[0]["value"])
     if free("batch_tokens") and phase.batch_tokens is not None:
-        first = next(other for other in original.values() if other.phase == own.phase).batch[0]["value"]
-        batch = _mapped(batch, lambda value: max(round(value * phase.batch_tokens / first), 1))
+        first = next(other for other in original.values() if other.phase == own.phase)
+        batch = _times(batch, phase.batch_tokens / first.batch[0]["value"])
 
     has_free_length = all(free(unit) for unit in ("tokens", "examples", "steps"))
     if has_free_length:
@@ -194,8 +189,8 @@ def _scaled_learning_rate(
 # ---- ramps ----
 
 
-def _mapped(ramp: Ramp, value: Callable[[float], float]) -> Ramp:
-    return [{"at": entry["at"], "value": value(entry["value"])} for entry in ramp]
+def _times(ramp: Ramp, factor: float) -> Ramp:
+    return [{"at": entry["at"], "value": max(round(entry["value"] * factor), 1)} for entry in ramp]
 
 
 def _stretched(ramp: Ramp, stretch: float, minimum_steps: int, batch: Ramp) -> Ramp:
@@ -220,18 +215,31 @@ def _plain(ramp: Ramp) -> Any:
 # ---- model, data, evaluation ----
 
 
-def _scaled_model(recipe: Recipe, scale: ScaleConfig, stages: dict[str, TrainStage]) -> ModelConfig:
+def _scaled_model(
+    recipe: Recipe, scale: ScaleConfig, stages: dict[str, TrainStage]
+) -> tuple[ModelConfig, TokenizerConfig]:
+    """The shape of the scale with the family's features, and the tokenizer that goes with it."""
     shape = dict(scale.shapes.get("policy", {}))
     if not recipe.model.num_experts:
         shape = {name: value for name, value in shape.items() if name not in EXPERT_FIELDS}
-    if scale.vocabulary is not None and not recipe.is_pinned("model.tokenizer"):
-        shape |= {"tokenizer": "train", "vocab_size": scale.vocabulary}
-        if recipe.is_pinned("tokenizer.vocab_size"):
-            shape["vocab_size"] = recipe.tokenizer.vocab_size
     if scale.context is not None:
         longest = max(entry["value"] for stage in stages.values() for entry in as_ramp(stage.context))
         shape.setdefault("max_position_embeddings", int(longest))
-    return _overlaid(recipe, "model", recipe.model, shape)
+    if scale.vocabulary is not None:
+        shape["tokenizer"] = "train"
+    model, tokenizer = _overlaid(recipe, "model", recipe.model, shape), recipe.tokenizer
+    if model.tokenizer != "train":
+        return model, tokenizer
+    entries = model.vocab_size if scale.vocabulary is None else scale.vocabulary
+    tokenizer = _overlaid(recipe, "tokenizer", tokenizer, {"vocab_size": entries})
+    model = _overlaid(recipe, "model", model, {"vocab_size": tokenizer.vocab_size})
+    if model.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            "model.vocab_size",
+            f"{model.vocab_size:,} rows cannot hold a tokenizer of {tokenizer.vocab_size:,} entries",
+            "Raise it, or lower tokenizer.vocab_size",
+        )
+    return model, tokenizer
 
 
 def _located(recipe: Recipe, scale: ScaleConfig, key: str, data: DataConfig) -> DataConfig:

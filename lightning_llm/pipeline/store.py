@@ -230,7 +230,9 @@ def referring_runs(runs: Path) -> dict[Path, list[Path]]:
     found: dict[Path, list[Path]] = {}
     for link in sorted(runs.glob("*/*/artifacts/*")):
         if link.is_symlink():
-            found.setdefault(link.resolve(), []).append(link.parents[1])
+            runs_of = found.setdefault(link.resolve(), [])
+            if link.parents[1] not in runs_of:  # two nodes of a run may share an artifact
+                runs_of.append(link.parents[1])
     return found
 
 

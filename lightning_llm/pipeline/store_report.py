@@ -20,8 +20,8 @@ def list_store(settings: StoreSettings) -> int:
         size = size_of(path)
         total += size
         record = read_record(path) or {}
-        runs = [_shown(run) for run in referring.get(path.resolve(), [])]
-        print(f"{_size(size)}  {record.get('created', 'damaged'):<26} {path.name}  {', '.join(runs) or 'no run'}")
+        runs = referring.get(path.resolve(), [])
+        print(f"{_size(size)}  {record.get('created', 'damaged'):<26} {path.name}  {_shown_runs(runs)}")
     others = sum(size_of(store.root / name) for name in (".making", ".damaged") if (store.root / name).is_dir())
     kept = f"; {_size(others).strip()} half-written or damaged" if others else ""
     print(f"{_size(total)}  {len(artifacts)} artifacts in {_shown(store.root)}{kept}")
@@ -56,6 +56,14 @@ def remove_from_store(settings: StoreSettings) -> int:
         store.remove(path)
         print(f"removed {path.name} ({_size(size).strip()})")
     return 0
+
+
+def _shown_runs(runs: list[Path]) -> str:
+    """The newest run and how many others there are."""
+    if not runs:
+        return "no run"
+    others = f" and {len(runs) - 1} more" if len(runs) > 1 else ""
+    return f"{_shown(max(runs, key=lambda run: run.name))}{others}"
 
 
 def _size(size: int) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobStatus
+from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -46,6 +47,9 @@ class Job:
 
 class CheckedSweeper(Sweeper):
     """The grid over all values that are given, as Hydra's own, for any of its launchers."""
+
+    config: DictConfig  # pyright: ignore[reportIncompatibleVariableOverride]
+    launcher: Launcher  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, max_batch_size: int | None = None, params: dict[str, str] | None = None):
         self.max_batch_size, self.params = max_batch_size, params or {}
