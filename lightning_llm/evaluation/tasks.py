@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from lightning_llm.data.embedded.tasks import STYLES, style_of
 from lightning_llm.data.token_store import TokenStore
-from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.evaluation.judges import Question, Response, verify
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import Transformer
@@ -28,9 +27,10 @@ def sample_questions(stores: Mapping[str, TokenStore], count: int) -> list[Quest
 
 def respond(
     model: Transformer,
-    tokenizer: Tokenizer,
     questions: Sequence[Question],
     *,
+    decode: Callable[[list[int]], str],
+    stop_ids: Collection[int],
     max_new_tokens: int,
     max_tokens: int,
     temperature: float = 0.0,
@@ -39,22 +39,24 @@ def respond(
     """A model's response to each question; greedy at temperature 0.
 
     Args:
-        max_tokens: of all the caches that are held at once.
+        decode: ids to text.
+        stop_ids: tokens that end a turn.
+        max_tokens: prompts and responses that are held in a cache at once.
     """
     longest = max(len(question.prompt_ids) for question in questions) + max_new_tokens
     generated = generate(
         model,
         [question.prompt_ids for question in questions],
         max_new_tokens=max_new_tokens,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=stop_ids,
         temperature=temperature,
         seed=seed,
         batch_size=max(max_tokens // longest, 1),
     )
     responses = []
     for ids in generated:
-        is_complete = bool(ids) and ids[-1] in tokenizer.stop_ids
-        responses.append(Response(ids, tokenizer.decode(ids[:-1] if is_complete else ids), is_complete))
+        is_complete = bool(ids) and ids[-1] in stop_ids
+        responses.append(Response(ids, decode(ids[:-1] if is_complete else ids), is_complete))
     return responses
 
 

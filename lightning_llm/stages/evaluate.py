@@ -200,8 +200,9 @@ class Evaluation:
     def _respond(self, model: Transformer, questions: list[Question], *, temperature: float) -> list[Response]:
         return respond(
             model,
-            self.tokenizer,
             questions,
+            decode=self.tokenizer.decode,
+            stop_ids=self.tokenizer.stop_ids,
             max_new_tokens=self.sizes.max_new_tokens,
             max_tokens=self.max_tokens,
             temperature=temperature,
