@@ -67,18 +67,15 @@ def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Seq
         return UserError(where, " ".join(text.split("\n")[1:2]), "See --help")
     if group := re.match(r"Override (\S+) looks like a config group override, but config group '(.*)' does", text):
         return UserError(COMMAND_LINE, f"there is no group {group[2]}", name_nearest(group[2], groups(loader)))
-    if package := re.match(r"Could not override '([^']*)'\. ?\n?(?:Did you mean to override (\S+)\?)?", text):
-        cause = error.__cause__
-        if isinstance(cause, OmegaConfBaseException):
-            return _refused_value(cause, COMMAND_LINE, loader, asked=package[1])
-        near = re.findall(r"[\w/]+@[\w.]+", text.partition("\n")[2]) or [package[2]]
-        candidates = [name for name in near if name]
-        remedy = (
-            f"The nearest is {candidates[0]}"
-            if candidates
-            else "Address it as group@key, as objective@stages.dpo.objective"
-        )
-        return UserError(COMMAND_LINE, f"nothing chooses {package[1]}", remedy)
+    if package := re.search(r"Could not override '([^']*)'", text):
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            return _refused_value(error.__cause__, COMMAND_LINE, loader, asked=package[1])
+        file = re.match(r"In '([^']*)'", text)
+        choices = re.findall(r"[\w/]+(?:@[\w.]+)?(?=[,?])", text.partition("Did you mean to override")[2])
+        near = nearest(package[1], choices)
+        remedy = f"The nearest is {near}" if near else "Address it as group@key, as objective@stages.dpo.objective"
+        where = _file_of(file[1], loader) if file else COMMAND_LINE
+        return UserError(where, f"nothing chooses {package[1]}", remedy)
     if text.startswith("Error merging override"):
         if isinstance(error.__cause__, OmegaConfBaseException):
             given = text.removeprefix("Error merging override").strip().lstrip("+").partition("=")[0]

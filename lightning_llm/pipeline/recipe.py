@@ -6,6 +6,8 @@ The last file that knows OmegaConf: what comes out is plain Python, and nobody d
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +22,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.mistakes import COMMAND_LINE, name_nearest, unknown_entry, unknown_setting
-from lightning_llm.schedules import as_ramp, final_learning_rate, warmup_tokens
+from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig, TrainStage
 
@@ -31,7 +33,6 @@ if TYPE_CHECKING:
 ROW_FIELDS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "answer", "task")
 ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
         "low_freq_factor", "high_freq_factor", "attention_factor")  # fmt: skip
-FIGURES = ("tokens", "long_context_tokens", "peak_lr", "long_context_lr", "batch_tokens")  # conf/model/: published
 ROLES = ("policy",)  # of scale.shapes
 PHASES = ("pretrain", "sft", "preference")
 
@@ -146,7 +147,7 @@ class _Reader:
         if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
             return
         schema = OmegaConf.get_type(node)
-        known: Sequence[str] | None = _known_entries(path)
+        known = self._known_entries(path)
         if isinstance(schema, type) and dataclasses.is_dataclass(schema):
             known = [f.name for f in dataclasses.fields(schema)]
         for name in map(str, node._content):  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -156,6 +157,16 @@ class _Reader:
                     raise unknown_setting(key, schema, self._origin(key))  # pyright: ignore[reportArgumentType]
                 raise unknown_entry(key, known, self._origin(key))
             self.refuse_unknown(node._get_node(name), key)
+
+    def _known_entries(self, path: str) -> Sequence[str] | None:
+        """The keys of a mapping that is no dataclass, where they are not free."""
+        if path.startswith("scale.shapes."):
+            return [f.name for f in dataclasses.fields(ModelConfig)]
+        if path == "model.published":  # a figure is known if something refers to it, or a model of ours states it
+            named = set(re.findall(r"\$\{model\.published\.(\w+)\}", OmegaConf.to_yaml(self.composition.config)))
+            return sorted(named | _figures_of_our_models())
+        closed = {"model.rope_parameters": ROPE, "scale.shapes": ROLES, "scale.phases": PHASES}
+        return closed.get(path, ROW_FIELDS if path.endswith(".columns") else None)
 
     def build(self, node: Any, path: str) -> Any:
         if isinstance(node, ListConfig):
@@ -177,6 +188,10 @@ class _Reader:
                 raise UserError(self._origin(key), f"{key} cannot be taken away", "Give it a value instead")
             value = self.build(node[name], key)
             values[name] = tuple(value) if typing.get_origin(hints[name]) is tuple else value
+        if path == "model":  # a shape of the user's need not go with the published one, only with the scale's: `scaled`
+            model = schema.__new__(schema)
+            vars(model).update(values)
+            return model
         try:
             return schema(**values)
         except ValueError as error:
@@ -200,13 +215,13 @@ class _Reader:
         return f"recipe {self.composition.recipe}" if self.composition.recipe else self.composition.verb
 
 
-def _known_entries(path: str) -> Sequence[str] | None:
-    """The keys of a mapping that is no dataclass, where they are not free."""
-    if path.startswith("scale.shapes."):
-        return [f.name for f in dataclasses.fields(ModelConfig)]
-    return {
-        "model.rope_parameters": ROPE, "model.published": FIGURES, "scale.shapes": ROLES, "scale.phases": PHASES,
-    }.get(path, ROW_FIELDS if path.endswith(".columns") else None)  # fmt: skip
+@functools.cache
+def _figures_of_our_models() -> frozenset[str]:
+    """All that a file in conf/model/ states under `published:`."""
+    from lightning_llm.pipeline.composition import CONF
+
+    texts = (path.read_text("utf-8").partition("\npublished:")[2] for path in (CONF / "model").glob("*.yaml"))
+    return frozenset(name for text in texts for name in re.findall(r"^  (\w+):", text, re.MULTILINE))
 
 
 def _join(path: str, name: Any) -> str:
@@ -280,21 +295,12 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
             raise UserError(f"{key}.{name}", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
         for entry in ramp:
             _in_range(f"{key}.{name}", entry["value"], low=1)
-    lr, optimizer, objective = stage.lr, stage.optimizer, stage.objective
-    try:
-        final_learning_rate(lr)
-        warmup_tokens(dataclasses.replace(lr, warmup_steps=None) if lr.warmup_steps is not None else lr, 1.0)
-    except ValueError as error:
-        raise UserError(f"{key}.lr", str(error), f"See conf/schedule/; {key}.lr.<key>=null takes one away") from error
-    if len([unit for unit in WARMUPS if getattr(lr, unit) is not None]) > 1:
-        raise UserError(f"{key}.lr", f"at most one of {', '.join(WARMUPS)}", "Set the others to null")
-    _in_range(f"{key}.lr.peak", lr.peak, above=0)
-    _in_range(f"{key}.optimizer.clip_norm", optimizer.clip_norm, low=0)
-    _in_range(f"{key}.optimizer.weight_decay", optimizer.weight_decay, low=0)
-    if len(optimizer.betas) != 2:
-        raise UserError(f"{key}.optimizer.betas", f"are {len(optimizer.betas)}", "Give two, as [0.9, 0.95]")
-    for beta in optimizer.betas:
-        _in_range(f"{key}.optimizer.betas", beta, low=0, below=1)
+    warmups = [unit for unit in WARMUPS if getattr(stage.lr, unit) is not None]
+    if len(warmups) > 1:
+        raise UserError(f"{key}.lr", f"wants at most one of {', '.join(WARMUPS)}", "Set the others to null")
+    if len(stage.optimizer.betas) != 2:
+        raise UserError(f"{key}.optimizer.betas", f"are {len(stage.optimizer.betas)}", "Give two, as [0.9, 0.95]")
+    objective = stage.objective
     if objective.needs_pairs != (stage.data.form == "pairs"):
         raise UserError(
             f"{key}.data",

@@ -274,4 +274,4 @@ def _overlaid(recipe: Recipe, key: str, config: Config, values: dict[str, Any]) 
     try:
         return replace(config, **free)  # pyright: ignore[reportArgumentType, reportCallIssue]
     except ValueError as error:  # a shape of the user's and one of the scale's that do not go together
-        raise UserError(key, str(error), f"Set both, or choose another scale than {recipe.scale.name}") from error
+        raise UserError(key, str(error), "Give all that belong together") from error

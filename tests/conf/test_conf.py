@@ -1,0 +1,122 @@
+"""Every YAML in conf/ composes, names what it is, and Qwen 2's plan is the committed one at every scale."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pkgutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from lightning_llm import compose, plan
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.size import parameter_counts
+from lightning_llm.pipeline.composition import CONF, compose_tree, register_schemas
+from lightning_llm.pipeline.recipe import build_recipe, build_settings
+from lightning_llm.settings import OPTIONS, Buildable
+
+GOLDEN = Path(__file__).parent / "golden"
+GROUPS = ("model", "scale", "compute", "evaluation", "experiment")  # chosen for the whole recipe
+WITHIN = {"data": "data", "objective": "objective", "optimizer": "optimizer", "schedule": "lr"}  # group -> key of a stage
+PLACES = {"qwen2_sft": "sft", "qwen2_preferences": "dpo", "dpo": "dpo", "ipo": "dpo"}  # option -> the stage that it suits
+
+composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, overrides))
+
+
+def options(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def test_every_file_is_tried_here():
+    assert {path.parent.name for path in CONF.glob("*/*.yaml")} == {*GROUPS, *WITHIN, "recipe", "stage"}
+
+
+@pytest.mark.parametrize("verb", ["report", "store"])
+def test_every_verb_has_a_tree(verb):
+    assert build_settings(compose_tree(verb))
+
+
+@pytest.mark.parametrize("place", range(max(len(options(group)) for group in GROUPS)))
+def test_options_of_a_recipe_compose(place):
+    """One of every group at a time, until all have had their turn."""
+    chosen = {group: options(group)[place % len(options(group))] for group in GROUPS}
+    recipe = build_recipe(compose_tree("run", ["recipe=qwen2", *(f"{group}={name}" for group, name in chosen.items())]))
+    assert {group: getattr(recipe, group).name for group in GROUPS[:-1]} == {g: chosen[g] for g in GROUPS[:-1]}
+    assert plan(recipe).nodes
+
+
+@pytest.mark.parametrize("place", range(max(len(options(group)) for group in WITHIN)))
+def test_options_of_a_stage_compose(place):
+    chosen = {group: options(group)[place % len(options(group))] for group in WITHIN}
+    stages = {group: PLACES.get(name, "pretrain") for group, name in chosen.items()}
+    words = [f"{group}@stages.{stages[group]}.{WITHIN[group]}={name}" for group, name in chosen.items()]
+    recipe = compose("qwen2", "paper", words)
+    for group, name in chosen.items():
+        config = getattr(recipe.stages[stages[group]], WITHIN[group])
+        assert (config.schedule if group == "schedule" else config.name) == name
+        if group in ("objective", "optimizer"):  # a file says what the dataclass says
+            assert dataclasses.asdict(config) == dataclasses.asdict(type(config)(name=name))
+
+
+def test_stages_can_be_added():
+    words = []
+    for option in options("stage"):
+        name = f"more_{option}"
+        words += [f"+stage@stages.{name}={option}", f"stages.{name}.starts_from=sft", f"stages.{name}.lr.peak=1e-5"]
+        words += [f"stages.{name}.context=4096", f"stages.{name}.batch_tokens=1e6", f"stages.{name}.tokens=1e6"]
+    nodes = {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
+    for option in options("stage"):
+        assert nodes[f"more_{option}"].inputs["starts_from"] == "sft"
+
+
+def test_every_option_of_the_table_can_be_built():
+    register_schemas()
+    for schema in OPTIONS.values():
+        if issubclass(schema, Buildable):
+            assert callable(pkgutil.resolve_name(schema.implementation))
+
+
+# Published totals of the weights, in the words of the models' own pages and the report's Table 1.
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("qwen2_0_5b", 494.0e6, None),
+        ("qwen2_1_5b", 1.544e9, None),
+        ("qwen2_7b", 7.616e9, None),
+        ("qwen2_72b", 72.71e9, None),
+        ("qwen2_57b_a14b", 57.41e9, 14.25e9),
+    ],
+)
+def test_the_sizes_are_those_that_were_published(name, total, active):
+    values = OmegaConf.to_container(OmegaConf.load(CONF / "model" / f"{name}.yaml"))
+    counts = parameter_counts(ModelConfig(**{key: value for key, value in values.items() if key != "defaults"}))
+    assert counts["total"] == pytest.approx(total, rel=5e-4)
+    assert counts["active"] == pytest.approx(active or total, rel=5e-4)
+
+
+def test_paper_is_the_report():
+    stages = plan(composed("paper", "compute=ddp")).recipe.stages
+    assert stages["pretrain"].tokens + stages["long_context"].tokens == pytest.approx(7e12)
+    assert (stages["pretrain"].context, stages["long_context"].context) == (4096, 32_768)
+    assert stages["long_context"].rope_theta == 1e6
+    sft = stages["sft"]
+    assert (sft.examples, sft.epochs, sft.lr.peak, sft.lr.final) == (500_000, 2, 7e-6, 7e-7)
+    assert (sft.optimizer.weight_decay, sft.optimizer.clip_norm) == (0.1, 1.0)
+
+
+def test_nothing_above_nano_reads_embedded_text():
+    for scale, compute in (("small", "gpu"), ("paper", "ddp")):
+        recipe = plan(composed(scale, f"compute={compute}")).recipe
+        mixtures = [stage.data for stage in recipe.stages.values()] + [recipe.evaluation.text, recipe.evaluation.pairs]
+        paths = [source.path for data in mixtures for source in data.sources.values()]
+        assert paths
+        assert not [path for path in paths if path.startswith("embedded:")]
+
+
+@pytest.mark.parametrize(("scale", "compute"), [("nano", "cpu"), ("small", "gpu"), ("paper", "ddp")])
+def test_golden_plan(scale, compute):
+    """A changed default shows up in review. To renew: lightning-llm plan recipe=qwen2 scale=... compute=... > the file."""
+    shown = f"{plan(composed(scale, f'compute={compute}'))}\n"
+    assert shown == (GOLDEN / f"qwen2_{scale}.txt").read_text()

@@ -1,0 +1,176 @@
+"""A misspelt key anywhere is one line that names it and the nearest valid one; what is composed is checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lightning_llm import compose
+from lightning_llm.data.config import DataConfig
+from lightning_llm.optimization.config import LearningRateConfig
+from lightning_llm.pipeline.recipe import check, order_of_stages
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import TrainStage
+
+PAIR = """# @package _global_
+defaults: [/model: qwen2_0_5b, /stage@stages.base: pretrain, /stage@stages.last: dpo, _self_]
+stages:
+  base: {tokens: 1e6, context: 128, batch_tokens: 1e3}
+  last: {starts_from: base, examples: 10, context: 128, batch_tokens: 1e3}
+"""
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory):
+    """A folder of the user's own: a recipe of two stages, and others that have something wrong."""
+    folder = tmp_path_factory.mktemp("mine")
+    files = {
+        "recipe/pair": PAIR,
+        "recipe/key": PAIR.replace("examples: 10", "examples: 10, objective: {betta: 0.2}"),
+        "recipe/value": PAIR.replace("examples: 10", "examples: 10, lr: {peak: high}"),
+        "recipe/stage": PAIR + "  lsat: {tokens: 5}\n",
+        "recipe/root": PAIR + "stagess: {base: {tokens: 1}}\n",
+        "recipe/source": PAIR.replace("tokens: 1e6", "tokens: 1e6, data: {sources: {web: {wieght: 1}}}"),
+        "recipe/shape": PAIR + "scale: {shapes: {policy: {hiden_size: 8}}}\n",
+        "recipe/reference": PAIR.replace("1e6", "'${model.published.tokns}'"),
+        "recipe/swapped": PAIR.replace("examples: 10", "examples: 10, objective: {label_smoothing: 0.1}"),
+        "recipe/broken": "a: [1\n",
+        "objective/mine": "name: mine\nbeta: 0.3\n",
+        "experiment/key": "# @package _global_\nstages: {last: {objective: {betta: 1}}}\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+# what is typed -> what the line must name: the place, the key, the remedy
+COMMAND_LINE = {
+    "stages.last.objective.betta=1": ["command line", "stages.last.objective.betta", "beta (number, default 0.1)"],
+    "+stages.last.objective.betta=1": ["command line", "stages.last.objective.betta", "beta (number"],
+    "stages.last.beta=1": ["stages.last.beta", "stages.last.objective.beta"],
+    "stages.lsat.tokens=1": ["stages.lsat", "last"],
+    "stage.last.tokens=1": ["stage ", "stages"],
+    "+sed=1": ["command line", "sed", "seed (whole number, default 0)"],
+    "modell=qwen2_7b": ["modell", "model"],
+    "model=qwen2_7": ["qwen2_7", "qwen2_7b"],
+    "scale=nan": ["command line"],
+    "objectve@stages.last.objective=ipo": ["objectve", "objective"],
+    "objective@stages.lsat.objective=ipo": ["objective@stages.lsat.objective", "objective@stages.last.objective"],
+    "stages.last.lr.peak=high": ["stages.last.lr.peak", "'high'", "number"],
+    "stages.last.tokens": ["'stages.last.tokens'", "key=value"],
+    "stages.last.tokens=1,2": ["stages.last.tokens", "-m"],
+    "~stages.last.lr": ["stages.last.lr", "taken away"],
+    "+model.rope_parameters.rope_thet=1": ["model.rope_parameters.rope_thet", "rope_theta"],
+    "+model.published.tokns=1": ["model.published.tokns", "tokens"],
+    "+stages.base.data.sources.wbe.weight=1": ["stages.base.data.sources.wbe"],
+    "+hydra.job.nam=x": ["hydra.job.nam", "name"],
+    "stages.last.objective.beta=-1": ["stages.last.objective", "beta"],
+}
+
+
+@pytest.mark.parametrize("typed", COMMAND_LINE)
+def test_a_mistake_on_the_command_line(typed, mine):
+    with pytest.raises(UserError) as caught:
+        compose("pair", overrides=[typed], config_dir=mine)
+    assert "\n" not in str(caught.value)
+    for part in COMMAND_LINE[typed]:
+        assert part in str(caught.value)
+
+
+FILES = {
+    "key": ["recipe/key.yaml", "stages.last.objective.betta", "beta"],
+    "value": ["recipe/value.yaml", "stages.last.lr.peak", "'high'"],
+    "stage": ["stages.lsat", "last"],
+    "root": ["recipe/root.yaml", "stagess", "stages"],
+    "source": ["recipe/source.yaml", "stages.base.data.sources.web.wieght", "weight"],
+    "shape": ["scale.shapes.policy.hiden_size", "hidden_size"],
+    "reference": ["stages.base.tokens", "model.published.tokns"],
+    "broken": ["recipe/broken.yaml:2", "not YAML"],
+    "piar": ["piar", "pair"],
+}
+
+
+@pytest.mark.parametrize("recipe", FILES)
+def test_a_mistake_in_a_file(recipe, mine):
+    with pytest.raises(UserError) as caught:
+        compose(recipe, config_dir=mine)
+    assert "\n" not in str(caught.value)
+    for part in FILES[recipe]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "typed", "parts"),
+    [
+        ("swapped", "objective@stages.last.objective=ipo", ["recipe/swapped.yaml", "label_smoothing", "ipo"]),
+        ("pair", "objective@stages.last.objective=mine", ["objective/mine.yaml", "beta", "dpo"]),
+        ("pair", "experiment=key", ["experiment/key.yaml", "stages.last.objective.betta", "beta"]),
+    ],
+)
+def test_a_mistake_in_what_is_chosen(recipe, typed, parts, mine):
+    """A value that stays behind when its option goes, a file that names no schema, an experiment."""
+    with pytest.raises(UserError) as caught:
+        compose(recipe, overrides=[typed], config_dir=mine)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def pair(mine):
+    return compose("pair", config_dir=mine)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "parts"),
+    [
+        ("last", {"starts_from": "bas"}, ["stages.last.starts_from", "bas", "base"]),
+        ("base", {"starts_from": "last"}, ["circle", "base -> last -> base"]),
+        ("last", {"starts_from": None}, ["stages.last.starts_from", "reference"]),
+        ("last", {"context": [{"at": 5, "value": 8}]}, ["stages.last.context", "starts at 0"]),
+        ("last", {"tokens": 5.0}, ["stages.last", "exactly one", "tokens and examples"]),
+        ("base", {"batch_tokens": None}, ["stages.base.batch_tokens", "no value"]),
+        ("base", {"phase": "pretraim"}, ["stages.base.phase", "pretrain"]),
+        ("base", {"lr": LearningRateConfig(warmup_steps=1, warmup_tokens=1)}, ["stages.base.lr", "at most one"]),
+        ("base", {"data": DataConfig(name="mine", form="pairs")}, ["stages.base.data", "mine", "pairs"]),
+        ("base", {"data": DataConfig(name="mine", on_long="dorp")}, ["stages.base.data.on_long", "drop"]),
+    ],
+)
+def test_what_cannot_run_is_refused(stage, changes, parts, pair):
+    stages = pair.stages | {stage: replace(pair.stages[stage], **changes)}
+    with pytest.raises(UserError) as caught:
+        check(replace(pair, stages=stages))
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_what_the_user_sets_is_known(mine):
+    (mine / "experiment" / "good.yaml").write_text("# @package _global_\nstages: {base: {lr: {peak: 0.5}}}\n")
+    words = ["experiment=good", "stages.last.objective={beta: 0.3}", "objective@stages.last.objective=ipo", "seed=3"]
+    recipe = compose("pair", overrides=words, config_dir=mine)
+    assert recipe.pinned == {"stages.base.lr.peak", "stages.last.objective.beta", "seed"}
+    assert recipe.published == {"stages.base.lr.peak": 3e-4, "stages.last.objective.beta": 0.1}
+    assert (recipe.name, recipe.seed, recipe.stages["base"].lr.peak) == ("pair", 3, 0.5)
+    assert recipe.stages["last"].objective.name == "ipo"
+
+
+def test_a_length_of_the_users_takes_the_place_of_the_recipes(mine):
+    words = ["stages.last.tokens=500", "stages.base.lr.warmup_steps=3"]
+    stages = compose("pair", overrides=words, config_dir=mine).stages
+    assert (stages["last"].tokens, stages["last"].examples) == (500, None)
+    assert (stages["base"].lr.warmup_steps, stages["base"].lr.warmup_share) == (3, None)
+
+
+def test_compose_inside_somebody_elses_hydra(tmp_path, mine):
+    import hydra
+
+    (tmp_path / "config.yaml").write_text("a: 1\n")
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        assert compose("pair", config_dir=mine).name == "pair"
+        assert hydra.compose("config").a == 1
+
+
+def test_stages_come_after_what_they_start_from():
+    edges = {"c": "b", "a": None, "b": "a", "d": "a"}
+    assert order_of_stages({name: TrainStage(starts_from=source) for name, source in edges.items()}) == list("abcd")

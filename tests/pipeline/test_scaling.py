@@ -1,0 +1,229 @@
+"""What a scale keeps of a recipe, as properties over any recipe and any scale."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.models.config import ModelConfig
+from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
+from lightning_llm.optimization.config import LearningRateConfig
+from lightning_llm.pipeline.config import EvaluationScale, PhaseScale, ScaleConfig
+from lightning_llm.pipeline.expand import expand
+from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.scaling import scaled
+from lightning_llm.schedules import BatchPlan, as_ramp, ramp_value
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import ComputeConfig, TrainStage
+
+TEXT = DataConfig(name="text", sources={"web": SourceConfig(weight=0.7), "other": SourceConfig(weight=0.3)})
+CHAT = DataConfig(name="chat", form="conversations", sources={"chats": SourceConfig()})
+PAIRS = DataConfig(name="pairs", form="pairs", sources={"pairs": SourceConfig()})
+CORPORA = {name: SourceConfig(path=f"{name}.jsonl") for name in ("web", "chats", "pairs")} | {"other": SourceConfig()}
+NANO = ScaleConfig(
+    name="nano",
+    shapes={"policy": {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4}},
+    vocabulary=500,
+    context=128,
+    pretraining_tokens=1e6,
+    minimum_share=0.2,
+    minimum_steps=30,
+    phases={
+        "pretrain": PhaseScale(batch_tokens=2048, lr_factor=10),
+        "sft": PhaseScale(examples=1000, tokens_per_example=50, batch_tokens=1024, lr_factor=100),
+        "preference": PhaseScale(examples=300, tokens_per_example=80, batch_tokens=512, lr_factor=50),
+    },
+    corpora=CORPORA,
+    evaluation=EvaluationScale(questions=7),
+)
+PAPER = ScaleConfig(
+    name="paper",
+    phases={"sft": PhaseScale(tokens_per_example=900), "preference": PhaseScale(tokens_per_example=900)},
+    corpora=CORPORA,
+)
+
+
+def train(**settings) -> TrainStage:
+    common = {"context": 4096, "batch_tokens": 4e6, "data": TEXT, "objective": CausalLMConfig()}
+    return TrainStage(**common | settings)
+
+
+def recipe(tokens=(7e12, 0.5e12), contexts=(4096, 32_768), lr=LearningRateConfig(peak=3e-4), **more) -> Recipe:
+    stages = {
+        "first": train(tokens=tokens[0], context=contexts[0], lr=lr),
+        "second": train(tokens=tokens[1], context=contexts[1], starts_from="first", batch_tokens=8e6),
+        "sft": train(phase="sft", examples=5e5, epochs=2, context=contexts[1], batch_tokens=1e6, data=CHAT, starts_from="second"),
+        "dpo": train(phase="preference", examples=6e4, batch_tokens=1e5, data=PAIRS, objective=DPOConfig(), starts_from="sft"),
+    }
+    stages["sft"].lr = LearningRateConfig(schedule="linear", peak=7e-6, final=7e-7, warmup_steps=10)
+    evaluation = EvaluationConfig(text=TEXT, tasks=DataConfig(name="none"), pairs=PAIRS)
+    named = ModelConfig(name="model", attention_bias=True, tie_word_embeddings=True)
+    return Recipe("made", named, TokenizerConfig(), stages, evaluation, PAPER, ComputeConfig(), **more)
+
+
+lengths = st.floats(1e9, 2e13)
+
+
+@given(first=lengths, second=lengths)
+def test_shares_of_pre_training_are_kept(first, second):
+    stages = scaled(recipe(tokens=(first, second)), replace(NANO, minimum_steps=1)).stages
+    share = stages["second"].tokens / (stages["first"].tokens + stages["second"].tokens)
+    expected = max(second / (first + second), 0.2)
+    if expected < 0.99:  # beyond it the floor of one optimizer step shows
+        assert share == pytest.approx(expected, rel=0.01)
+        assert stages["first"].tokens + stages["second"].tokens == pytest.approx(1e6, rel=0.01)
+
+
+@given(first=st.sampled_from([2048, 4096, 8192]), multiple=st.sampled_from([1, 2, 8, 32]))
+def test_multiples_of_the_context_are_kept(first, multiple):
+    stages = scaled(recipe(contexts=(first, first * multiple)), NANO).stages
+    assert stages["first"].context == 128
+    assert stages["second"].context == stages["sft"].context == 128 * multiple
+
+
+@given(
+    peak=st.floats(1e-6, 1e-2),
+    ratio=st.floats(0.0, 1.0),
+    share=st.floats(0.001, 0.3),
+    schedule=st.sampled_from(["cosine", "linear", "wsd"]),
+)
+def test_a_learning_rate_keeps_its_shape(peak, ratio, share, schedule):
+    lr = LearningRateConfig(schedule=schedule, peak=peak, final=peak * ratio, warmup_share=share)
+    small = scaled(recipe(lr=lr), NANO).stages["first"].lr
+    assert small.peak == pytest.approx(10 * peak)
+    assert small.final == pytest.approx(small.peak * ratio)
+    assert (small.schedule, small.warmup_share) == (schedule, share)
+
+
+def test_a_warm_up_in_steps_keeps_its_share():
+    """10 of the report's 900 steps; at nano of what there is."""
+    stage = next(node for node in expand(scaled(recipe(), NANO)) if node.name == "sft").settings
+    assert stage.lr.warmup_steps is None
+    assert 0 < stage.lr.warmup_tokens < stage.tokens
+
+
+@given(
+    budget=st.floats(1e4, 1e7),
+    batch=st.integers(100, 10_000),
+    steps=st.integers(1, 100),
+    second=st.floats(1e6, 7e12),
+    ramp_at=st.floats(0.001, 0.9),
+)
+def test_every_stage_and_segment_has_its_steps(budget, batch, steps, second, ramp_at):
+    made = recipe(tokens=(7e12, second))
+    ramp = [{"at": 0, "value": 4e6}, {"at": 7e12 * ramp_at, "value": 8e6}]
+    made.stages["first"].batch_tokens = ramp
+    made.stages["first"].context = [{"at": 0, "value": 4096}, {"at": 7e12 * ramp_at / 2, "value": 8192}]
+    phases = NANO.phases | {"pretrain": PhaseScale(batch_tokens=batch)}
+    scale = replace(NANO, pretraining_tokens=budget, minimum_steps=steps, phases=phases)
+    for node in expand(scaled(made, scale)):
+        if node.kind != "train":
+            continue
+        settings = node.settings
+        plan = BatchPlan(settings.batch_tokens, settings.tokens)
+        assert plan.steps >= steps
+        for pieces in (settings.batch_tokens, settings.context):
+            ends = [entry["at"] for entry in pieces[1:]] + [settings.tokens]
+            for entry, end in zip(pieces, ends, strict=True):
+                size = ramp_value(settings.batch_tokens, entry["at"])
+                assert end - entry["at"] >= (steps - 1) * size
+
+
+def test_ratios_of_batches_and_ramps_are_kept():
+    made = recipe()
+    made.stages["first"].batch_tokens = [{"at": 0, "value": 4e6}, {"at": 1.4e12, "value": 16e6}]
+    stages = scaled(made, NANO).stages
+    first = as_ramp(stages["first"].batch_tokens)
+    assert [entry["value"] for entry in first] == [2048, 8192]
+    assert first[1]["at"] == pytest.approx(0.2 * stages["first"].tokens, rel=0.01)
+    assert stages["second"].batch_tokens == 4096
+    assert (stages["sft"].batch_tokens, stages["dpo"].batch_tokens) == (1024, 512)
+
+
+def test_post_training_comes_from_budgets():
+    stages = scaled(recipe(), NANO).stages
+    assert (stages["sft"].examples, stages["sft"].epochs) == (1000, 2)
+    train_nodes = {node.name: node.settings for node in expand(scaled(recipe(), NANO)) if node.kind == "train"}
+    assert train_nodes["sft"].tokens == 1000 * 2 * 50
+    assert train_nodes["dpo"].tokens == 300 * 80
+
+
+def test_the_familys_features_are_kept():
+    model = scaled(recipe(), NANO).model
+    assert (model.hidden_size, model.vocab_size, model.tokenizer) == (64, 500, "train")
+    assert (model.attention_bias, model.tie_word_embeddings, model.num_experts) == (True, True, 0)
+    mixture = replace(recipe(), model=ModelConfig(name="moe", num_experts=64))
+    assert scaled(mixture, NANO).model.num_experts == 4
+
+
+def test_the_reports_own_scale_changes_no_figure():
+    made = recipe()
+    same = scaled(made, PAPER)
+    assert same.model == made.model
+    for name, stage in same.stages.items():
+        located = {"data": made.stages[name].data}
+        assert replace(stage, **located) == made.stages[name]
+
+
+FIELDS = {
+    "stages.first.tokens": 123.0,
+    "stages.first.context": 999,
+    "stages.second.batch_tokens": 777,
+    "stages.second.lr.peak": 0.5,
+    "stages.dpo.examples": 5.0,
+    "model.hidden_size": 56,
+    "evaluation.questions": 3,
+    "tokenizer.vocab_size": 444,
+}
+
+
+@given(chosen=st.sets(st.sampled_from(sorted(FIELDS))))
+def test_what_the_user_sets_is_final(chosen):
+    """And moves nothing else: the other stages are mapped by the recipe's own figures."""
+    made, published = recipe(), {}
+    for key in chosen:
+        *path, last = key.split(".")
+        place = made
+        for part in path:
+            place = place[part] if isinstance(place, dict) else getattr(place, part)
+        published |= {key: getattr(place, last)} if key.startswith("stages.") else {}
+        setattr(place, last, FIELDS[key])
+    ours = scaled(replace(made, pinned=frozenset(chosen), published=published), NANO)
+    plain = scaled(recipe(), NANO)
+    for key, value in FIELDS.items():
+        found, expected = ours, plain
+        for part in key.split("."):
+            found = found[part] if isinstance(found, dict) else getattr(found, part)
+            expected = expected[part] if isinstance(expected, dict) else getattr(expected, part)
+        assert found == (value if key in chosen else expected)
+
+
+def test_shapes_that_do_not_go_together():
+    """A shape of the user's is held against that of the scale, not against the published one."""
+    made = recipe(pinned=frozenset({"model.hidden_size"}))
+    made.model.hidden_size = 66
+    with pytest.raises(UserError, match=r"model: hidden_size \(66\).*num_attention_heads \(4\)"):
+        scaled(made, NANO)
+
+
+def test_a_corpus_that_is_dropped_and_one_that_is_missing():
+    assert list(scaled(recipe(), NANO).stages["first"].data.sources) == ["web"]
+    with pytest.raises(UserError, match=r"stages.first.data.sources.web: .*no corpus web.*wbe"):
+        scaled(recipe(), replace(NANO, corpora={"wbe": SourceConfig(path="x"), "other": SourceConfig()}))
+
+
+def test_examples_of_unknown_length_are_refused():
+    with pytest.raises(UserError, match=r"stages.sft.data.tokens_per_example"):
+        scaled(recipe(), replace(PAPER, phases={}))
+
+
+def test_scaling_is_done_once():
+    once = scaled(recipe(), NANO)
+    assert scaled(once) is once
+    assert math.isclose(once.stages["first"].lr.peak, 3e-3)
