@@ -72,7 +72,7 @@ def token_log_likelihood(
     products = _product_dtype(hidden, weight)
     exact = torch.promote_types(products, torch.float32)
     targets = _Targets(
-        ids,
+        ids.long(),
         torch.ones_like(ids, dtype=exact) if target_weights is None else target_weights.detach().to(exact),
         None if tail_weight is None else tail_weight.detach().to(exact),
     )
