@@ -12,7 +12,8 @@ from lightning_llm.settings import option
 class SourceConfig:
     """One source of rows."""
 
-    path: str | None = None  # "embedded:<name>", a file or glob (jsonl, parquet, txt), "hub:<org>/<name>"; none: scale.corpora[<source>]
+    # "embedded:<name>", a file or glob (jsonl, parquet, txt), "hub:<org>/<name>"; none: scale.corpora[<source>]
+    path: str | None = None
     weight: Any = 1.0  # share of the consumed tokens, or a ramp [{at: <share of the stage's tokens>, value: ...}]
     columns: dict[str, str] = field(default_factory=dict)  # our field -> the file's column, where they differ
     max_rows: int | None = None
@@ -31,7 +32,7 @@ class DataConfig:
     max_epochs: float = 4.0  # more passes over a source are refused
     on_error: str = "stop"  # stop | skip: a malformed row
     on_long: str = "drop"  # drop | truncate_left | stop: a conversation or pair longer than the context
-    validation: float = 0.02  # share of rows held out, by hash of their content
+    validation: float = 0.02  # share of rows held out, by hash of their content (embedded data hold out their own)
 
 
 @dataclass

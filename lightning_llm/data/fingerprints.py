@@ -14,7 +14,14 @@ from lightning_llm.data.config import SourceConfig
 from lightning_llm.data.embedded import CONTENTS, REVISION
 from lightning_llm.settings import UserError
 
-SUFFIXES = {".jsonl": "jsonl", ".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".txt": "text", ".md": "text"}
+SUFFIXES = {
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".ndjson": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+}
 
 
 def source_fingerprint(config: SourceConfig, where: str) -> str:

@@ -1,4 +1,4 @@
-"""Which rows a stage consumes when: shares of the sources over consumed tokens, and each source as an endless stream.
+"""What a stage consumes when: shares of the sources over consumed tokens, and each source as an endless stream.
 
 Both are closed forms. Nothing is drawn step by step, so any step can be asked for first, and no state is saved.
 """
@@ -15,7 +15,7 @@ import numpy as np
 from lightning_llm.schedules import Ramp, as_ramp, ramp_value
 from lightning_llm.settings import UserError
 
-BLOCK_ROWS = 4096  # rows that are permuted at a time: an epoch of any length costs the memory of its blocks
+BLOCK_UNITS = 4096  # units that are permuted at a time: an epoch of any length costs the memory of its blocks
 
 
 class Mixture:
@@ -61,37 +61,37 @@ class Mixture:
 
 
 class SourceStream:
-    """The rows of a source as an endless stream of tokens: epoch after epoch, each a new permutation of all rows.
+    """The units of a source as an endless stream of tokens: epoch after epoch, each a new permutation of all units.
 
-    The permutation has two levels, so that its cost does not grow with the source: blocks are permuted, and rows
-    within a block. A block holds every n-th row (n prime), so it is a fair sample of a source that is sorted.
+    The permutation has two levels, so that its cost does not grow with the source: blocks are permuted, and units
+    within a block. A block holds every n-th unit (n prime), so it is a fair sample of a source that is sorted.
     """
 
     def __init__(self, name: str, lengths: np.ndarray, seed: int):
         """
         Args:
             name: with the seed it decides the order; another source changes nothing.
-            lengths: tokens of each row, [rows], all positive.
+            lengths: tokens of each unit, [units], all positive.
         """
-        self.lengths, self.rows, self.tokens = lengths, len(lengths), int(lengths.sum())
+        self.lengths, self.units, self.tokens = lengths, len(lengths), int(lengths.sum())
         self._key = np.frombuffer(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=16).digest(), np.uint64)
-        self._blocks = _next_prime(math.ceil(self.rows / BLOCK_ROWS))
+        self._blocks = _next_prime(math.ceil(self.units / BLOCK_UNITS))
         self._block_tokens = np.array([lengths[b :: self._blocks].sum() for b in range(self._blocks)], np.int64)
-        self._block_rows = np.array([len(lengths[b :: self._blocks]) for b in range(self._blocks)], np.int64)
+        self._block_units = np.array([len(lengths[b :: self._blocks]) for b in range(self._blocks)], np.int64)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self._orders: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
-    def rows_before(self, position: int) -> int:
-        """How many rows start before a position of the stream."""
+    def units_before(self, position: int) -> int:
+        """How many units start before a position of the stream."""
         epoch, offset = divmod(position, self.tokens)
-        _, token_begins, row_begins = self._epoch(epoch)
+        _, token_begins, unit_begins = self._epoch(epoch)
         rank = int(np.searchsorted(token_begins, offset, "right")) - 1
         _, begins = self._block(epoch, rank)
         inside = int(np.searchsorted(begins, offset - token_begins[rank], "left"))
-        return epoch * self.rows + int(row_begins[rank]) + inside
+        return epoch * self.units + int(unit_begins[rank]) + inside
 
-    def rows_from(self, position: int) -> Iterator[tuple[int, int]]:
-        """(row, position of its first token) from the row that covers a position on, without end."""
+    def units_from(self, position: int) -> Iterator[tuple[int, int]]:
+        """(unit, position of its first token) from the unit that covers a position on, without end."""
         epoch, offset = divmod(position, self.tokens)
         _, token_begins, _ = self._epoch(epoch)
         rank = int(np.searchsorted(token_begins, offset, "right")) - 1
@@ -99,36 +99,35 @@ class SourceStream:
         skip = int(np.searchsorted(begins, offset - token_begins[rank], "right")) - 1
         while True:
             base = epoch * self.tokens + int(self._epoch(epoch)[1][rank])
-            rows, begins = self._block(epoch, rank)
-            # short pieces: a window rarely reads a block to its end
-            while skip < len(rows):
-                upto = min(skip + 64, len(rows))
-                for row, begin in zip(rows[skip:upto].tolist(), begins[skip:upto].tolist(), strict=True):
-                    yield row, base + begin
+            units, begins = self._block(epoch, rank)
+            while skip < len(units):  # a window rarely reads a block to its end
+                upto = skip + 64
+                for unit, begin in zip(units[skip:upto].tolist(), begins[skip:upto].tolist(), strict=True):
+                    yield unit, base + begin
                 skip = upto
             skip, rank = 0, rank + 1
             if rank == self._blocks:
                 epoch, rank = epoch + 1, 0
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Order of the blocks, and tokens and rows before each: [blocks] each."""
+        """Order of the blocks, and tokens and units before each: [blocks] each."""
         if epoch not in self._epochs:
             if len(self._epochs) == 4:
                 self._epochs.clear()
             order = self._random(epoch, 0).permutation(self._blocks)
-            tokens, rows = self._block_tokens[order], self._block_rows[order]
-            self._epochs[epoch] = order, tokens.cumsum() - tokens, rows.cumsum() - rows
+            tokens, units = self._block_tokens[order], self._block_units[order]
+            self._epochs[epoch] = order, tokens.cumsum() - tokens, units.cumsum() - units
         return self._epochs[epoch]
 
     def _block(self, epoch: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the epoch's `rank`-th block in their order, and tokens of the block before each."""
+        """Units of the epoch's `rank`-th block in their order, and tokens of the block before each."""
         if (epoch, rank) not in self._orders:
             if len(self._orders) == 4:
                 self._orders.clear()
             block = int(self._epoch(epoch)[0][rank])
-            rows = self._random(epoch, block + 1).permutation(int(self._block_rows[block])) * self._blocks + block
-            lengths = self.lengths[rows]
-            self._orders[epoch, rank] = rows, lengths.cumsum() - lengths
+            units = self._random(epoch, block + 1).permutation(int(self._block_units[block])) * self._blocks + block
+            lengths = self.lengths[units]
+            self._orders[epoch, rank] = units, lengths.cumsum() - lengths
         return self._orders[epoch, rank]
 
     def _random(self, epoch: int, block: int) -> np.random.Generator:

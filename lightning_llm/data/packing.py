@@ -7,8 +7,9 @@ never cut. Nothing is padded: a micro-batch is as many whole pieces as fit its b
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +19,8 @@ import numpy as np
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import DataConfig
 from lightning_llm.data.mixture import Mixture, SourceStream
-from lightning_llm.data.token_store import TokenStore
-from lightning_llm.schedules import BatchPlan, Progress, Ramp, as_ramp, ramp_value
+from lightning_llm.data.token_store import TokenStore, map_file
+from lightning_llm.schedules import BatchPlan, Progress, Ramp, as_ramp
 from lightning_llm.settings import UserError
 
 SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
@@ -58,35 +59,65 @@ class Window:
     target_tokens: int  # over all ranks; 0 is possible where a step is smaller than a piece
     pairs: int  # over all ranks
     consumed: dict[str, int]  # source -> tokens of this window, over all ranks
-    samples: int  # rows that begin in this window
+    samples: int  # units that begin in this window: conversations, pairs, documents' parts of a context's length
     context: int
 
 
 class Feed:
-    """One split of one source, in pieces.
+    """One split of one source, as units that a stream can permute.
 
-    Args:
-        store: its tokens.
-        context: the smallest that the pieces have to fit; documents are cut for the context at hand.
-        on_long: what becomes of a conversation or pair that does not fit: drop | truncate_left | stop.
-        columns: per-token values beside the tokens, by name.
+    A unit is a conversation, a pair, or a document's tokens between two cuts at multiples of the stage's longest
+    context; where the context is shorter at first, a unit is cut into pieces of it.
     """
 
-    def __init__(self, name: str, store: TokenStore, context: int, on_long: str, columns: Mapping[str, np.ndarray]):
+    def __init__(
+        self,
+        name: str,
+        store: TokenStore,
+        context: int,
+        on_long: str,
+        columns: Mapping[str, np.ndarray],
+        longest: int | None = None,
+    ):
+        """
+        Args:
+            store: its tokens.
+            context: what conversations and pairs have to fit.
+            on_long: what becomes of one that does not: drop | truncate_left | stop.
+            columns: per-token values beside the tokens, by name.
+            longest: the context at whose multiples documents become units; none: `context`.
+
+        Raises:
+            UserError: a row does not fit and `on_long` is stop.
+        """
         self.name, self.store, self.columns = name, store, columns
-        self.is_cut = store.form == "text"
-        self.rows: np.ndarray | None = None  # the store's row of each of ours; none: all, in order
-        self.lengths = store.row_lengths  # tokens of each of our rows
-        self.skipped = np.zeros(store.rows, np.int64) if store.rows and on_long == "truncate_left" else None
-        self.dropped = 0
-        if not self.is_cut:
+        self.longest = longest or context
+        self.dropped = 0  # rows that do not fit
+        self.rows: np.ndarray | None = None  # the store's row of each unit; none: every row, in order
+        self.truncated: np.ndarray | None = None  # tokens that each row loses on its left; none: nothing
+        self.lengths = store.row_lengths  # [units] tokens
+        if store.form == "text":
+            self._cut()
+        else:
             self._fit(context, on_long)
+
+    def _cut(self) -> None:
+        """Documents into units: all as long as the context but each document's last one."""
+        rows, longest = self.store.row_lengths, self.longest
+        counts = -(-rows // longest)
+        self._ends = counts.cumsum()  # [rows] units up to and with each row
+        lengths = np.full(counts.sum(), longest, np.int64)
+        lengths[self._ends - 1] = rows - (counts - 1) * longest
+        alone = self._ends[(rows > 1) & (lengths[self._ends - 1] == 1)] - 1  # as `next_cut`
+        lengths[alone] += 1
+        lengths[alone - 1] -= 1
+        self.lengths = lengths
 
     def _fit(self, context: int, on_long: str) -> None:
         """Drop or truncate the rows that need more than `context`."""
-        needed, fits = self.store.row_contexts, self.store.row_contexts <= context
+        store, needed = self.store, self.store.row_contexts
+        fits = needed <= context
         if fits.all():
-            self.skipped = None
             return
         if on_long == "stop":
             row = int(np.flatnonzero(~fits)[0])
@@ -95,34 +126,38 @@ class Feed:
                 f"row {row} needs a context of {needed[row]}, the stage has {context}",
                 "Raise the context, or set data.on_long to drop or truncate_left",
             )
-        if self.skipped is not None:  # the first segment gives way, but for one token
-            first = np.diff(self.store.offsets)[:: self.store.segments_per_row]
-            self.skipped = np.maximum(needed - context, 0)
-            fits = self.skipped < first
-            self.lengths = self.lengths - self.skipped
+        if on_long == "truncate_left":  # the first segment gives way, but for one token
+            self.truncated = np.maximum(needed - context, 0)
+            fits = self.truncated < np.diff(store.offsets)[:: store.segments_per_row]
+            self.lengths = self.lengths - self.truncated
         self.rows = np.flatnonzero(fits)
         self.lengths = self.lengths[self.rows]
         self.dropped = int((~fits).sum())
 
-    def pieces(self, index: int, ours: int, begin: int, low: int, high: int, context: int) -> Iterator[Piece]:
-        """Pieces of our row `ours` that start in [low, high), of the part from `begin` on (tokens from its start)."""
-        length = int(self.lengths[ours])
-        row = ours if self.rows is None else int(self.rows[ours])
-        if not self.is_cut:
-            if low <= 0 < high:
-                skipped = 0 if self.skipped is None else int(self.skipped[row])
-                yield Piece(length, index, row, skipped, skipped + length)
-            return
-        start = begin if low <= begin else next_cut(low - 1, length, context)
+    def place(self, unit: int) -> tuple[int, int]:
+        """The store's row that a unit belongs to, and how many of its tokens lie before the unit."""
+        if self.store.form == "text":
+            row = int(self._ends.searchsorted(unit, "right"))
+            nth = unit - (int(self._ends[row - 1]) if row else 0)
+            length = int(self.store.row_lengths[row])
+            return row, next_cut((nth - 1) * self.longest, length, self.longest) if nth else 0
+        row = unit if self.rows is None else int(self.rows[unit])
+        return row, 0 if self.truncated is None else int(self.truncated[row])
+
+    def pieces(self, index: int, unit: int, begin: int, low: int, high: int, context: int) -> Iterator[Piece]:
+        """Pieces of a unit that start in [low, high), of its part from `begin` on (all counted from its start)."""
+        length = int(self.lengths[unit])
+        row, before = self.place(unit)
+        start = begin if low <= begin else self.piece_end(unit, low - 1, context)
         while start < min(high, length):
-            end = next_cut(start, length, context)
-            yield Piece(end - start, index, row, start, end)
+            end = self.piece_end(unit, start, context)
+            yield Piece(end - start, index, row, before + start, before + end)
             start = end
 
-    def piece_end(self, ours: int, position: int, context: int) -> int:
-        """End of the piece of our row `ours` that holds its token at `position`."""
-        length = int(self.lengths[ours])
-        return next_cut(position, length, context) if self.is_cut else length
+    def piece_end(self, unit: int, position: int, context: int) -> int:
+        """End of the piece of a unit that holds its token at `position`."""
+        length = int(self.lengths[unit])
+        return next_cut(position, length, context) if self.store.form == "text" else length
 
     def targets(self, piece: Piece) -> int:
         """How many targets count in a piece."""
@@ -139,7 +174,7 @@ class Feed:
         offsets = self.store.segment_offsets(piece.row)
         first, last = offsets[0] + piece.begin, offsets[0] + piece.end
         offsets[0], offsets[-1] = first, last
-        return list(zip(offsets, offsets[1:], strict=False))
+        return list(itertools.pairwise(offsets))
 
 
 def build_batch(feeds: Sequence[Feed], pieces: Sequence[Piece], columns: Sequence[str] = ()) -> SegmentBatch:
@@ -189,20 +224,20 @@ def share_out(lengths: Sequence[int], ranks: int, budget: int) -> list[list[int]
 
 
 def iterate_batches(
-    feed: Feed, context: int, max_tokens: int, rows: Sequence[int] | None = None, columns: Sequence[str] = ()
+    feed: Feed, context: int, max_tokens: int, units: Iterable[int] | None = None, columns: Sequence[str] = ()
 ) -> Iterator[tuple[SegmentBatch, np.ndarray]]:
-    """A source from its first row to its last, in batches of at most `max_tokens` (a longer piece goes alone).
+    """A source from its first unit to its last, in batches of at most `max_tokens` (a longer piece goes alone).
 
     Args:
-        rows: of the feed, in this order; none: all.
+        units: of the feed, in this order; none: all.
 
     Yields:
         The batch, and for each of its tokens where it lies in tokens.bin: [T] int64.
     """
     pieces: list[Piece] = []
     tokens = 0
-    for ours in range(len(feed.lengths)) if rows is None else rows:
-        for piece in feed.pieces(0, ours, 0, 0, int(feed.lengths[ours]), context):
+    for unit in range(len(feed.lengths)) if units is None else units:
+        for piece in feed.pieces(0, unit, 0, 0, int(feed.lengths[unit]), context):
             if pieces and tokens + piece.length > max_tokens:
                 yield build_batch([feed], pieces, columns), _origins(feed, pieces)
                 pieces, tokens = [], 0
@@ -219,8 +254,8 @@ def _origins(feed: Feed, pieces: Sequence[Piece]) -> np.ndarray:
 class StageData:
     """The windows of a stage. Any step, any rank and any number of ranks can be asked for at any time.
 
-    Source s should have given C_s(t) tokens before step t (`Mixture`). Its stream (`SourceStream`) is cut into pieces,
-    and step t takes those that start in [C_s(t), C_s(t + 1)): each piece belongs to one step, none is taken twice, and
+    Source s should have given C_s(t) tokens before step t (`Mixture`). Of its stream of permuted units (`SourceStream`)
+    step t takes the pieces that start in [C_s(t), C_s(t + 1)): each piece belongs to one step, none is taken twice, and
     what a source has given never exceeds what it should have by more than a piece.
     """
 
@@ -254,27 +289,32 @@ class StageData:
         if min(contexts) < SHORTEST_CONTEXT:
             raise UserError("context", f"is {min(contexts)}", f"Give at least {SHORTEST_CONTEXT} tokens")
         self.mixture = Mixture({name: source.weight for name, source in data.sources.items()}, total_tokens)
-        self.feeds = [self._feed(name, "train", min(contexts)) for name in self.sources]
+        # Spans are shuffled, not documents: the pieces of one book shall not follow one another through many steps.
+        # A cut at a multiple of any of the stage's contexts is one in its span as well, as in its document.
+        span = math.lcm(*contexts)
+        self.feeds = [self._feed(name, "train", min(contexts), span) for name in self.sources]
         self.dropped = {feed.name: feed.dropped for feed in self.feeds}  # rows longer than the smallest context
         self.epochs: dict[str, float] = {}  # passes over each source
         self._refuse_repetition(total_tokens)
         self.streams = [SourceStream(feed.name, feed.lengths, seed) for feed in self.feeds]
         changes = [self.plan.step_at(entry["at"]) for entry in self.context_ramp]
         self._phases = [(step, context) for step, context in zip(changes, contexts, strict=True)]
-        self._entries: list[list[int]] = [[] for _ in self.feeds]  # per source and phase: where its pieces begin
+        self._entries: list[list[int]] = [
+            [] for _ in self.feeds
+        ]  # per source and phase: where in the stream its pieces begin
         for phase, (step, _) in enumerate(self._phases):
             for s in range(len(self.feeds)):
                 self._entries[s].append(self._consumed(s, step, phase - 1) if phase else 0)
 
-    def _feed(self, name: str, split: str, context: int) -> Feed:
+    def _feed(self, name: str, split: str, context: int, span: int) -> Feed:
         store = TokenStore.open(self.prepared / "sources" / name / split)
         columns = {}
         for column, artifact in self.token_columns.items():
             path = Path(artifact) / name / split / "logps.bin"
             if not path.is_file() or path.stat().st_size != 4 * store.tokens:
                 raise UserError(str(path), f"does not hold one number per token of {name}", "Score the data again")
-            columns[column] = np.fromfile(path, np.float32) if not store.tokens else np.memmap(path, np.float32, "r")
-        return Feed(name, store, context, self.data.on_long, columns)
+            columns[column] = map_file(path, np.dtype(np.float32))
+        return Feed(name, store, context, self.data.on_long, columns, span)
 
     def _refuse_repetition(self, total_tokens: int) -> None:
         for feed in self.feeds:
@@ -304,7 +344,7 @@ class StageData:
 
     def progress(self, step: int) -> Progress:
         """The counters before `step`."""
-        return Progress(tokens=self.plan.boundary(step), samples=sum(self._rows_before(step)), steps=step)
+        return Progress(tokens=self.plan.boundary(step), samples=sum(self._units_before(step)), steps=step)
 
     def window(self, step: int, *, rank: int = 0, world_size: int = 1, micro_batch_tokens: int) -> Window:
         """What step `step` consumes, and rank `rank`'s micro-batches of it.
@@ -329,7 +369,7 @@ class StageData:
             target_tokens=sum(self.feeds[piece.source].targets(piece) for piece in pieces),
             pairs=sum(self.feeds[piece.source].store.form == "pairs" for piece in pieces),
             consumed=consumed,
-            samples=after.samples - sum(self._rows_before(step)),
+            samples=after.samples - sum(self._units_before(step)),
             context=self.context(step),
         )
 
@@ -342,13 +382,13 @@ class StageData:
             limit: tokens of each source, about.
         """
         for name in self.sources:
-            feed = self._feed(name, "validation", context)
+            feed = self._feed(name, "validation", context, context)
             if not len(feed.lengths):
                 continue
             stream = SourceStream(name, feed.lengths, seed=0)
-            last = min(limit, stream.tokens)
-            rows = [row for row, _ in zip_while(stream.rows_from(0), last)]
-            for batch, _ in iterate_batches(feed, context, max_tokens, rows, list(self.token_columns)):
+            count = stream.units if limit >= stream.tokens else stream.units_before(limit)
+            units = [unit for unit, _ in itertools.islice(stream.units_from(0), count)]
+            for batch, _ in iterate_batches(feed, context, max_tokens, units, list(self.token_columns)):
                 yield name, batch
 
     def _phase(self, step: int) -> int:
@@ -364,27 +404,19 @@ class StageData:
         if low == high:
             return
         feed = self.feeds[source]
-        for row, start in self.streams[source].rows_from(low):
+        for unit, start in self.streams[source].units_from(low):
             if start >= high:
                 return
-            yield from feed.pieces(source, row, max(entry - start, 0), low - start, high - start, context)
+            yield from feed.pieces(source, unit, max(entry - start, 0), low - start, high - start, context)
 
     def _consumed(self, source: int, step: int, phase: int) -> int:
         """End of the last piece that starts before step `step`, all of whose predecessors are of `phase` or before."""
         target, entry = self._target(source, step), self._entries[source][phase]
         if target <= entry:
             return entry
-        row, start = next(self.streams[source].rows_from(target - 1))
-        return start + self.feeds[source].piece_end(row, target - 1 - start, self._phases[phase][1])
+        unit, start = next(self.streams[source].units_from(target - 1))
+        return start + self.feeds[source].piece_end(unit, target - 1 - start, self._phases[phase][1])
 
-    def _rows_before(self, step: int) -> list[int]:
+    def _units_before(self, step: int) -> list[int]:
         targets = ((s, self._target(s, step)) for s in range(len(self.feeds)))
-        return [self.streams[s].rows_before(target) if target else 0 for s, target in targets]
-
-
-def zip_while(rows: Iterator[tuple[int, int]], tokens: int) -> Iterator[tuple[int, int]]:
-    """Rows of a stream that begin before `tokens`."""
-    for row, start in rows:
-        if start >= tokens:
-            return
-        yield row, start
+        return [self.streams[s].units_before(target) if target else 0 for s, target in targets]

@@ -3,7 +3,7 @@
 A row is one of four forms, told by its fields, and comes out in the same shape wherever it was read:
     text           {"text": str}
     conversations  {"messages": [{"role", "content"}, ...]}              also from {"prompt", "completion"}
-    pairs          {"prompt": messages, "chosen": str, "rejected": str}  also with whole conversations as chosen, rejected
+    pairs          {"prompt": messages, "chosen": str, "rejected": str}  also with a conversation as each of both
     questions      {"prompt": messages, "answer": str, "task": str}      to be answered and scored; nothing is learnt
 A row that is malformed comes out as the UserError that names its file and line.
 """
@@ -35,17 +35,14 @@ class Row:
     where: str  # "pairs.jsonl:1374", "embedded:code argparse.py"
     form: str  # one of FORMS
     content: dict[str, Any]
-    split: str | None = None  # "train" or "validation" where the source decides; otherwise the hash of `identity` does
-    identity: str | None = None  # what is held out as one; none: the content
+    split: str | None = None  # "train" or "validation" where the source decides; otherwise a hash of the content does
 
     def is_held_out(self, share: float) -> bool:
         """Whether the row belongs to the held-out `share`: the same answer wherever and whenever it is asked."""
         if self.split is not None:
             return self.split == "validation"
-        identity = self.identity
-        if identity is None:  # a pair and a question are known by their prompt: no prompt is in both splits
-            shared = self.content.get("prompt", self.content)
-            identity = json.dumps(shared, sort_keys=True, ensure_ascii=False)
+        shared = self.content.get("prompt", self.content)  # no prompt of a pair or question is in both splits
+        identity = json.dumps(shared, sort_keys=True, ensure_ascii=False)
         digest = hashlib.blake2b(identity.encode("utf-8", "surrogatepass"), digest_size=8).digest()
         return int.from_bytes(digest, "big") < share * 2**64
 
@@ -118,7 +115,7 @@ def read_row(fields: Any, columns: dict[str, str], where: str) -> Row:
     """
     if not isinstance(fields, dict):
         raise UserError(where, f"is {_kind(fields)} and not an object with fields", f"Mend it, {SKIP}")
-    for ours, theirs in columns.items():
+    for theirs in columns.values():
         if theirs not in fields:
             raise _no_field(where, theirs, fields)
     row = {**fields, **{ours: fields[theirs] for ours, theirs in columns.items()}}
@@ -244,18 +241,20 @@ def _text_file(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         rows = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, fields in enumerate(rows, 1):
             yield f"{path}: row {number}", fields
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise UserError(str(path), f"cannot be read as parquet ({_first_line(error)})", "Write it again") from error
 
 
 def _hub(name: str, options: dict[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     """Rows of a data set on the Hugging Face hub; options: split, config, revision."""
     import datasets
+    from datasets.exceptions import DatasetsError
 
     split = options.get("split", "train")
     try:
@@ -264,7 +263,7 @@ def _hub(name: str, options: dict[str, Any], where: str) -> Iterator[tuple[str, 
         )
         for number, fields in enumerate(rows, 1):
             yield f"hub:{name} {split} row {number}", fields
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         raise UserError(
             f"{where}.path",
             f"hub:{name} cannot be read ({_first_line(error)})",
@@ -296,7 +295,8 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     origin = f"embedded:{name}"
     if form == "text":
         for key, document in text.documents(name, **options):
-            yield Row(f"{origin} {key}", form, {"text": document}, identity=f"{name} {key}")
+            split = "validation" if text.is_held_out(name, key) else "train"
+            yield Row(f"{origin} {key}", form, {"text": document}, split)
         return
     seed = options.get("seed", 0)
     if form == "questions":

@@ -1,20 +1,20 @@
 """Tokenised rows on disk, memory-mapped: flat tokens, offsets, and which tokens are targets.
 
-    tokens.bin     ids of all segments one after the other, uint16, or uint32 for more than 65,536 entries
-    offsets.npy    [segments + 1] int64; a row is 1 segment, or 3 for a pair (prompt, chosen, rejected)
-    targets.bin    [tokens] bool, whether a token is to be learnt; absent where all are
-    counts.npy     [rows] int64, targets of each row when it stands alone and uncut
-    rows.jsonl     what judges need of a row beside its tokens; only for pairs and questions
-    store.json     form, counts, dtype
+tokens.bin     ids of all segments one after the other, uint16, or uint32 for more than 65,536 entries
+offsets.npy    [segments + 1] int64; a row is 1 segment, or 3 for a pair (prompt, chosen, rejected)
+targets.bin    [tokens] bool, whether a token is to be learnt; absent where all are
+counts.npy     [rows] int64, targets of each row when it stands alone and uncut
+rows.jsonl     what judges need of a row beside its tokens; only for pairs and questions
+store.json     form, counts, dtype
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,11 +41,11 @@ class TokenStore:
         self.tokens: int = facts["tokens"]
         self.targets: int = facts["targets"]
         self.segments_per_row = SEGMENTS[self.form]
-        self.ids = _mapped(directory / "tokens.bin", np.dtype(facts["dtype"]))
+        self.ids = map_file(directory / "tokens.bin", np.dtype(facts["dtype"]))
         self.offsets = np.load(directory / "offsets.npy", mmap_mode="r").view(np.ndarray)
         self.target_counts = np.load(directory / "counts.npy", mmap_mode="r").view(np.ndarray)  # [rows]
         masked = directory / "targets.bin"
-        self.is_target = _mapped(masked, np.dtype(np.bool_)) if masked.is_file() else None
+        self.is_target = map_file(masked, np.dtype(np.bool_)) if masked.is_file() else None
 
     @classmethod
     def open(cls, directory: Path | str) -> TokenStore:
@@ -71,7 +71,7 @@ class TokenStore:
 
     def row(self, row: int) -> StoredRow:
         offsets = self.segment_offsets(row)
-        spans = list(zip(offsets, offsets[1:], strict=False))
+        spans = list(itertools.pairwise(offsets))
         masks: list[np.ndarray | None] = [None if self.is_target is None else self.is_target[a:b] for a, b in spans]
         return StoredRow([self.ids[a:b] for a, b in spans], masks)
 
@@ -96,21 +96,19 @@ class TokenStore:
 
 
 class TokenStoreWriter:
-    """Appends rows to a new store; on leaving the `with` block the store is complete."""
+    """Appends rows to a new store; the store is there when it has been closed."""
 
     def __init__(self, directory: Path, form: str, vocab_size: int):
         self.directory, self.form = directory, form
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-        self.has_mask, self.has_metadata = form != "text", form in ("pairs", "questions")
-        self.lengths: list[int] = []
-        self.counts: list[int] = []
-
-    def __enter__(self) -> TokenStoreWriter:
-        self.directory.mkdir(parents=True, exist_ok=True)
-        self._tokens = (self.directory / "tokens.bin").open("wb")
-        self._mask = (self.directory / "targets.bin").open("wb") if self.has_mask else None
-        self._rows = (self.directory / "rows.jsonl").open("w", encoding="utf-8") if self.has_metadata else None
-        return self
+        self.tokens = self.targets = 0
+        self._lengths: list[int] = []
+        self._counts: list[int] = []
+        directory.mkdir(parents=True, exist_ok=True)
+        self._ids = (directory / "tokens.bin").open("wb")
+        self._mask = (directory / "targets.bin").open("wb") if form != "text" else None
+        has_metadata = form in ("pairs", "questions")
+        self._rows = (directory / "rows.jsonl").open("w", encoding="utf-8") if has_metadata else None
 
     def append(
         self,
@@ -122,34 +120,38 @@ class TokenStoreWriter:
         count = 0
         for i, ids in enumerate(segments):
             mask = np.ones(len(ids), bool) if masks is None else np.asarray(masks[i], bool)
-            self._tokens.write(np.asarray(ids, self.dtype).tobytes())
+            self._ids.write(np.asarray(ids, self.dtype).tobytes())
             if self._mask:
                 self._mask.write(mask.tobytes())
-            self.lengths.append(len(ids))
+            self._lengths.append(len(ids))
+            self.tokens += len(ids)
             count += int(mask.sum()) - int(i == 0 and mask[0])  # nothing predicts a row's first token
-        self.counts.append(count)
+        self._counts.append(count)
+        self.targets += count
         if self._rows:
             self._rows.write(json.dumps(metadata or {}, ensure_ascii=False) + "\n")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for file in (self._tokens, self._mask, self._rows):
+    def facts(self) -> dict[str, int]:
+        return {"rows": len(self._counts), "tokens": self.tokens, "targets": self.targets}
+
+    def close(self) -> None:
+        """Complete the store."""
+        self.abandon()
+        offsets = np.concatenate(([0], np.cumsum(np.asarray(self._lengths, np.int64))))
+        np.save(self.directory / "offsets.npy", offsets)
+        np.save(self.directory / "counts.npy", np.asarray(self._counts, np.int64))
+        facts = {**self.facts(), "dtype": self.dtype.name, "form": self.form}
+        (self.directory / "store.json").write_text(json.dumps(facts, indent=2), "utf-8")
+
+    def abandon(self) -> None:
+        """Close the files and leave no store."""
+        for file in (self._ids, self._mask, self._rows):
             if file:
                 file.close()
-        if kind is None:
-            offsets = np.concatenate(([0], np.cumsum(np.asarray(self.lengths, np.int64))))
-            np.save(self.directory / "offsets.npy", offsets)
-            np.save(self.directory / "counts.npy", np.asarray(self.counts, np.int64))
-            facts = {**self.facts(), "dtype": self.dtype.name, "form": self.form}
-            (self.directory / "store.json").write_text(json.dumps(facts, indent=2), "utf-8")
-
-    def facts(self) -> dict[str, int]:
-        return {"rows": len(self.counts), "tokens": sum(self.lengths), "targets": sum(self.counts)}
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+def map_file(path: Path, dtype: np.dtype) -> np.ndarray:
     """A file as an array that is read where it is touched. np.memmap's own indexing is ten times slower."""
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
-    return np.frombuffer(memoryview(np.memmap(path, np.uint8, "r")), dtype)
+    return np.frombuffer(memoryview(np.memmap(path, np.uint8, "r")), dtype)  # pyright: ignore[reportArgumentType]

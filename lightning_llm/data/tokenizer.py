@@ -159,7 +159,9 @@ class Tokenizer:
         """A conversation as ids and mask."""
         return self.render_many([messages], add_generation_prompt)[0]
 
-    def render_many(self, conversations: Sequence[list[Message]], add_generation_prompt: bool = False) -> list[Rendered]:
+    def render_many(
+        self, conversations: Sequence[list[Message]], add_generation_prompt: bool = False
+    ) -> list[Rendered]:
         """Many conversations as ids and masks, on all cores."""
         marked = [self._render_spans(messages, add_generation_prompt) for messages in conversations]
         encodings = self.backend.encode_batch([text for text, _ in marked], add_special_tokens=False)
@@ -213,7 +215,9 @@ class Tokenizer:
             text += said + after
         return text, spans
 
-    def _spans_by_turns(self, messages: list[Message], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _spans_by_turns(
+        self, messages: list[Message], add_generation_prompt: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
         text, spans = self._apply(messages, add_generation_prompt), []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":

@@ -23,6 +23,7 @@ Document = tuple[str, str]  # name, text
 # Folders that hold no prose or code worth reading, or whose presence differs between distributions of Python.
 SKIPPED = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "pydoc_data"}
 SKIPPED |= {"encodings", "idlelib", "ensurepip", "turtledemo"}
+HELD_OUT = 0.06  # share of the documents, the same for whoever reads them
 SHORTEST, LONGEST = 200, 100_000  # characters of a document; the longest standard modules would outweigh all others
 
 
@@ -40,6 +41,12 @@ def documents(domain: str, max_bytes: int = 3_000_000) -> tuple[Document, ...]:
             if size >= max_bytes:
                 break
     return tuple(chosen)
+
+
+def is_held_out(domain: str, name: str) -> bool:
+    """Whether a document is never trained on, in any stage."""
+    digest = hashlib.blake2b(f"{domain} {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < HELD_OUT * 2**64
 
 
 def _shuffled(names: list[str]) -> list[str]:
@@ -84,7 +91,9 @@ def docs() -> Iterator[Document]:
 
 def mathematics() -> Iterator[Document]:
     """What sympy and mpmath say about what they compute."""
-    by_key = {f"{package}/{name}": package for package in ("sympy", "mpmath") for name in _python_files(_package(package))}
+    by_key = {
+        f"{package}/{name}": package for package in ("sympy", "mpmath") for name in _python_files(_package(package))
+    }
     for key in _shuffled(list(by_key)):
         yield key, docstrings(_package(by_key[key]).parent / key)
 
