@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format
+.PHONY: help demo test test-fast lint bench format
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -27,6 +27,10 @@ lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: $(BIN)/.demo ## make the figures of benchmarks/results again: three seeds, half an hour on two calm cores
+	$(BIN)/python benchmarks/learning.py
+	$(BIN)/python benchmarks/demo.py
 
 format: $(BIN)/.dev ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -31,7 +31,7 @@ def folder(tmp_path_factory, run_folder):
     place = tmp_path_factory.mktemp("readme")
     for kind, block in BLOCKS:
         if kind == "yaml":
-            path = place / block.splitlines()[0].removeprefix("# ")
+            path = place / next(line[2:] for line in block.splitlines() if line.startswith("# mine/"))
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block, encoding="utf-8")
         elif kind == "json":

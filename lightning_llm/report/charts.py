@@ -26,6 +26,8 @@ def training_curves(runs: Sequence[Run]) -> Figure | None:
         first = not any(trace.get("legendgroup") == shared["legendgroup"] for trace in traces)
         for axis, figure in enumerate(("loss", "lr", "grad_norm"), start=1):
             lines = [line for line in stage.training if is_number(line.get(figure))]
+            if figure == "lr":  # its axis is logarithmic: the last step of a schedule that ends at 0 has no place on it
+                lines = [line for line in lines if line["lr"] > 0]
             traces.append(
                 _curve(lines, figure, offset, colour, name, axis) | shared | {"showlegend": first and axis == 1}
             )

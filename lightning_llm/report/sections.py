@@ -209,7 +209,7 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
-    graph, stages, training, mixture, evaluation, position, preference, samples, settings,
+    graph, training, evaluation, samples, preference, position, mixture, stages, settings,
 )  # fmt: skip
 
 

@@ -196,5 +196,9 @@ def test_edges_are_found_without_a_plan(copied):
     (copied / "plan.json").unlink()
     found = read_run(copied)
     assert {node.name for node in found.nodes} == {node.name for node in planned.nodes}
+
+    def keys(run, name):  # two nodes may share an artifact, as the data of pretrain and long_context do
+        return {role: run.by_name[source].record["key"] for role, source in run.by_name[name].inputs.items()}
+
     for node in planned.nodes:
-        assert found.by_name[node.name].inputs == node.inputs
+        assert keys(found, node.name) == keys(planned, node.name)
