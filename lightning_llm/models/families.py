@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,21 @@ FAMILIES = {
         model_type="qwen2",
         architecture="Qwen2ForCausalLM",
         implies={"attention_bias": True, "num_experts": 0},
-        constants={"use_sliding_window": False, "attention_dropout": 0.0},
+        constants={"use_sliding_window": False},
     )
 }
+
+
+def check_family(config: ModelConfig) -> None:
+    """Raises UserError where no Hugging Face class has room for a model: none is trained that cannot be kept."""
+    where = f"model {config.name}"
+    if config.family not in FAMILIES:
+        raise UserError(f"{where}: family", f"{config.family!r} is not built yet", f"Built are: {', '.join(FAMILIES)}")
+    family = FAMILIES[config.family]
+    for key, value in family.implies.items():
+        if getattr(config, key) != value:
+            fact = f"is {getattr(config, key)}, but {family.architecture} always has {value}"
+            raise UserError(f"{where}: {key}", fact, f"Set it to {value}, or choose another family")
 
 
 # ---- config.json ----
@@ -63,63 +76,54 @@ def read_config(directory: str | Path) -> ModelConfig:
     """
     path = Path(directory) / "config.json"
     stored = read_json(path)
-    family = next((name for name, family in FAMILIES.items() if family.model_type == stored.get("model_type")), None)
-    if family is None:
+    name = next((name for name, family in FAMILIES.items() if family.model_type == stored.get("model_type")), None)
+    if name is None:
         known = ", ".join(family.model_type for family in FAMILIES.values())
-        raise UserError(f"{path}: model_type", f"{stored.get('model_type')!r} is not built yet", f"Known: {known}")
+        raise UserError(f"{path}: model_type", f"{stored.get('model_type')!r} is not built yet", f"Built are: {known}")
     if stored.get("quantization_config"):
         raise UserError(f"{path}: quantization_config", "quantised weights cannot be read", "Use the plain checkpoint")
-    for key, value in FAMILIES[family].constants.items():
+    for key, value in FAMILIES[name].constants.items():
         if stored.get(key, value) != value:
             raise UserError(f"{path}: {key}", f"{stored[key]!r} is not built yet", f"Only {json.dumps(value)} is read")
-    kinds = {"int": int, "float": (float, int), "bool": bool, "str": str}
-    values = {}
-    for entry in fields(ModelConfig):
-        if entry.name not in COPIED:
-            continue
-        value = stored.get(entry.name, COPIED[entry.name])
-        if not isinstance(value, kinds[str(entry.type)]) or (isinstance(value, bool) and entry.type != "bool"):
-            raise UserError(f"{path}: {entry.name}", f"should be of type {entry.type}, is {value!r}", "Mend the file")
-        values[entry.name] = value
-    values |= {key: value for key, value in FAMILIES[family].implies.items()}
+    values = {key: stored.get(key, default) for key, default in COPIED.items()}
+    if stored.get("head_dim") is not None:
+        values["head_dim"] = stored["head_dim"]
+    kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(ModelConfig)}
+    for key, value in values.items():
+        if not is_kind(value, kinds[key]):
+            raise UserError(f"{path}: {key}", f"should be of type {kinds[key]}, is {value!r}", "Mend the file")
     try:
         return ModelConfig(
             name=Path(directory).resolve().name,
-            family=family,
-            head_dim=stored.get("head_dim"),
+            family=name,
             rope_parameters=read_rope(stored, path),
             **values,
+            **FAMILIES[name].implies,
         )
     except ValueError as error:
         raise UserError(str(path), str(error), "Mend the file") from error
 
 
+def is_kind(value: Any, kind: str) -> bool:
+    """Whether a value from JSON fits a field's annotation; a whole number is a float too, true is no number."""
+    kinds: dict[str, type | tuple[type, ...]] = {"bool": bool, "str": str, "float": (float, int)}
+    return isinstance(value, kinds.get(kind, int)) and isinstance(value, bool) == (kind == "bool")
+
+
 def read_rope(stored: dict[str, Any], path: Path) -> dict[str, Any]:
     """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4)."""
-    parameters = stored.get("rope_parameters") or {
-        "rope_theta": stored.get("rope_theta", 10_000.0),
-        **(stored.get("rope_scaling") or {}),
-    }
-    if not isinstance(parameters, dict) or not isinstance(parameters.get("rope_theta"), (int, float)):
-        raise UserError(f"{path}: rope_parameters", f"needs a number rope_theta, is {parameters!r}", "Mend the file")
-    old_name = parameters.pop("type", "default")
-    return {"rope_type": old_name, **parameters}
+    new, old = stored.get("rope_parameters") or {}, stored.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise UserError(f"{path}: rope_parameters, rope_scaling", "should be JSON objects", "Mend the file")
+    parameters = {"rope_theta": stored.get("rope_theta", 10_000.0), **(new or old)}
+    if not is_kind(parameters["rope_theta"], "float"):
+        raise UserError(f"{path}: rope_theta", f"should be a number, is {parameters['rope_theta']!r}", "Mend the file")
+    return {"rope_type": parameters.pop("type", "default"), **parameters}  # "type" is the oldest spelling
 
 
 def write_config(directory: Path, config: ModelConfig, dtype: torch.dtype, eos_token_ids: list[int] | None) -> None:
-    """config.json and generation_config.json; RoPE and dtype in both spellings, for readers old and new.
-
-    Raises:
-        UserError: the family has no room for what the config asks.
-    """
+    """config.json and generation_config.json; RoPE and dtype in both spellings, for readers old and new."""
     family = FAMILIES[config.family]
-    for key, value in family.implies.items():
-        if getattr(config, key) != value:
-            raise UserError(
-                f"model {config.name}: {key}",
-                f"is {getattr(config, key)}, but {family.architecture} always has {value}",
-                f"Set {key} to {value}, or choose another family",
-            )
     rope = config.rope_parameters
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     type_name = str(dtype).removeprefix("torch.")

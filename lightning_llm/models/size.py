@@ -49,8 +49,10 @@ def _products_per_layer(config: ModelConfig, experts: int) -> int:
     if not config.num_experts:
         return attention + 3 * width * config.intermediate_size
     router = width * config.num_experts + width  # and the gate of the shared expert
-    return attention + router + 3 * width * (
-        experts * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    return (
+        attention
+        + router
+        + 3 * width * (experts * config.moe_intermediate_size + config.shared_expert_intermediate_size)
     )
 
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
 
-if TYPE_CHECKING:
-    from lightning_llm.batch import SegmentBatch
+from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import families
 from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.config import ModelConfig
@@ -106,6 +104,8 @@ class Transformer(nn.Module):
             raise UserError(
                 f"model {config.name}", "mixture-of-experts layers are not built yet", "Plan it, or run a dense size"
             )
+        families.check_family(config)
+        inverse_frequencies(config.rope_parameters, config.head_size)  # refuses kinds of RoPE that are not built
         self.config = config
         self.attention_backend = "auto"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
