@@ -17,8 +17,8 @@ class EvaluationConfig:
     text: DataConfig = field(default_factory=DataConfig)  # perplexity by domain, loss by position
     tasks: DataConfig = field(default_factory=DataConfig)  # exact match of the last line `answer: ...`
     pairs: DataConfig = field(default_factory=DataConfig)  # preference accuracy and win rate
-    text_tokens: int = 60_000  # per domain, at most
-    long_documents: int = 24  # held-out documents on which late tokens are scored with the full and a short context
+    text_tokens: int = 20_000  # per domain, at most
+    long_documents: int = 24  # the first full context of each: loss by position, worth of the long context
     questions: int = 500
     preference_pairs: int = 300
     max_new_tokens: int = 48

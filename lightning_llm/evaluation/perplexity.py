@@ -18,7 +18,6 @@ from lightning_llm.models import Transformer
 from lightning_llm.objectives.base import token_logps
 
 LARGEST_SHARE = 8  # one document gives at most this part of a domain's tokens
-WINDOWS_OF_A_DOCUMENT = 2  # where loss by position is measured
 
 
 def sample_text(store: TokenStore, tokens: int) -> list[np.ndarray]:
@@ -36,24 +35,14 @@ def sample_text(store: TokenStore, tokens: int) -> list[np.ndarray]:
     return chosen
 
 
-def sample_windows(stores: Mapping[str, TokenStore], context: int, documents: int) -> list[np.ndarray]:
-    """Windows of exactly `context` tokens, cut at multiples of it, out of documents at least as long.
-
-    Domains take turns, and of each document its first few windows are taken.
-
-    Args:
-        documents: at most so many of them, all domains together.
-    """
+def sample_windows(stores: Mapping[str, TokenStore], context: int, count: int) -> list[np.ndarray]:
+    """The first `context` tokens of at most `count` documents that are as long; domains take turns."""
     by_domain = [
-        [store.row(row).segments[0] for row in np.flatnonzero(store.row_lengths >= context)[:documents].tolist()]
+        [store.row(row).segments[0][:context] for row in np.flatnonzero(store.row_lengths >= context)[:count].tolist()]
         for store in stores.values()
     ]
-    chosen = [d for turn in itertools.zip_longest(*by_domain) for d in turn if d is not None][:documents]
-    return [
-        document[begin : begin + context]
-        for document in chosen
-        for begin in range(0, len(document) - context + 1, context)[:WINDOWS_OF_A_DOCUMENT]
-    ]
+    turns = itertools.zip_longest(*by_domain)
+    return [window for turn in turns for window in turn if window is not None][:count]
 
 
 def mean_loss(model: Transformer, documents: Sequence[np.ndarray], context: int, max_tokens: int) -> MeanMetric:
@@ -95,18 +84,23 @@ class LateLoss:
 def late_loss(
     model: Transformer, windows: Sequence[np.ndarray], losses: Tensor, short_context: int, max_tokens: int
 ) -> LateLoss:
-    """The last tokens of each window, once with all of the window before them, once with its last short context alone.
+    """The tokens of each window's second half, once with all of the window before them, once with little.
 
-    Scored are the last half of a short context, so that even there each token has half of it before itself.
+    With little: the half is cut into pieces of half a short context, and each is scored with only as many tokens before
+    it. So a token has at least half a window before it the first time, and from half a short context to a whole one the
+    second.
 
     Args:
         windows: of equal length, longer than `short_context`.
         losses: of these windows, from `losses_by_position`: [windows, L - 1].
         short_context: tokens.
     """
-    short = losses_by_position(model, [window[-short_context:] for window in windows], max_tokens)
-    scored = slice(-(short_context // 2), None)
-    return LateLoss(losses[:, scored].double().mean().item(), short[:, scored].double().mean().item())
+    length, piece = len(windows[0]), short_context // 2
+    ends = range(length, length - max(length // 2 // piece, 1) * piece, -piece)
+    cut = [window[end - short_context : end] for window in windows for end in ends]
+    short = losses_by_position(model, cut, max_tokens)[:, -piece:]
+    full = losses[:, -piece * len(ends) :]
+    return LateLoss(full.double().mean().item(), short.double().mean().item())
 
 
 def position_curve(losses: Tensor) -> dict[str, list[float]]:

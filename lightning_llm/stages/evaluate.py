@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
@@ -28,6 +31,7 @@ from lightning_llm.evaluation.preference import kl_to_reference, preference_accu
 from lightning_llm.evaluation.tasks import respond, sample_questions, task_metrics
 from lightning_llm.evaluation.win_rate import win_rate
 from lightning_llm.models import Transformer
+from lightning_llm.models.size import forward_flops_per_token
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import EvaluateSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
@@ -54,7 +58,8 @@ def run(context: StageContext) -> StageResult:
             context.console.update(done, len(parts), "parts")
             part()
     evaluation.write("metrics.json", evaluation.metrics)
-    return StageResult(dict(evaluation.metrics))
+    flops = evaluation.tokens * forward_flops_per_token(evaluation.model.config, settings.context)
+    return StageResult(dict(evaluation.metrics), flops=flops)
 
 
 class Evaluation:
@@ -67,6 +72,7 @@ class Evaluation:
         self.max_tokens = context.compute.micro_batch_tokens
         self.tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
         self.metrics: dict[str, float] = {}
+        self.tokens = 0  # that went through a model
         self._refuse_mismatch()
 
     @cached_property
@@ -89,15 +95,18 @@ class Evaluation:
             if documents:
                 loss = mean_loss(self.model, documents, context, self.max_tokens)
                 self.metrics[f"perplexity/{domain}"] = math.exp(loss.compute())
+                self.tokens += sum(map(len, documents))
         windows = sample_windows(stores, full_context, self.sizes.long_documents)
         if not windows:
             self.context.console.note(f"no held-out document has {full_context} tokens: no loss by position")
             return
         losses = losses_by_position(self.model, windows, self.max_tokens)
+        self.tokens += len(windows) * full_context
         curve = {"context": full_context, "windows": len(windows), **position_curve(losses)}
         self.write("loss_by_position.json", curve)
         if full_context > context:
             late = late_loss(self.model, windows, losses, context, self.max_tokens)
+            self.tokens += len(windows) * full_context  # half of them, each with as many before it
             self.metrics |= {"late_loss/full": late.full, "late_loss/short": late.short, "late_loss/gain": late.gain}
 
     # ---- tasks ----
@@ -124,8 +133,7 @@ class Evaluation:
         if self._has_reference:
             prompts, responses = [q.prompt_ids for q in questions], [[response.ids] for response in drawn]
             policy, reference = (
-                response_logps(model, prompts, responses, self.max_tokens)[:, 0]
-                for model in (self.model, self.predecessor)
+                self._response_logps(model, prompts, responses)[:, 0] for model in (self.model, self.predecessor)
             )
             self.metrics["kl/reference"] = kl_to_reference(policy, reference)
 
@@ -139,9 +147,9 @@ class Evaluation:
         if not pairs:
             return
         prompts, responses = [pair.prompt for pair in pairs], [pair.responses for pair in pairs]
-        policy = response_logps(self.model, prompts, responses, self.max_tokens)  # [P, 2]
+        policy = self._response_logps(self.model, prompts, responses)  # [P, 2]
         if self._has_reference and self.predecessor is not None:
-            scores = policy - response_logps(self.predecessor, prompts, responses, self.max_tokens)
+            scores = policy - self._response_logps(self.predecessor, prompts, responses)
         else:
             scores = policy / torch.tensor([[len(chosen), len(rejected)] for chosen, rejected in responses])
         self.metrics["preference/accuracy"] = preference_accuracy(scores)
@@ -198,7 +206,7 @@ class Evaluation:
         return model
 
     def _respond(self, model: Transformer, questions: list[Question], *, temperature: float) -> list[Response]:
-        return respond(
+        responses = respond(
             model,
             questions,
             decode=self.tokenizer.decode,
@@ -208,6 +216,14 @@ class Evaluation:
             temperature=temperature,
             seed=self.settings.seed,
         )
+        self.tokens += sum(len(q.prompt_ids) + len(r.ids) for q, r in zip(questions, responses, strict=True))
+        return responses
+
+    def _response_logps(
+        self, model: Transformer, prompts: Sequence[ArrayLike], responses: Sequence[Sequence[ArrayLike]]
+    ) -> torch.Tensor:
+        self.tokens += sum(map(np.size, prompts)) + sum(np.size(each) for group in responses for each in group)
+        return response_logps(model, prompts, responses, self.max_tokens)
 
     def _refuse_mismatch(self) -> None:
         inputs, where = self.context.inputs, f"evaluation of {self.context.name}"
