@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,6 +42,9 @@ SETTINGS = (
     "pipeline",
 )  # packages with a config.py
 
+# By these figures of all stages a scale maps each of them, so it has to know the recipe's own where the user's stand.
+RELATED = re.compile(r"stages\.\w+\.(tokens|steps|context|batch_tokens)(\.|$)")
+
 
 @dataclass
 class Composition:
@@ -51,7 +55,7 @@ class Composition:
     choices: dict[str, str | None] = field(default_factory=dict)  # group -> option
     overrides: list[str] = field(default_factory=list)
     pinned: frozenset[str] = frozenset()  # keys that the command line, an experiment or a sweep sets
-    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned keys of stages
+    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned lengths
 
     @property
     def recipe(self) -> str | None:
@@ -152,8 +156,9 @@ def _refuse_additions(overrides: Sequence[str]) -> None:
 def _with_origins(composition: Composition, loader: ConfigLoaderImpl) -> Composition:
     verb, overrides = composition.verb, composition.overrides
     composition.pinned = frozenset(_user_keys(verb, overrides, loader))
-    if any(key.startswith("stages.") for key in composition.pinned):
-        composition.published = _published(verb, overrides, loader, composition.pinned)
+    lengths = {key for key in composition.pinned if RELATED.match(key)}
+    if lengths:
+        composition.published = _published(verb, overrides, loader, lengths)
     return composition
 
 
@@ -187,17 +192,16 @@ def _experiment_files(verb: str, overrides: list[str], loader: ConfigLoaderImpl)
     return [default for default in defaults if (default.config_path or "").startswith("experiment/")]
 
 
-def _published(verb: str, overrides: list[str], loader: ConfigLoaderImpl, keys: frozenset[str]) -> dict[str, Any]:
+def _published(verb: str, overrides: list[str], loader: ConfigLoaderImpl, keys: set[str]) -> dict[str, Any]:
     """What the files say for `keys` where neither an override nor an experiment comes in between.
 
-    The same files are merged again without the last two. A scale maps a stage by the recipe's own figures of all
-    stages, so it has to know them also where the user has set others.
+    The same files are merged again without the last two.
     """
     defaults, repository = loader.compute_defaults_list(verb, overrides, RunMode.RUN).defaults, loader.repository
     files = [default for default in defaults if not (default.config_path or "").startswith("experiment/")]
     config = loader._compose_config_from_defaults_list(files, repository)
     published = {}
-    for key in filter(lambda key: key.startswith("stages."), keys):
+    for key in keys:
         value = OmegaConf.select(config, key, default=None)
         published[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     return published

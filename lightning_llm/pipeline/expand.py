@@ -142,7 +142,7 @@ class _Expansion:
     def _tokenizer(self, outside: str | None) -> TokenizerSettings:
         recipe = self.recipe
         source = recipe.model.tokenizer
-        if outside is not None:
+        if outside is not None and not recipe.is_pinned("model.tokenizer"):
             source = str(model_directory(Path(self._source(outside))))
             if not (Path(source) / "tokenizer.json").is_file():
                 raise UserError(

@@ -54,7 +54,7 @@ class Recipe:
     runs: str = "runs"
     overrides: tuple[str, ...] = ()  # as the user gave them
     pinned: frozenset[str] = frozenset()  # keys that the user has set: `scaled` leaves them alone
-    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned keys of stages
+    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned lengths
     is_scaled: bool = False
 
     def is_pinned(self, key: str) -> bool:
@@ -189,7 +189,7 @@ class _Reader:
             value = self.build(node[name], key)
             values[name] = tuple(value) if typing.get_origin(hints[name]) is tuple else value
         if path == "model":  # a shape of the user's need not go with the published one, only with the scale's: `scaled`
-            model = schema.__new__(schema)
+            model = object.__new__(schema)
             vars(model).update(values)
             return model
         try:

@@ -19,8 +19,18 @@ from lightning_llm.settings import OPTIONS, Buildable
 
 GOLDEN = Path(__file__).parent / "golden"
 GROUPS = ("model", "scale", "compute", "evaluation", "experiment")  # chosen for the whole recipe
-WITHIN = {"data": "data", "objective": "objective", "optimizer": "optimizer", "schedule": "lr"}  # group -> key of a stage
-PLACES = {"qwen2_sft": "sft", "qwen2_preferences": "dpo", "dpo": "dpo", "ipo": "dpo"}  # option -> the stage that it suits
+WITHIN = {
+    "data": "data",
+    "objective": "objective",
+    "optimizer": "optimizer",
+    "schedule": "lr",
+}  # group -> key of a stage
+PLACES = {
+    "qwen2_sft": "sft",
+    "qwen2_preferences": "dpo",
+    "dpo": "dpo",
+    "ipo": "dpo",
+}  # option -> the stage that it suits
 
 composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, overrides))
 
@@ -117,6 +127,6 @@ def test_nothing_above_nano_reads_embedded_text():
 
 @pytest.mark.parametrize(("scale", "compute"), [("nano", "cpu"), ("small", "gpu"), ("paper", "ddp")])
 def test_golden_plan(scale, compute):
-    """A changed default shows up in review. To renew: lightning-llm plan recipe=qwen2 scale=... compute=... > the file."""
+    """A changed default shows up in review. To renew: lightning-llm plan recipe=qwen2 scale=... compute=... > FILE"""
     shown = f"{plan(composed(scale, f'compute={compute}'))}\n"
     assert shown == (GOLDEN / f"qwen2_{scale}.txt").read_text()

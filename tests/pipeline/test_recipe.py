@@ -146,11 +146,13 @@ def test_what_cannot_run_is_refused(stage, changes, parts, pair):
 
 
 def test_what_the_user_sets_is_known(mine):
-    (mine / "experiment" / "good.yaml").write_text("# @package _global_\nstages: {base: {lr: {peak: 0.5}}}\n")
+    (mine / "experiment" / "good.yaml").write_text(
+        "# @package _global_\nstages: {base: {lr: {peak: 0.5}, tokens: 7}}\n"
+    )
     words = ["experiment=good", "stages.last.objective={beta: 0.3}", "objective@stages.last.objective=ipo", "seed=3"]
     recipe = compose("pair", overrides=words, config_dir=mine)
-    assert recipe.pinned == {"stages.base.lr.peak", "stages.last.objective.beta", "seed"}
-    assert recipe.published == {"stages.base.lr.peak": 3e-4, "stages.last.objective.beta": 0.1}
+    assert recipe.pinned == {"stages.base.lr.peak", "stages.base.tokens", "stages.last.objective.beta", "seed"}
+    assert recipe.published == {"stages.base.tokens": 1e6}
     assert (recipe.name, recipe.seed, recipe.stages["base"].lr.peak) == ("pair", 3, 0.5)
     assert recipe.stages["last"].objective.name == "ipo"
 

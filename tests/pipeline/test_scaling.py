@@ -54,12 +54,16 @@ def train(**settings) -> TrainStage:
     return TrainStage(**common | settings)
 
 
-def recipe(tokens=(7e12, 0.5e12), contexts=(4096, 32_768), lr=LearningRateConfig(peak=3e-4), **more) -> Recipe:
+def recipe(tokens=(7e12, 0.5e12), contexts=(4096, 32_768), lr=None, **more) -> Recipe:
     stages = {
-        "first": train(tokens=tokens[0], context=contexts[0], lr=lr),
+        "first": train(tokens=tokens[0], context=contexts[0], lr=lr or LearningRateConfig(peak=3e-4)),
         "second": train(tokens=tokens[1], context=contexts[1], starts_from="first", batch_tokens=8e6),
-        "sft": train(phase="sft", examples=5e5, epochs=2, context=contexts[1], batch_tokens=1e6, data=CHAT, starts_from="second"),
-        "dpo": train(phase="preference", examples=6e4, batch_tokens=1e5, data=PAIRS, objective=DPOConfig(), starts_from="sft"),
+        "sft": train(
+            phase="sft", examples=5e5, epochs=2, context=contexts[1], batch_tokens=1e6, data=CHAT, starts_from="second"
+        ),
+        "dpo": train(
+            phase="preference", examples=6e4, batch_tokens=1e5, data=PAIRS, objective=DPOConfig(), starts_from="sft"
+        ),
     }
     stages["sft"].lr = LearningRateConfig(schedule="linear", peak=7e-6, final=7e-7, warmup_steps=10)
     evaluation = EvaluationConfig(text=TEXT, tasks=DataConfig(name="none"), pairs=PAIRS)
@@ -95,7 +99,7 @@ def test_multiples_of_the_context_are_kept(first, multiple):
 )
 def test_a_learning_rate_keeps_its_shape(peak, ratio, share, schedule):
     lr = LearningRateConfig(schedule=schedule, peak=peak, final=peak * ratio, warmup_share=share)
-    small = scaled(recipe(lr=lr), NANO).stages["first"].lr
+    small = scaled(recipe(lr=lr or LearningRateConfig(peak=3e-4)), NANO).stages["first"].lr
     assert small.peak == pytest.approx(10 * peak)
     assert small.final == pytest.approx(small.peak * ratio)
     assert (small.schedule, small.warmup_share) == (schedule, share)

@@ -1,0 +1,211 @@
+"""Running a plan, with the real stages at a size of seconds: what is there is reused, what is cut or altered is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lightning_llm import compose, run
+from lightning_llm.data.config import DataConfig, SourceConfig
+from lightning_llm.objectives.config import DPOConfig
+from lightning_llm.optimization.config import LearningRateConfig
+from lightning_llm.pipeline import Recipe, StageFailed
+from lightning_llm.pipeline.config import LimitsConfig, StoreConfig
+from lightning_llm.pipeline.store import Store
+from lightning_llm.settings import UserError
+
+ROOT = Path(__file__).parents[2]
+STAGES = {"pretrain", "long_context", "sft", "dpo"}
+
+
+class Place:
+    """A copy of the finished run's store that a test may spoil, and runs in it."""
+
+    def __init__(self, folder: Path, run_folder: Path, recipe: Recipe):
+        self.folder = folder
+        shutil.copytree((run_folder / "artifacts" / "sft").resolve().parent, folder / "artifacts")
+        self.recipe = replace(recipe, store=StoreConfig(f"{folder}/artifacts"), runs=f"{folder}/runs")
+
+    def run(self, recipe: Recipe | None = None, **selectors):
+        return run(recipe or self.recipe, **selectors)
+
+    def changed(self, stage: str, **changes) -> Recipe:
+        """The recipe with one stage set otherwise."""
+        stages = self.recipe.stages
+        keys = frozenset(f"stages.{stage}.{name}" for name in changes)
+        return replace(
+            self.recipe,
+            stages=stages | {stage: replace(stages[stage], **changes)},
+            pinned=self.recipe.pinned | keys,
+        )
+
+    def artifact(self, name: str) -> Path:
+        return next(path for path in Store(self.folder / "artifacts").artifacts() if path.name.startswith(name))
+
+
+@pytest.fixture(scope="session")
+def words(run_folder) -> list[str]:
+    given = json.loads((run_folder / "run.json").read_text())["overrides"]
+    return [word for word in given if not word.startswith(("recipe=", "scale=", "store.", "runs="))]
+
+
+@pytest.fixture(scope="session")
+def recipe(words) -> Recipe:
+    return compose("qwen2", overrides=words)
+
+
+@pytest.fixture
+def place(tmp_path, run_folder, recipe) -> Place:
+    return Place(tmp_path, run_folder, recipe)
+
+
+def made(record) -> set[str]:
+    return {name for name, stage in record.stages.items() if not stage["reused"]}
+
+
+def test_a_run_leaves_what_others_rely_on(run_folder):
+    facts = json.loads((run_folder / "run.json").read_text())
+    assert (facts["recipe"], facts["scale"], facts["seed"], facts["status"]) == ("qwen2", "nano", 0, "done")
+    for name in STAGES:
+        stage = facts["stages"][name]
+        assert {"artifact", "key", "reused", "metrics"} <= set(stage)
+        assert (Path(stage["artifact"]) / "model" / "config.json").is_file()
+        assert (run_folder / "artifacts" / name).resolve() == Path(stage["artifact"])
+        assert {"perplexity/web", "tasks/exact_match", "preference/accuracy"} <= set(stage["metrics"])
+    record = json.loads((run_folder / "artifacts" / "dpo" / "stage.json").read_text())
+    assert record["inputs"]["starts_from"]["key"] == facts["stages"]["sft"]["key"]
+    assert {"settings", "code_version", "libraries", "device", "threads", "ledger", "flops", "created"} <= set(record)
+    plan = json.loads((run_folder / "plan.json").read_text())
+    assert [stage["name"] for stage in plan["stages"]] == list(facts["stages"])
+    assert (run_folder / "plan.txt").is_file()
+    assert json.loads((run_folder / "recipe.json").read_text())["model"]["hidden_size"] == 32
+
+
+def test_a_second_run_trains_nothing_and_an_override_only_what_depends_on_it(place):
+    again = place.run()
+    assert made(again) == set()
+    assert STAGES <= set(again.stages)
+    other = place.run(place.changed("dpo", objective=DPOConfig(beta=0.3)))
+    assert made(other) == {"dpo", "dpo.evaluate"}
+    assert other.stages["dpo"]["key"] != again.stages["dpo"]["key"]
+
+
+def test_selectors(place):
+    until = place.run(until="sft")
+    assert not [name for name in until.stages if name.startswith("dpo")]
+    assert {"tokenizer", "evaluation.prepare", "pretrain.evaluate", "sft.evaluate"} <= set(until.stages)
+    only = place.run(only="dpo", force=["dpo"])
+    assert made(only) == {"dpo.prepare", "dpo.reference", "dpo", "dpo.evaluate"}
+    for selector, near in ({"until": "stf"}, "sft"), ({"only": "stf"}, "sft"), ({"force": ["pretrian"]}, "pretrain"):
+        with pytest.raises(UserError, match=near):
+            place.run(**selector)
+    with pytest.raises(UserError, match=r"only=dpo: sft is not in the store.*until=sft"):
+        place.run(place.changed("sft", rope_theta=77.0), only="dpo")
+
+
+def test_an_altered_artifact_is_made_again(place):
+    weights = place.artifact("train-dpo") / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[::-1])
+    assert made(place.run()) == {"dpo"}
+    assert made(place.run()) == set()
+
+
+def test_a_failed_stage_keeps_what_was_made(place):
+    with pytest.raises(StageFailed) as caught:
+        place.run(place.changed("dpo", lr=LearningRateConfig(schedule="constant", peak=1e30)))
+    assert caught.value.stage == "dpo"
+    assert "sft" in caught.value.kept
+    assert isinstance(caught.value.__cause__, Exception)
+    folder = max((place.folder / "runs" / "qwen2").iterdir())
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    assert made(place.run()) == set()
+
+
+def test_the_users_own_data_and_its_mistakes(place):
+    rows = [{"prompt": f"say {i}", "completion": f"{i} and {i}"} for i in range(40)]
+    path = place.folder / "mine.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*rows, {"prompt": "say"}])))
+    mine = DataConfig(
+        name="mine",
+        form="conversations",
+        sources={"mine": SourceConfig(path=str(path))},
+        max_epochs=1000,
+        validation=0.05,
+        tokens_per_example=20,
+    )
+    with pytest.raises(UserError, match=r"mine\.jsonl:41.*completion"):
+        place.run(place.changed("sft", data=mine), only="sft")
+    record = place.run(place.changed("sft", data=replace(mine, on_error="skip")), only="sft")
+    assert made(record) == {"sft.prepare", "sft", "sft.evaluate"}
+
+
+def test_a_model_of_elsewhere(place):
+    """An artifact, or a Hugging Face directory: its tokenizer comes with it, unless another is asked for."""
+    path = place.artifact("train-sft")
+    shutil.copytree(path / "model", place.folder / "model")
+    for outside in (path, place.folder / "model"):
+        record = place.run(place.changed("dpo", starts_from=str(outside)), only="dpo")
+        assert {"dpo.tokenizer", "dpo.evaluation", "dpo.reference", "dpo"} <= set(record.stages)
+        assert "tokenizer" not in record.stages
+    assert made(record) == set()  # the same files are the same model
+    with pytest.raises(UserError, match="holds no model"):
+        place.run(place.changed("dpo", starts_from=str(place.folder / "runs")))
+    shutil.copytree(place.artifact("prepare-tokenizer") / "tokenizer", place.folder / "tokenizer")
+    template = place.folder / "tokenizer" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    other = replace(place.recipe.model, tokenizer=str(place.folder / "tokenizer"))
+    mixed = place.changed("dpo", starts_from=str(path))
+    mixed = replace(mixed, model=other, pinned=mixed.pinned | {"model.tokenizer"})
+    with pytest.raises(UserError, match=r"stage dpo: the tokenizer .* is not that of the model"):
+        place.run(mixed, only="dpo")
+
+
+def test_too_long_for_this_machine(place):
+    short = replace(place.changed("dpo", examples=1e7), limits=LimitsConfig(hours=0.001))
+    with pytest.raises(UserError, match=r"limits\.hours: about .* are more than 0\.001 hours"):
+        place.run(short)
+    assert not (place.folder / "runs").exists()
+
+
+def test_no_gpu(place):
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    gpu = replace(place.recipe.compute, name="gpu", accelerator="gpu", precision="bf16")
+    with pytest.raises(UserError, match="compute=gpu: wants 1 GPUs, torch sees 0"):
+        place.run(replace(place.recipe, compute=gpu))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_an_interrupted_run_continues(place, words, number):
+    places = [f"store.root={place.folder}/artifacts", f"runs={place.folder}/runs", "limits.hours=1e9"]
+    endless = [word for word in words if not word.startswith("stages.dpo.examples")] + ["stages.dpo.examples=1e9"]
+    program = [sys.executable, "-m", "lightning_llm.cli", "run", "recipe=qwen2", *endless, *places]
+    started = subprocess.Popen(
+        [*program, "stages.dpo.data.max_epochs=1e9"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    making = place.folder / "artifacts" / ".making"
+    while not list(making.glob("train-dpo-*/metrics.jsonl")) and started.poll() is None:
+        time.sleep(0.05)
+    started.send_signal(number)
+    said = started.communicate(timeout=30)[1]
+    assert started.returncode == 130, said
+    assert "Traceback" not in said
+    assert "continues" in said
+    run_folder = max((place.folder / "runs" / "qwen2").iterdir())
+    assert json.loads((run_folder / "run.json").read_text())["status"] == "interrupted"
+    assert not list(making.iterdir())
+    assert made(place.run()) == set()
