@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import importlib.metadata
@@ -113,4 +114,5 @@ def _write_cache(cache: Path, content: dict[str, list]) -> None:
         temporary.write_text(json.dumps(content), "utf-8")
         temporary.replace(cache)
     except OSError:  # a home that cannot be written costs time, not correctness
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()

@@ -208,7 +208,7 @@ def share_out(lengths: Sequence[int], ranks: int, budget: int) -> list[list[int]
         For each micro-batch the indices of its pieces; rank r takes every `ranks`-th from r on.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = ranks * max(math.ceil(sum(lengths) / (ranks * budget)), 1)
+    count = ranks * max(min(math.ceil(sum(lengths) / (ranks * budget)), math.ceil(len(lengths) / ranks)), 1)
     while True:
         heap = [(0, b) for b in range(count)]  # (tokens, micro-batch)
         shares: list[list[int]] = [[] for _ in range(count)]

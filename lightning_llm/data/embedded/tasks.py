@@ -71,7 +71,7 @@ def questions(split: str, task: str, n: int, seed: int = 0) -> list[Question]:
     """
     found: dict[str, Question] = {}
     stream = _stream(split, task, seed, "questions")
-    for _ in range(200 * n):
+    for _ in range(10 * n + 1000):
         question = next(stream)
         found.setdefault(question["question"], question)
         if len(found) == n:
