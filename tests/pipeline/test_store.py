@@ -143,32 +143,37 @@ MAKER = """
 import sys, time
 from pathlib import Path
 from lightning_llm.pipeline.store import Store
-root, key, seconds = sys.argv[1], sys.argv[2], float(sys.argv[3])
+root, key = sys.argv[1:]
 with Store(root).claim("train", "sft", key, waiting=lambda: print("waits", flush=True)) as claim:
     print("found" if claim.found else "makes", flush=True)
     if not claim.found:
         (claim.folder / "weights").write_text("half")
-        time.sleep(seconds)
+        while not Path(root, "go").exists():
+            time.sleep(0.01)
         claim.commit({"key": key})
 """
 
 
-def start(store: Store, seconds: float) -> subprocess.Popen:
-    words = [sys.executable, "-c", MAKER, str(store.root), KEY, str(seconds)]
+def start(store: Store) -> subprocess.Popen:
+    """A process that makes the key as soon as there is a file `go`."""
+    words = [sys.executable, "-c", MAKER, str(store.root), KEY]
     return subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_two_processes_make_one_artifact(store):
-    first = start(store, 0.5)
+    first = start(store)
     assert first.stdout.readline() == "makes\n"
-    second = start(store, 0.5)
-    assert second.communicate(timeout=20)[0] == "waits\nfound\n"
-    assert first.wait(20) == second.returncode == 0
+    second = start(store)
+    assert second.stdout.readline() == "waits\n"
+    (store.root / "go").touch()
+    assert second.communicate(timeout=20)[0] == "found\n"
+    first.communicate(timeout=20)
+    assert first.returncode == second.returncode == 0
     assert len(store.artifacts()) == 1
 
 
 def test_a_killed_owner_is_replaced(store):
-    owner = start(store, 60)
+    owner = start(store)
     assert owner.stdout.readline() == "makes\n"
     while not list((store.root / ".making").glob("*/weights")):
         time.sleep(0.01)
