@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import pkgutil
 from pathlib import Path
@@ -66,8 +65,6 @@ def test_options_of_a_stage_compose(place):
     for group, name in chosen.items():
         config = getattr(recipe.stages[stages[group]], WITHIN[group])
         assert (config.schedule if group == "schedule" else config.name) == name
-        if group in ("objective", "optimizer"):  # a file says what the dataclass says
-            assert dataclasses.asdict(config) == dataclasses.asdict(type(config)(name=name))
 
 
 def test_stages_can_be_added():
