@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import operator
 import statistics
 import subprocess
 import sys
@@ -31,11 +32,19 @@ class Claim:
 
     says: str
     value: Callable[[Metrics], float]
-    above: float = -math.inf
-    below: float = math.inf
+    above: float | None = None
+    at_least: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        named = {name: getattr(self, name) for name in ("above", "at_least", "at_most", "below")}
+        return {name: bound for name, bound in named.items() if bound is not None}
 
     def holds(self, value: float) -> bool:
-        return self.above < value < self.below
+        keeps = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
+        return all(keeps[name](round(value, 9), bound) for name, bound in self.bounds.items())  # .65 - .68 is -.03
 
 
 def domains(metrics: Metrics) -> list[str]:
@@ -67,7 +76,7 @@ CLAIMS = [
     Claim(
         "DPO lowers exact match by at most .03 (the change)",
         lambda m: m["dpo"]["tasks/exact_match"] - m["sft"]["tasks/exact_match"],
-        above=-0.03 - 1e-9,
+        at_least=-0.03,
     ),
     Claim(
         "Pre-training lowers perplexity at the first context in every domain (worst ratio to the untrained model)",
@@ -77,17 +86,17 @@ CLAIMS = [
     Claim(
         "Long-context training raises it by at most 2 % (worst ratio to pre-training)",
         lambda m: worst_ratio(m, "long_context", "pretrain"),
-        below=1.02 + 1e-9,
+        at_most=1.02,
     ),
     Claim(
         "Long-context training has at least 20 % of the pre-training tokens",
         lambda m: m["long_context"]["tokens"] / (m["pretrain"]["tokens"] + m["long_context"]["tokens"]),
-        above=0.2 - 1e-9,
+        at_least=0.2,
     ),
     Claim(
         "SFT at most doubles it (worst ratio to long-context training)",
         lambda m: worst_ratio(m, "sft", "long_context"),
-        below=2.0 + 1e-9,
+        at_most=2.0,
     ),
     Claim(
         "The long-context model predicts late tokens better with the full context than with a short one (gain, nats)",
@@ -143,10 +152,7 @@ def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
     claims = []
     for claim in CLAIMS:
         values = [claim.value(metrics) for metrics in per_seed]
-        bounds = {
-            name: bound for name, bound in (("above", claim.above), ("below", claim.below)) if math.isfinite(bound)
-        }
-        claims.append({"claim": claim.says, **bounds, **spread(values), "holds": all(map(claim.holds, values))})
+        claims.append({"claim": claim.says, **claim.bounds, **spread(values), "holds": all(map(claim.holds, values))})
     return {"claims": claims, "stages": stages}
 
 

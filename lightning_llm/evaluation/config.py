@@ -17,9 +17,9 @@ class EvaluationConfig:
     text: DataConfig = field(default_factory=DataConfig)  # perplexity by domain, loss by position
     tasks: DataConfig = field(default_factory=DataConfig)  # exact match of the last line `answer: ...`
     pairs: DataConfig = field(default_factory=DataConfig)  # preference accuracy and win rate
-    text_tokens: int = 20_000  # per domain, at most
-    long_documents: int = 24  # the first full context of each: loss by position, worth of the long context
+    text_tokens: int = 12_000  # per domain, at most
+    long_documents: int = 16  # the first full context of each: loss by position, worth of the long context
     questions: int = 500
-    preference_pairs: int = 300
+    preference_pairs: int = 200
     max_new_tokens: int = 48
     samples: int = 6  # conversations shown on the page
