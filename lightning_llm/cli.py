@@ -93,7 +93,7 @@ def _hydra(verb: str, words: list[str]) -> int:
     import hydra
     from hydra._internal.utils import get_args_parser
 
-    from lightning_llm.pipeline.composition import CONF, build_loader
+    from lightning_llm.pipeline.composition import CONF, build_loader, compose_tree
     from lightning_llm.pipeline.mistakes import as_user_error
     from lightning_llm.pipeline.runner import StageFailed
     from lightning_llm.pipeline.sweep import SweepFailed, use_checked_sweeper
@@ -114,6 +114,8 @@ def _hydra(verb: str, words: list[str]) -> int:
     except Exception as error:
         if mistake := as_user_error(error, loader, flags.overrides):
             raise mistake from error
+        if not flags.multirun:
+            compose_tree(verb, flags.overrides, loader=loader)  # says what Hydra says in words of its own
         raise
     finally:
         sys.argv = argv

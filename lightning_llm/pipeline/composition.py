@@ -32,15 +32,8 @@ from lightning_llm.settings import OPTIONS, UserError
 
 PACKAGE = Path(__file__).parents[1]
 CONF = next(p for p in (PACKAGE.parent / "conf", PACKAGE / "conf") if (p / "base.yaml").is_file())  # checkout, wheel
-SETTINGS = (
-    "models",
-    "data",
-    "optimization",
-    "objectives",
-    "evaluation",
-    "stages",
-    "pipeline",
-)  # packages with a config.py
+# packages with a config.py
+SETTINGS = "models data optimization objectives evaluation stages pipeline".split()
 
 # By these figures of all stages a scale maps each of them, so it has to know the recipe's own where the user's stand.
 RELATED = re.compile(r"stages\.\w+\.(tokens|steps|context|batch_tokens)(\.|$)")
@@ -113,6 +106,8 @@ def compose_tree(
     loader = loader or build_loader(config_dir)
     try:
         config = loader.load_configuration(verb, overrides, run_mode=RunMode.RUN, from_shell=False)
+    except (ValueError, TypeError, AssertionError) as error:  # Hydra's own words for some of what may be typed
+        raise UserError(COMMAND_LINE, str(error).split("\n")[0], "See --help") from error
     except Exception as error:
         if mistake := as_user_error(error, loader, overrides):
             raise mistake from error

@@ -42,7 +42,7 @@ def as_user_error(error: BaseException, loader: Any, overrides: Sequence[str]) -
         return _refused_value(error, COMMAND_LINE, loader)
     if isinstance(error, ConfigCompositionException):
         return _not_composed(error, loader, overrides)
-    if isinstance(error, HydraException | ValueError | TypeError | AssertionError):  # said of what was typed
+    if isinstance(error, HydraException):
         return UserError(COMMAND_LINE, _first_line(error), "See --help")
     return None
 

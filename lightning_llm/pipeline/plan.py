@@ -285,7 +285,7 @@ def duration(seconds: float) -> str:
     for size, unit in ((3600 * 24 * 365, "years"), (3600 * 24, "days"), (3600, "h"), (60, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}" if seconds / size < 10 else f"{seconds / size:,.0f} {unit}"
-    return f"{seconds:.0f} s" if seconds >= 0.5 else ""
+    return f"{seconds:.0f} s"
 
 
 COLUMNS = (
@@ -301,5 +301,5 @@ COLUMNS = (
     ("FLOPs", lambda node: _short(node.figures["flops"] or None)),
     ("memory", lambda node: _gib(node.figures["memory_gib"])),
     ("disk", lambda node: _gib(node.figures["disk_gib"])),
-    ("time", lambda node: duration(node.figures["seconds"])),
+    ("time", lambda node: duration(seconds) if (seconds := node.figures["seconds"]) >= 0.5 else ""),
 )

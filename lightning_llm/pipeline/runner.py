@@ -62,7 +62,7 @@ class StageFailed(RuntimeError):
         return f"stage {self.stage} failed. Kept: {kept}; the same command continues from there"
 
 
-@dataclass
+@dataclass(repr=False)
 class RunRecord:
     """What a run has made: `folder` on disk, and of every node its artifact, key and metrics (run.json)."""
 
@@ -75,6 +75,10 @@ class RunRecord:
     def artifact(self, node: str) -> Path:
         """The folder of a node's artifact in the store."""
         return Path(self.stages[node]["artifact"])
+
+    def __repr__(self) -> str:
+        made = sum(not stage["reused"] for stage in self.stages.values())
+        return f"{self.folder}: {self.status}, {made} of {len(self.plan.nodes)} nodes made, {duration(self.seconds)}"
 
     def write(self) -> None:
         """Bring run.json up to date, in one piece."""

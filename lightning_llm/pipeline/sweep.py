@@ -6,7 +6,6 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
@@ -39,10 +38,10 @@ class SweepFailed(Exception):
 class Job:
     """One job of a multirun."""
 
-    number: int
+    label: str  # its place and its overrides
     overrides: list[str]
     error: BaseException | None = None
-    folder: Any = None
+    folder: str | None = None  # of its run
 
 
 class CheckedSweeper(Sweeper):
@@ -71,7 +70,7 @@ class CheckedSweeper(Sweeper):
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
         grid = BasicSweeper.split_arguments(overrides, None)[0]
-        jobs = [Job(number, list(one)) for number, one in enumerate(grid)]
+        jobs = [Job(f"[{i}/{len(grid)}] {' '.join(one)}", list(one)) for i, one in enumerate(grid, start=1)]
         for job in jobs:
             self._check(job)
         good = [job for job in jobs if job.error is None]
@@ -106,11 +105,10 @@ class CheckedSweeper(Sweeper):
     def _conclude(self, jobs: list[Job]) -> list[Job]:
         """List how each job ended."""
         for job in jobs:
-            line = f"[{job.number + 1}/{len(jobs)}] {' '.join(job.overrides)}"
             if job.error is None:
-                print(f"{line}  {job.folder or 'done'}", flush=True)
+                print(f"{job.label}  {job.folder or 'done'}", flush=True)
             else:
-                print(f"error: {line}: {job.error}", file=sys.stderr, flush=True)
+                _say_failed(job)
         failures = [job.error for job in jobs if job.error is not None]
         if failures:
             raise SweepFailed(all(isinstance(error, UserError) for error in failures))
@@ -118,4 +116,4 @@ class CheckedSweeper(Sweeper):
 
 
 def _say_failed(job: Job) -> None:
-    print(f"error: job {job.number} ({' '.join(job.overrides)}): {job.error}", file=sys.stderr, flush=True)
+    print(f"error: {job.label}: {job.error}", file=sys.stderr, flush=True)
