@@ -20,11 +20,12 @@ def report(run_folders: Sequence[Path | str], output: Path | str) -> Path:
     Raises:
         UserError: no folder is given, or one holds no run.
     """
+    from lightning_llm.report.comparison import labelled
     from lightning_llm.report.markdown import write_markdown
     from lightning_llm.report.page import write_page
     from lightning_llm.report.record import read_runs
 
-    runs = read_runs([Path(folder) for folder in run_folders])
+    runs = labelled(read_runs([Path(folder) for folder in run_folders]))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     write_page(runs, output)

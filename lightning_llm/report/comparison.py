@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lightning_llm.report.numbers import NOTHING
 from lightning_llm.report.record import Run
 
+MOST_IN_A_LABEL = 3  # settings
 BOOKKEEPING = ("pinned", "published", "is_scaled")  # of recipe.json: how the figures came about
 ELSEWHERE = (*BOOKKEEPING, "overrides", "store", "runs", "limits")  # no difference in what was trained
 
@@ -45,6 +47,17 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     keys = dict.fromkeys(key for settings in flat for key in settings)
     values = {key: [str(settings.get(key, NOTHING)) for settings in flat] for key in keys}
     return {key: each for key, each in values.items() if len(set(each)) > 1}
+
+
+def labelled(runs: Sequence[Run]) -> list[Run]:
+    """The runs of a sweep called by the few settings in which they differ (`seed 0, beta 0.1`) instead of by a time."""
+    found = differences(runs)
+    labels = [
+        ", ".join(f"{key.rpartition('.')[2]} {values[i]}" for key, values in found.items()) for i in range(len(runs))
+    ]
+    if not 1 <= len(found) <= MOST_IN_A_LABEL or len(set(labels)) < len(runs):
+        return list(runs)
+    return [replace(run, label=label) for run, label in zip(runs, labels, strict=True)]
 
 
 def _without_nothing(tree: Any) -> Any:

@@ -55,7 +55,13 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
 
 def _overview(runs: Sequence[Run]) -> Iterator[str]:
     facts = [
-        {"run": run.name, "seed": str(run.seed), "date": sections.date(run) or NOTHING, **sections.totals(run)}
+        {
+            "run": run.name,
+            "folder": run.folder_name,
+            "seed": str(run.seed),
+            "date": sections.date(run) or NOTHING,
+            **sections.totals(run),
+        }
         for run in runs
     ]
     for key, values in differences(runs).items():

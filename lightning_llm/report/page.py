@@ -41,7 +41,7 @@ def render_page(runs: Sequence[Run]) -> str:
 <nav>{navigation}</nav>
 {sections.notices(runs)}
 {body}
-<footer>Made by lightning-llm {__version__} from {escape(", ".join(run.name for run in runs))}.</footer>
+<footer>Made by lightning-llm {__version__} from {escape(", ".join(run.folder_name for run in runs))}.</footer>
 </main>
 <script type="text/plain" id="plotly">{_packed_plotly()}</script>
 <script>{_own("page.js")}</script>

@@ -69,14 +69,19 @@ class Run:
     plan: dict[str, Any]  # plan.json
     nodes: list[Node]  # in the order of the plan
     problems: list[str]  # what could not be read
+    label: str = ""  # what sets it apart from the runs beside it
 
     @cached_property
     def by_name(self) -> dict[str, Node]:
         return {node.name: node for node in self.nodes}
 
     @property
-    def name(self) -> str:
+    def folder_name(self) -> str:
         return self.folder.resolve().name
+
+    @property
+    def name(self) -> str:
+        return self.label or self.folder_name
 
     @property
     def title(self) -> str:

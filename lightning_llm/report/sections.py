@@ -194,15 +194,15 @@ def settings(runs: Sequence[Run]) -> Section | None:
         if run.recipe:
             name = "The scaled recipe" if len(runs) == 1 else f"{run.name}: the scaled recipe"
             parts.append(f"<details><summary>{escape(name)}</summary><pre>{escape(recipe_text(run))}</pre></details>")
-    facts = {run.name: environment(run) for run in runs}
+    facts = [environment(run) for run in runs]
     rows = [
         f'<tr><th class="text">{escape(name)}</th>'
-        + "".join(f'<td class="text">{escape(fact.get(name, NOTHING))}</td>' for fact in facts.values())
+        + "".join(f'<td class="text">{escape(fact.get(name, NOTHING))}</td>' for fact in facts)
         + "</tr>"
-        for name in dict.fromkeys(name for fact in facts.values() for name in fact)
+        for name in dict.fromkeys(name for fact in facts for name in fact)
     ]
     if rows:
-        heads = "".join(f'<th class="text">{escape(name)}</th>' for name in facts) if len(runs) > 1 else ""
+        heads = "".join(f'<th class="text">{escape(run.name)}</th>' for run in runs) if len(runs) > 1 else ""
         table = _table(f"<tr><th></th>{heads}</tr>" if heads else "", rows)
         parts.append(f"<details><summary>Environment</summary>{table}</details>")
     return Section("settings", "Settings", "".join(parts)) if parts else None
@@ -278,12 +278,16 @@ def _figure(figure: dict[str, Any]) -> str:
 
 
 def _anchor(runs: Sequence[Run], run: Run) -> str:
-    return "stage-" if len(runs) == 1 else f"stage-{list(runs).index(run)}-"
+    return "stage-" if len(runs) == 1 else f"stage-{_place(runs, run)}-"
+
+
+def _place(runs: Sequence[Run], run: Run) -> int:
+    return next(place for place, other in enumerate(runs) if other is run)
 
 
 def _run_mark(runs: Sequence[Run], run: Run) -> str:
     """A run's name with the colour of its curves."""
-    colour = charts.COLOURS[list(runs).index(run) % len(charts.COLOURS)]
+    colour = charts.COLOURS[_place(runs, run) % len(charts.COLOURS)]
     return f'<span class="from-run" style="background:{colour}"></span>{escape(run.name)}'
 
 
@@ -361,17 +365,18 @@ def _final_metrics(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _side_by_side(runs: Sequence[Run]) -> str:
-    columns = {
-        run.name: {"recipe": run.title, "scale": str(run.scale or NOTHING), "seed": str(run.seed)} for run in runs
-    }
+    columns = [
+        {"recipe": run.title, "scale": str(run.scale or NOTHING), "seed": str(run.seed), "folder": run.folder_name}
+        for run in runs
+    ]
     for name, values in differences(runs).items():
-        for run, value in zip(runs, values, strict=True):
-            columns[run.name].setdefault(name, value)
-    for run in runs:
-        columns[run.name] |= totals(run) | {"date": date(run) or NOTHING}
+        for facts, value in zip(columns, values, strict=True):
+            facts.setdefault(name, value)
+    for facts, run in zip(columns, runs, strict=True):
+        facts |= totals(run) | {"date": date(run) or NOTHING}
     rows = []
-    for name in dict.fromkeys(name for facts in columns.values() for name in facts):
-        values = [facts.get(name, NOTHING) for facts in columns.values()]
+    for name in dict.fromkeys(name for facts in columns for name in facts):
+        values = [facts.get(name, NOTHING) for facts in columns]
         if any(value != NOTHING for value in values):
             cells = "".join(f'<td class="text">{escape(value)}</td>' for value in values)
             rows.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")

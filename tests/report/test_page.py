@@ -186,8 +186,16 @@ def test_several_runs_share_their_figures(run_folder, copied, tmp_path, opened):
     assert "0.4321" in row
     assert page.locator("main > .table tr", has_text="stages.dpo.lr").count() == 0  # the same in both
     names = page.locator("#training .legendtext").all_text_contents()
-    assert sorted(names) == sorted([run_folder.name, "other"])
+    assert sorted(names) == ["beta 0.1", "beta 0.4321"]  # the one setting in which they differ
+    assert "other" in page.locator("main > .table tr", has_text="folder").inner_text()
     assert "0.4321" in path.with_suffix(".md").read_text()
+
+
+def test_runs_that_differ_in_nothing_keep_their_names(run_folder, copied, tmp_path):
+    other = copied.rename(copied.with_name("other"))
+    html = report([run_folder, other, other], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "3 runs of" in text(html)
+    assert run_folder.name in text(html)
 
 
 def test_edges_are_found_without_a_plan(copied):
