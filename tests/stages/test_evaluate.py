@@ -76,12 +76,12 @@ def models(tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluated(held_out, tokenizer_artifact, context_of):
-    def make(model, starts_from=None, mode="likelihood", context=16, full_context=128):
+    def make(model, starts_from=None, mode="likelihood", context=16, full_context=128, precision="fp32"):
         inputs = {"model": model, "data": held_out, "tokenizer": tokenizer_artifact}
         inputs |= {"starts_from": starts_from} if starts_from else {}
-        settings = EvaluateSettings(SIZES, context, full_context, mode, "fp32", seed=0)
-        context = context_of(settings, inputs)
-        return evaluate.run(context).metrics, context.output
+        settings = EvaluateSettings(SIZES, context, full_context, mode, precision, seed=0)
+        stage = context_of(settings, inputs)
+        return evaluate.run(stage).metrics, stage.output
 
     return make
 
@@ -142,6 +142,15 @@ def test_implicit_rewards_and_likelihoods_per_token(evaluated, models, held_out,
 
 def test_evaluating_twice_gives_the_same(evaluated, models):
     assert evaluated(models[1], models[0])[0] == evaluated(models[1], models[0])[0]
+
+
+def test_half_precision_changes_figures_a_little(evaluated, models):
+    single, _ = evaluated(models[0], models[1], mode="implicit_reward")
+    half, _ = evaluated(models[0], models[1], mode="implicit_reward", precision="bf16")
+    assert set(single) == set(half)
+    for name in (*PERPLEXITY, "late_loss/full"):  # not what is drawn: one other token changes all that follow
+        assert half[name] == pytest.approx(single[name], rel=0.05)
+        assert half[name] != single[name]
 
 
 def test_no_held_out_document_is_long_enough(evaluated, models):
