@@ -21,24 +21,21 @@ def training_curves(runs: Sequence[Run]) -> Figure | None:
     panels = ["loss, nats", "learning rate", "gradient norm"]
     traces: list[Trace] = []
     for run, stage, offset, colour in _curves(runs):
-        name, shared = _name(runs, run, stage), {"legendgroup": _group(runs, run, stage)}
-        shared["name"] = escape(shared["legendgroup"], quote=False)
-        first = not any(trace.get("legendgroup") == shared["legendgroup"] for trace in traces)
+        place = _legend(runs, run, stage.name)
         for axis, figure in enumerate(("loss", "lr", "grad_norm"), start=1):
             lines = [line for line in stage.training if is_number(line.get(figure))]
             if figure == "lr":  # its axis is logarithmic: the last step of a schedule that ends at 0 has no place on it
                 lines = [line for line in lines if line["lr"] > 0]
-            traces.append(
-                _curve(lines, figure, offset, colour, name, axis) | shared | {"showlegend": first and axis == 1}
-            )
+            traces.append(_curve(lines, figure, offset, colour, axis) | place)
         checks = [line for line in stage.validation if is_number(line["validation/loss"])]
-        points = _curve(checks, "validation/loss", offset, colour, f"{name}, held-out", 1)
-        traces.append(points | shared | {"mode": "markers", "marker": _ring(colour), "showlegend": False})
-    if not any(trace["x"] for trace in traces):
+        rings = {"mode": "markers", "marker": _ring(colour)}
+        traces.append(_curve(checks, "validation/loss", offset, colour, axis=1) | place | rings)
+    traces = [trace for trace in traces if trace["x"]]
+    if not traces:
         return None
     layout = _stacked(panels, [0.56, 0.22, 0.22], _end(traces)) | _stage_bands(runs)
     layout["yaxis2"] |= {"type": "log", "exponentformat": "e", "dtick": 1}
-    return {"data": [trace for trace in traces if trace["x"]], "layout": layout | {"height": 620}}
+    return _figure(traces, layout, 620)
 
 
 def mixture_area(run: Run) -> Figure | None:
@@ -71,6 +68,7 @@ def mixture_area(run: Run) -> Figure | None:
                 "x": lead + x,
                 "y": [0.0] * len(lead) + [digits(value) for value in y],
                 "stackgroup": "sources",
+                "legendgroup": name,
                 "mode": "lines",
                 "line": {"width": 0, "color": colour},
                 "fillcolor": colour,
@@ -79,7 +77,7 @@ def mixture_area(run: Run) -> Figure | None:
         )
     layout = _axes("tokens", "share of the tokens, %") | _stage_bands([run])
     layout["yaxis"] |= {"range": [0, 100]}
-    return {"data": traces, "layout": layout | {"height": 360, "hovermode": "x unified"}}
+    return _figure(traces, layout | {"hovermode": "x unified"}, 360)
 
 
 def metric_lines(runs: Sequence[Run], prefixes: Sequence[str], title: str) -> Figure | None:
@@ -91,12 +89,11 @@ def metric_lines(runs: Sequence[Run], prefixes: Sequence[str], title: str) -> Fi
             points = [(stage.name, run.results(stage).get(name)) for stage in run.trained]
             points = [(stage, value) for stage, value in points if is_number(value)]
             colour = COLOURS[(index if len(runs) > 1 else number) % len(COLOURS)]
-            label = _last_part(name) if len(runs) == 1 else f"{run.name}: {_last_part(name)}"
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "lines+markers",
-                    "name": escape(label, quote=False),
+                    **_legend(runs, run, _last_part(name)),
                     "x": [stage for stage, _ in points],
                     "y": [digits(value) for _, value in points],
                     "line": {"color": colour, "width": 2},
@@ -109,7 +106,7 @@ def metric_lines(runs: Sequence[Run], prefixes: Sequence[str], title: str) -> Fi
     layout = _axes("", title)
     layout["xaxis"] |= {"type": "category", "categoryarray": _stage_names(runs), "categoryorder": "array"}
     layout["yaxis"] |= {"rangemode": "tozero"}
-    return {"data": traces, "layout": layout | {"height": 340}}
+    return _figure(traces, layout, 340)
 
 
 def loss_by_position(runs: Sequence[Run]) -> Figure | None:
@@ -126,7 +123,7 @@ def loss_by_position(runs: Sequence[Run]) -> Figure | None:
                 {
                     "type": "scatter",
                     "mode": "lines+markers",
-                    "name": escape(_name(runs, run, stage), quote=False),
+                    **_legend(runs, run, stage.name),
                     "x": [(a + b - 1) / 2 for a, b in zip(curve["begin"], curve["end"], strict=True)],
                     "y": [digits(value) for value in curve["loss"]],
                     "line": {"color": colour, "width": 2, "dash": _dash(number if len(runs) > 1 else 0)},
@@ -138,7 +135,7 @@ def loss_by_position(runs: Sequence[Run]) -> Figure | None:
     layout = _axes("position in the context, tokens", "loss, nats")
     longest = max(x for trace in traces for x in trace["x"])
     layout["xaxis"] |= {"type": "log", "tickvals": [2**k for k in range(int(longest).bit_length() + 1)]}
-    return {"data": traces, "layout": layout | {"height": 360}}
+    return _figure(traces, layout, 360)
 
 
 def preference_curves(runs: Sequence[Run]) -> Figure | None:
@@ -150,15 +147,15 @@ def preference_curves(runs: Sequence[Run]) -> Figure | None:
         for number, (metric, axis) in enumerate(shown):
             lines = [line for line in stage.training if is_number(line.get(metric))]
             colour = COLOURS[(index if len(stages) > 1 else number) % len(COLOURS)]
-            label = _last_part(metric) if len(stages) == 1 else f"{_name(runs, run, stage)}: {_last_part(metric)}"
-            trace = _curve(lines, metric, 0, colour, label, axis)
+            name = _last_part(metric) if len(stages) <= len(runs) else f"{stage.name}: {_last_part(metric)}"
+            trace = _curve(lines, metric, 0, colour, axis) | _legend(runs, run, name)
             trace["line"] |= {"dash": _dash(number if len(stages) > 1 else 0)}
             traces.append(trace)
     if not traces:
         return None
     layout = _stacked(["reward, nats", "accuracy"], [0.62, 0.38], _end(traces))
     layout["yaxis2"] |= {"range": [0, 1.03]}
-    return {"data": traces, "layout": layout | {"height": 460}}
+    return _figure(traces, layout, 460)
 
 
 def has_rewards(stage: Node) -> bool:
@@ -201,12 +198,11 @@ def _curves(runs: Sequence[Run]) -> Iterable[tuple[Run, Node, float, str]]:
                 yield run, stage, before[stage.name], COLOURS[(index if len(runs) > 1 else number) % len(COLOURS)]
 
 
-def _curve(lines: list[dict[str, Any]], figure: str, offset: float, colour: str, name: str, axis: int) -> Trace:
+def _curve(lines: list[dict[str, Any]], figure: str, offset: float, colour: str, axis: int) -> Trace:
     return {
         "type": "scatter",
         "mode": "lines",
-        "name": escape(name, quote=False),
-        "hovertemplate": f"%{{y:.4g}} after %{{x:,.0f}} tokens<extra>{escape(name, quote=False)}</extra>",
+        "hovertemplate": "%{y:.4g} after %{x:,.0f} tokens",
         "x": [offset + line["tokens"] for line in lines],
         "y": [digits(line[figure]) for line in lines],
         "yaxis": "y" if axis == 1 else f"y{axis}",
@@ -214,12 +210,20 @@ def _curve(lines: list[dict[str, Any]], figure: str, offset: float, colour: str,
     }
 
 
-def _name(runs: Sequence[Run], run: Run, stage: Node) -> str:
-    return stage.name if len(runs) == 1 else f"{run.name}: {stage.name}"
+def _legend(runs: Sequence[Run], run: Run, name: str) -> dict[str, Any]:
+    """A trace's place in the legend: its own, or its run's where there are several; then the pointer tells the rest."""
+    name, group = escape(name, quote=False), escape(run.name, quote=False)
+    if len(runs) == 1:
+        return {"name": name, "legendgroup": name}
+    return {"name": group, "legendgroup": group, "hovertemplate": f"%{{y:.4g}}<extra>{group}: {name}</extra>"}
 
 
-def _group(runs: Sequence[Run], run: Run, stage: Node) -> str:
-    return stage.name if len(runs) == 1 else run.name
+def _figure(traces: list[Trace], layout: Figure, height: int) -> Figure:
+    """The figure; each group of traces has one entry in the legend."""
+    first = {trace["legendgroup"]: index for index, trace in reversed(list(enumerate(traces)))}
+    entries = set(first.values())
+    shown = [trace | {"showlegend": index in entries} for index, trace in enumerate(traces)]
+    return {"data": shown, "layout": layout | {"height": height}}
 
 
 def _ring(colour: str) -> dict[str, Any]:
