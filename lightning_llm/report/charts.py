@@ -106,7 +106,7 @@ def metric_lines(runs: Sequence[Run], prefixes: Sequence[str], title: str) -> Fi
     layout = _axes("", title)
     layout["xaxis"] |= {"type": "category", "categoryarray": _stage_names(runs), "categoryorder": "array"}
     layout["yaxis"] |= {"rangemode": "tozero"}
-    return _figure(traces, layout, 340)
+    return _figure(traces, layout, 340 + 24 * (len(runs) - 1))
 
 
 def loss_by_position(runs: Sequence[Run]) -> Figure | None:
