@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lightning_llm import __version__
 from lightning_llm.settings import UserError
@@ -60,6 +60,8 @@ def command(words: list[str]) -> int:
 def _command(words: list[str]) -> int:
     if words and words[0] in ("-sc", "--shell-completion"):
         words = _completed_words(words)
+        if not words:
+            return 0
     if not words or words[0] in ("-h", "--help"):
         print(usage())
         return 0
@@ -98,7 +100,9 @@ def _hydra(verb: str, words: list[str]) -> int:
     from lightning_llm.pipeline.runner import StageFailed
     from lightning_llm.pipeline.sweep import SweepFailed, use_checked_sweeper
 
-    flags = get_args_parser().parse_args(words)
+    parser = get_args_parser()
+    parser.error = _refuse_flag
+    flags = parser.parse_args(words)
     loader = build_loader(flags.config_dir)
     if flags.cfg:
         _check_tree(verb, flags.overrides, loader)
@@ -114,7 +118,7 @@ def _hydra(verb: str, words: list[str]) -> int:
     except Exception as error:
         if mistake := as_user_error(error, loader, flags.overrides):
             raise mistake from error
-        if not flags.multirun:
+        if isinstance(error, ValueError | TypeError | AssertionError) and not flags.multirun:
             compose_tree(verb, flags.overrides, loader=loader)  # says what Hydra says in words of its own
         raise
     finally:
@@ -130,6 +134,10 @@ def _hydra(verb: str, words: list[str]) -> int:
         if isinstance(result, BaseException):
             raise result
     return max((result for result in outcome if isinstance(result, int)), default=0)
+
+
+def _refuse_flag(message: str) -> NoReturn:
+    raise UserError("command line", message, "See --help, and --hydra-help for all of Hydra's flags")
 
 
 def _check_tree(verb: str, overrides: list[str], loader: Any) -> None:
@@ -252,14 +260,14 @@ def _quoted(word: str) -> str:
 
 
 def _completed_words(words: list[str]) -> list[str]:
-    """The words of a completion request with the verb in front, which Hydra does not know of."""
+    """The words of a completion request with the verb in front, which Hydra does not know of; none: answered."""
     if "query=bash" not in words:
         return ["run", *words]
     program, _, rest = os.environ["COMP_LINE"].partition(" ")
     verb, space, rest = rest.lstrip().partition(" ")
     if not space or verb not in VERBS:
         print(" ".join(VERBS))
-        sys.exit(0)
+        return []
     os.environ["COMP_LINE"] = f"{program} {rest}"
     return [verb, *words]
 
