@@ -152,7 +152,9 @@ class _Expansion:
             return TokenizerSettings(TokenizerConfig(), source, DATA_SEED)
         config = recipe.tokenizer
         if not config.sources:
-            paths = dict.fromkeys(source.path for source in self.first.data.sources.values() if source.path is not None)
+            # conversations too: spelt out letter by letter, the words of a chat would cost several tokens each
+            sources = {**recipe.scale.corpora, **self.first.data.sources}.values()
+            paths = dict.fromkeys(source.path for source in sources if source.path is not None)
             config = replace(config, sources=list(paths))
         return TokenizerSettings(config, source, DATA_SEED)
 

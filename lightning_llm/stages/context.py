@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +48,29 @@ def model_directory(path: Path) -> Path:
         "holds no model (no config.json, no model/config.json)",
         "Name an artifact of a training stage or a Hugging Face directory",
     )
+
+
+def refuse_other_tokenizer(where: str, inputs: Mapping[str, Path]) -> None:
+    """A stage's data and models must have the tokenizer that the stage was given; a model without one is trusted.
+
+    Raises:
+        UserError: one has another; names it.
+    """
+    from lightning_llm.data.tokenizer import Tokenizer
+
+    own = Tokenizer.load(inputs["tokenizer"] / "tokenizer").fingerprint
+    others = {"the data": (inputs["data"] / "tokenizer_fingerprint").read_text("utf-8").strip()}
+    for role in inputs.keys() & {"model", "starts_from"}:
+        directory = model_directory(inputs[role])
+        if (directory / "tokenizer.json").is_file():
+            others[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint
+    for name, fingerprint in others.items():
+        if fingerprint != own:
+            raise UserError(
+                where,
+                f"the tokenizer (sha {own[:8]}) is not that of {name} (sha {fingerprint[:8]})",
+                "Give all stages the same model.tokenizer",
+            )
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from lightning_llm.models import Transformer
 from lightning_llm.models.size import forward_flops_per_token
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import EvaluateSettings
-from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
+from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
 
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by
 TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
@@ -231,15 +231,4 @@ class Evaluation:
         inputs, where = self.context.inputs, f"evaluation of {self.context.name}"
         if self._has_reference and "starts_from" not in inputs:
             raise UserError(where, "implicit rewards need the model that the stage started from", "Name starts_from")
-        fingerprints = {"the data": (inputs["data"] / "tokenizer_fingerprint").read_text("utf-8").strip()}
-        for role in ("model", "starts_from"):
-            if role in inputs and (directory := model_directory(inputs[role])).joinpath("tokenizer.json").is_file():
-                fingerprints[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint
-        own = self.tokenizer.fingerprint
-        for name, fingerprint in fingerprints.items():
-            if fingerprint != own:
-                raise UserError(
-                    where,
-                    f"the tokenizer (sha {own[:8]}) is not that of {name} (sha {fingerprint[:8]})",
-                    "Give all stages the same model.tokenizer",
-                )
+        refuse_other_tokenizer(where, inputs)

@@ -14,7 +14,7 @@ from lightning_llm.models.size import training_flops_per_token
 from lightning_llm.objectives.base import Objective
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainSettings
-from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
+from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
 from lightning_llm.training.journal import Journal
 from lightning_llm.training.loop import fit
 
@@ -127,16 +127,4 @@ def refuse_mismatch(context: StageContext) -> None:
         )
     if settings.objective.needs_reference and "starts_from" not in context.inputs:
         raise UserError(where, f"{settings.objective.name} needs a reference", "Name the stage it starts_from")
-    tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
-    others = {"the data": (context.inputs["data"] / "tokenizer_fingerprint").read_text().strip()}
-    if "starts_from" in context.inputs:
-        directory = model_directory(context.inputs["starts_from"])
-        if (directory / "tokenizer.json").is_file():
-            others[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint
-    for name, fingerprint in others.items():
-        if fingerprint != tokenizer.fingerprint:
-            raise UserError(
-                where,
-                f"the tokenizer (sha {tokenizer.fingerprint[:8]}) is not that of {name} (sha {fingerprint[:8]})",
-                "Give all stages the same model.tokenizer",
-            )
+    refuse_other_tokenizer(where, context.inputs)
