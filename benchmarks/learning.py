@@ -20,6 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import torch
+
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.evaluation.perplexity import mean_loss, sample_text
+from lightning_llm.models import Transformer
+from lightning_llm.models.families import read_config
 
 RESULT = Path(__file__).resolve().parent / "results" / "learning.json"
 STAGES = ("pretrain", "long_context", "sft", "dpo")
@@ -121,20 +127,30 @@ def train(seed: int, scale: str, overrides: list[str]) -> Path:
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, float]]:
-    """Metrics of each stage of a run; under "start" the perplexities of the untrained model (the losses at token 0)."""
+    """Metrics of each stage of a run."""
     record = json.loads((run / "run.json").read_text())
     metrics: dict[str, dict[str, float]] = {}
     for stage in STAGES:
         artifact = json.loads((run / "artifacts" / stage / "stage.json").read_text())
         metrics[stage] = {**record["stages"][stage]["metrics"], "tokens": artifact["settings"]["tokens"]}
-    lines = [json.loads(line) for line in (run / "artifacts" / "pretrain" / "metrics.jsonl").read_text().splitlines()]
-    start = next(line for line in lines if line["tokens"] == 0 and "validation/loss" in line)
-    metrics["start"] = {
-        f"perplexity/{name.removeprefix('validation/')}": math.exp(loss)
-        for name, loss in start.items()
-        if name.startswith("validation/") and name != "validation/loss"
-    }
     return metrics
+
+
+def untrained_perplexities(run: Path) -> dict[str, float]:
+    """What the first stage's evaluation would say of the random weights that it starts from."""
+    first, artifact = (
+        run / "artifacts" / "pretrain",
+        json.loads((run / "artifacts/pretrain.evaluate/stage.json").read_text()),
+    )
+    model = Transformer(read_config(first / "model"))
+    model.reset_parameters(json.loads((first / "stage.json").read_text())["settings"]["seed"])
+    context, tokens = artifact["settings"]["context"], artifact["settings"]["evaluation"]["text_tokens"]
+    found = {}
+    with torch.inference_mode():
+        for folder in sorted((run / "artifacts/evaluation.prepare/sources/text").iterdir()):
+            documents = sample_text(TokenStore.open(folder / "validation"), tokens)
+            found[f"perplexity/{folder.name}"] = math.exp(mean_loss(model, documents, context, 4096).compute())
+    return found
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -171,7 +187,7 @@ def main() -> None:
         "overrides": arguments.overrides,
         "seeds": arguments.seeds,
         "machine": machine.describe(),
-        **summarise([read_metrics(run) for run in runs]),
+        **summarise([read_metrics(run) | {"start": untrained_perplexities(run)} for run in runs]),
     }
     arguments.result.parent.mkdir(parents=True, exist_ok=True)
     arguments.result.write_text(json.dumps(result, indent=2) + "\n")

@@ -40,5 +40,5 @@ class TokenizerConfig:
     """The byte-level BPE tokenizer trained on the recipe's own text (models that bring a tokenizer ignore it)."""
 
     vocab_size: int = 2048
-    sources: list[str] = field(default_factory=list)  # paths as in SourceConfig.path
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # none: the first stage's and the scale's corpora
     sample_bytes: int = 4_000_000  # of text per source

@@ -40,7 +40,8 @@ def source_fingerprint(config: SourceConfig, where: str) -> str:
         return f"embedded:{rest} " + json.dumps({"revision": REVISION, **versions}, sort_keys=True)
     if kind == "hub":
         return f"hub:{rest}@{config.options.get('revision', 'main')}"  # pin a revision to make sure of the content
-    hashes = [file_sha256(path) for path in source_files(rest, where)]
+    # its kind decides how a file is read, its name and place do not
+    hashes = [f"{SUFFIXES[path.suffix.lower()]} {file_sha256(path)}" for path in source_files(rest, where)]
     return "files:" + hashlib.sha256("\n".join(hashes).encode()).hexdigest()
 
 

@@ -20,6 +20,7 @@ from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import DataConfig
 from lightning_llm.data.mixture import Mixture, SourceStream
 from lightning_llm.data.token_store import TokenStore, map_file
+from lightning_llm.models.size import attended_pairs
 from lightning_llm.schedules import BatchPlan, Progress, Ramp, as_ramp
 from lightning_llm.settings import UserError
 
@@ -59,6 +60,7 @@ class Window:
     target_tokens: int  # over all ranks; 0 is possible where a step is smaller than a piece
     pairs: int  # over all ranks
     consumed: dict[str, int]  # source -> tokens of this window, over all ranks
+    attended: int  # pairs of query and key that attention meets in each layer and head, over all ranks
     samples: int  # units that begin in this window: conversations, pairs, documents' parts of a context's length
     context: int
 
@@ -168,6 +170,13 @@ class Feed:
             assert self.store.is_target is not None
             return int(self.store.is_target[first + piece.begin + 1 : first + piece.end].sum())
         return int(self.store.target_counts[piece.row])
+
+    def attended(self, piece: Piece) -> int:
+        """Pairs of query and key in a piece: of a pair of responses each sees the prompt, not the other."""
+        first, *responses = [end - begin for begin, end in self.spans(piece)] if self.store.form == "pairs" else [
+            piece.length
+        ]  # fmt: skip
+        return attended_pairs(first) + sum(attended_pairs(length, first) for length in responses)
 
     def spans(self, piece: Piece) -> list[tuple[int, int]]:
         """Where the piece's segments lie in tokens.bin."""
@@ -369,6 +378,7 @@ class StageData:
             target_tokens=sum(self.feeds[piece.source].targets(piece) for piece in pieces),
             pairs=sum(self.feeds[piece.source].store.form == "pairs" for piece in pieces),
             consumed=consumed,
+            attended=sum(self.feeds[piece.source].attended(piece) for piece in pieces),
             samples=after.samples - sum(self._units_before(step)),
             context=self.context(step),
         )

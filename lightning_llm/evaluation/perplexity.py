@@ -84,19 +84,18 @@ class LateLoss:
 def late_loss(
     model: Transformer, windows: Sequence[np.ndarray], losses: Tensor, short_context: int, max_tokens: int
 ) -> LateLoss:
-    """The tokens of each window's second half, once with all of the window before them, once with little.
+    """The tokens of each window's second half, once with all of the window before them, once with a short context.
 
-    With little: the half is cut into pieces of half a short context, and each is scored with only as many tokens before
-    it. So a token has at least half a window before it the first time, and from half a short context to a whole one the
-    second.
+    The second time they are scored in pieces of an eighth of a short context, each at the end of one: a token has from
+    seven eighths of it to the whole before it. One piece a token would cost eight times as much for as good as nothing.
 
     Args:
         windows: of equal length, longer than `short_context`.
         losses: of these windows, from `losses_by_position`: [windows, L - 1].
         short_context: tokens.
     """
-    length, piece = len(windows[0]), short_context // 2
-    ends = range(length, length - max(length // 2 // piece, 1) * piece, -piece)
+    length, piece = len(windows[0]), max(short_context // 8, 1)
+    ends = range(length, max(length // 2, short_context - 1), -piece)
     cut = [window[end - short_context : end] for window in windows for end in ends]
     short = losses_by_position(model, cut, max_tokens)[:, -piece:]
     full = losses[:, -piece * len(ends) :]

@@ -25,21 +25,39 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def forward_flops_per_token(config: ModelConfig, context: int) -> float:
-    """2 N + 4 L d_attn (T + 1) / 2 of a token in a segment of `context` tokens, averaged over its positions.
+def forward_flops(config: ModelConfig, tokens: float, attended: float) -> float:
+    """2 N for each token and 4 L d_attn for each pair of a query and a key that it sees.
 
-    N counts the weights in matrix products, the output head included, the embedding's look-up not; the second term is
-    attention without the upper triangle. A multiplication and an addition are two FLOPs.
+    N counts the weights in matrix products, the output head included, the embedding's look-up not. A multiplication and
+    an addition are two FLOPs.
+
+    Args:
+        attended: pairs of query and key in one layer and head, without the upper triangle (`attended_pairs`).
     """
     head = config.vocab_size * config.hidden_size
     weights = head + config.num_hidden_layers * _products_per_layer(config, config.num_experts_per_tok)
     attention_width = config.num_attention_heads * config.head_size
-    return 2.0 * weights + 4.0 * config.num_hidden_layers * attention_width * (context + 1) / 2
+    return 2.0 * weights * tokens + 4.0 * config.num_hidden_layers * attention_width * attended
+
+
+def attended_pairs(length: int, prefix: int = 0) -> int:
+    """Pairs of query and key in a segment of `length` tokens that also sees a prefix."""
+    return length * (length + 1) // 2 + length * prefix
+
+
+def forward_flops_per_token(config: ModelConfig, context: int) -> float:
+    """2 N + 4 L d_attn (T + 1) / 2 of a token in a segment of `context` tokens, averaged over its positions."""
+    return forward_flops(config, 1, (context + 1) / 2)
 
 
 def training_flops_per_token(config: ModelConfig, context: int) -> float:
     """Forward and backward: 6 N + 12 L d_attn (T + 1) / 2, three times the forward pass."""
     return 3 * forward_flops_per_token(config, context)
+
+
+def training_flops(config: ModelConfig, tokens: float, attended: float) -> float:
+    """Forward and backward, three times the forward pass."""
+    return 3 * forward_flops(config, tokens, attended)
 
 
 def _products_per_layer(config: ModelConfig, experts: int) -> int:

@@ -137,7 +137,7 @@ class _Expansion:
             return self.recipe.model
         from lightning_llm.models.families import read_config  # knows torch: only models of elsewhere cost it
 
-        return replace(read_config(model_directory(Path(self._source(stage.starts_from)))), name=name)
+        return read_config(model_directory(Path(self._source(stage.starts_from))))
 
     def _tokenizer(self, outside: str | None) -> TokenizerSettings:
         recipe = self.recipe
@@ -150,13 +150,13 @@ class _Expansion:
                 )
         if source != "train":
             return TokenizerSettings(TokenizerConfig(), source, DATA_SEED)
-        config = recipe.tokenizer
+        config, first = recipe.tokenizer, self.first.data
         if not config.sources:
             # conversations too: spelt out letter by letter, the words of a chat would cost several tokens each
-            sources = {**recipe.scale.corpora, **self.first.data.sources}.values()
-            paths = dict.fromkeys(source.path for source in sources if source.path is not None)
-            config = replace(config, sources=list(paths))
-        return TokenizerSettings(config, source, DATA_SEED)
+            sources = {**recipe.scale.corpora, **first.sources}
+            config = replace(config, sources={name: source for name, source in sources.items() if source.path})
+        sources = {name: replace(source, weight=1.0) for name, source in config.sources.items()}
+        return TokenizerSettings(replace(config, sources=sources), source, DATA_SEED, first.validation)
 
     def _held_out(self) -> PrepareSettings:
         """One mixture of all that is evaluated; the part stands in front of the source's name."""

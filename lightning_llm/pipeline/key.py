@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.fingerprints import file_sha256, source_fingerprint
+from lightning_llm.data.fingerprints import file_sha256, source_fingerprint, split_path
 from lightning_llm.pipeline.expand import Node
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
 from lightning_llm.stages.context import model_directory
@@ -69,9 +69,20 @@ def _files_key(directory: Path, patterns: Sequence[str]) -> str:
 
 
 def _settings(node: Node) -> Any:
+    """What a node was told, but for where files lie: their content has a fingerprint."""
     plain = canonical(node.settings)
-    if isinstance(node.settings, TokenizerSettings) and Path(node.settings.source).is_dir():
-        plain["source"] = "files"  # known by their content
+    if isinstance(node.settings, TokenizerSettings):
+        if Path(node.settings.source).is_dir():
+            plain["source"] = "files"
+        mixture = plain["tokenizer"]
+    else:
+        mixture = plain.get("data", {})
+    if "model" in plain:
+        del plain["model"]["name"]  # what it is called decides nothing
+    mixture.pop("max_epochs", None)  # a permission: what it allows is in the other settings
+    for source in mixture.get("sources", {}).values():
+        if source["path"] and split_path(source["path"], "path")[0] == "files":
+            source["path"] = "files"
     return plain
 
 
@@ -83,8 +94,8 @@ def _fingerprints(node: Node, fingerprint: Fingerprint) -> Any:
         return {name: fingerprint(source, f"{where}.{name}") for name, source in settings.data.sources.items()}
     if isinstance(settings, TokenizerSettings):
         if settings.source == "train":
-            paths = settings.tokenizer.sources
-            return [fingerprint(SourceConfig(path=path), f"tokenizer.sources[{i}]") for i, path in enumerate(paths)]
+            sources = settings.tokenizer.sources
+            return {name: fingerprint(source, f"tokenizer.sources.{name}") for name, source in sources.items()}
         if Path(settings.source).is_dir():
             return _files_key(Path(settings.source), TOKENIZER_FILES)
     return None

@@ -106,7 +106,8 @@ def _refused_value(error: OmegaConfBaseException, where: str, loader: Any, asked
         parts = asked.split(".")
         name = key.rpartition(".")[2]
         path = ".".join(parts[: parts.index(name) + 1]) if name in parts else asked
-        adding = f"+stage@{path}=sft" if path.startswith("stages.") and path.count(".") == 1 else f"+{path}={{...}}"
+        above, _, name = path.rpartition(".")
+        adding = f"+stage@{path}=sft" if above == "stages" else f"'+{above}={{{name}: {{...}}}}'"
         return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
     if "does not support deletion" in refused:
         return UserError(where, f"{key} cannot be taken away", "Give it a value instead")

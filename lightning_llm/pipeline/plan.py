@@ -153,7 +153,7 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
     figures = empty | costs | found
     if figures["flops"]:
         devices = compute.devices if node.kind == "train" else 1
-        figures["seconds"] = figures["flops"] / (compute.flops_per_second * devices)
+        figures["seconds"] = figures["flops"] / (compute.flops_per_second * compute.efficiency * devices)
     return figures
 
 

@@ -49,7 +49,10 @@ class ComputeConfig:
     attention: str = "auto"  # auto | sdpa
     micro_batch_tokens: int = 16_384  # of one forward and backward pass on one device
     threads: int | None = None  # of one process; none: torch's default
-    flops_per_second: float = 5e10  # of one device, dense, in this precision: for estimates and utilisation
+    flops_per_second: float = (
+        2e11  # of one device at its best, dense, in this precision: what utilisation is a share of
+    )
+    efficiency: float = 0.4  # the share of it that estimates of time count on
     memory_gib: float = 16.0  # of one device
 
 
@@ -63,6 +66,7 @@ class TokenizerSettings:
     tokenizer: TokenizerConfig
     source: str  # "train", or the directory or hub name
     seed: int
+    validation: float = 0.0  # share of rows held out: merges are not learnt from them
 
 
 @dataclass

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from lightning_llm.data.config import SourceConfig
 from lightning_llm.data.sources import Row, Source, open_source
 from lightning_llm.data.token_store import TokenStore, TokenStoreWriter
 from lightning_llm.data.tokenizer import Tokenizer, train_tokenizer
@@ -61,21 +60,24 @@ def _make_tokenizer(context: StageContext, settings: TokenizerSettings) -> Stage
 def _train(context: StageContext, settings: TokenizerSettings) -> Tokenizer:
     config = settings.tokenizer
     if not config.sources:
-        raise UserError("tokenizer.sources", "names no text", "List paths, as embedded:code")
+        raise UserError("tokenizer.sources", "names no text", "Give it a source, as {code: {path: embedded:code}}")
     texts: list[str] = []
-    for i, path in enumerate(config.sources):
-        context.console.update(i, len(config.sources), "sources")
-        source = open_source(SourceConfig(path=path), f"tokenizer.sources[{i}]")
+    for done, (name, source_config) in enumerate(config.sources.items()):
+        context.console.update(done, len(config.sources), "sources")
+        source = open_source(source_config, f"tokenizer.sources.{name}")
         size = 0
+        malformed: UserError | None = None  # they are counted where they are prepared
         for row in source.rows(["train"]):
-            if (
-                isinstance(row, Row) and row.split != "validation"
-            ):  # malformed rows are reported where they are prepared
+            if isinstance(row, UserError):
+                malformed = malformed or row
+            elif not row.is_held_out(settings.validation):
                 text = _plain_text(row)
                 texts.append(text)
-                size += len(text.encode("utf-8", "replace"))
+                size += len(text.encode("utf-8"))
                 if size >= config.sample_bytes:
                     break
+        if malformed and not size:  # not one row can be read: its columns are named wrongly, say
+            raise malformed
     try:
         return train_tokenizer(texts, config.vocab_size)
     except ValueError as error:

@@ -12,7 +12,7 @@ import torch
 from lightning_llm.data.packing import Feed, iterate_batches
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.models import Transformer
-from lightning_llm.models.size import forward_flops_per_token
+from lightning_llm.models.size import attended_pairs, forward_flops
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.stages.config import ScoreSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
@@ -35,7 +35,7 @@ def score(context: StageContext) -> StageResult:
         for split in settings.split
     }
     total = sum(store.tokens for store in stores.values())
-    tokens = targets = 0
+    tokens = targets = attended = 0
     logp_sum = 0.0
     ledger: dict[str, int] = {}
     for (source, split), store in stores.items():
@@ -47,6 +47,10 @@ def score(context: StageContext) -> StageResult:
             logps[origins[batch.target_positions.numpy()]] = values
             logp_sum += float(values.sum(dtype=np.float64))
             tokens, targets = tokens + batch.num_tokens, targets + sum(batch.target_counts)
+            attended += sum(
+                attended_pairs(length, batch.lengths[prefix] if prefix >= 0 else 0)
+                for length, prefix in zip(batch.lengths, batch.prefixes, strict=True)
+            )
             context.console.update(tokens, total, "tok")
         path = context.output / source / split / "logps.bin"
         path.parent.mkdir(parents=True)
@@ -55,5 +59,5 @@ def score(context: StageContext) -> StageResult:
     return StageResult(
         {"tokens": tokens, "targets": targets, "logps/mean": logp_sum / max(targets, 1)},
         ledger,
-        tokens * forward_flops_per_token(model.config, settings.context),
+        forward_flops(model.config, tokens, attended),
     )

@@ -10,7 +10,7 @@ from typing import Any
 from lightning_llm.data.packing import StageData
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import ModelConfig, Transformer, set_rope_theta
-from lightning_llm.models.size import training_flops_per_token
+from lightning_llm.models.size import training_flops
 from lightning_llm.objectives.base import Objective
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainSettings
@@ -64,7 +64,7 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
         validation=functools.partial(
             data.validation, settings.context[-1]["value"], compute.micro_batch_tokens, validation_tokens(settings)
         ),
-        flops_per_token=functools.cache(lambda length: training_flops_per_token(model.config, length)),
+        training_flops=functools.partial(training_flops, model.config),
         flops_per_second=compute.flops_per_second * compute.devices,
     )
     with threads(compute.threads):

@@ -36,20 +36,20 @@ class Journal(Callback):
         total_tokens: int,
         evaluate_every: float | None,
         validation: Callable[[], Iterable[tuple[str, SegmentBatch]]],
-        flops_per_token: Callable[[int], float],
+        training_flops: Callable[[int, int], float],
         flops_per_second: float,
     ):
         """
         Args:
             evaluate_every: tokens between validation losses; none: a tenth of the total.
             validation: makes (source, batch) of held-out rows, the same at every validation of the stage.
-            flops_per_token: of training, for a context length.
+            training_flops: of so many tokens and pairs of query and key.
             flops_per_second: of all devices together, for the utilisation.
         """
         self.path, self.data, self.console, self.total_tokens = path, data, console, total_tokens
         self.evaluate_every = evaluate_every or max(total_tokens / 10, 1)
         self.validation = validation
-        self.flops_per_token, self.flops_per_second = flops_per_token, flops_per_second
+        self.training_flops, self.flops_per_second = training_flops, flops_per_second
         self.every = math.ceil(data.steps / LINES)
         self.last: dict[str, float] = {}  # the newest value of every figure, validation losses among them
         self.nominal = 0  # tokens after the step before
@@ -68,7 +68,7 @@ class Journal(Callback):
         consumed = sum(window.consumed.values())
         self.tokens += consumed
         self.interval_tokens += consumed
-        flops = consumed * self.flops_per_token(window.context)
+        flops = self.training_flops(consumed, window.attended)
         self.flops += flops
         self.interval_flops += flops
         if steps % self.every == 0 or steps == self.data.steps:

@@ -106,6 +106,18 @@ def test_text_is_the_same_each_time_and_partly_held_out(domain):
     assert sum(text.is_held_out(domain, name) and len(t) > 4000 for name, t in text.documents(domain)) >= 3
 
 
+@pytest.mark.parametrize("domain", text.READERS)
+def test_no_passage_of_a_held_out_document_is_trained_on(domain):
+    train, held_out = set(), set()
+    for name, document in text.documents(domain):
+        (held_out if text.is_held_out(domain, name) else train).update(
+            paragraph.strip() for paragraph in document.split("\n\n") if len(paragraph.strip()) > 120
+        )
+    assert len(held_out) > 50
+    assert len(train) > 5 * len(held_out)
+    assert not train & held_out
+
+
 def test_docstrings_are_read_without_importing(tmp_path):
     file = tmp_path / "module.py"
     file.write_text('"""' + "m" * 200 + '"""\nraise SystemExit\ndef f():\n    """' + "f" * 200 + '"""\n')

@@ -61,7 +61,11 @@ def fixed_nodes() -> list[Node]:
         ModelConfig(name="m"), DPOConfig(), AdamWConfig(), rows, lr, 5000, ramp, ramp, None, "fp32", 0
     )
     return [
-        Node("tokenizer", "prepare", TokenizerSettings(TokenizerConfig(sources=["mine.jsonl"]), "train", 0)),
+        Node(
+            "tokenizer",
+            "prepare",
+            TokenizerSettings(TokenizerConfig(sources={"mine": SourceConfig(path="mine.jsonl")}), "train", 0),
+        ),
         Node("x.prepare", "prepare", PrepareSettings(rows, [256], ["train"], 0), {"tokenizer": "tokenizer"}),
         Node("base", "train", replace(settings, objective=CausalLMConfig()), {"data": "x.prepare"}),
         Node("x.reference", "score", ScoreSettings(256, ["train"], "fp32"), {"model": "base", "data": "x.prepare"}),

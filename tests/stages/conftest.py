@@ -70,7 +70,9 @@ def context_of(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tokenizer_artifact(corpus, context_of):
-    config = TokenizerConfig(vocab_size=300, sources=[str(corpus / "prose.jsonl"), str(corpus / "talks.jsonl")])
+    config = TokenizerConfig(
+        vocab_size=300, sources={name: SourceConfig(path=str(corpus / f"{name}.jsonl")) for name in ("prose", "talks")}
+    )
     context = context_of(TokenizerSettings(config, "train", seed=0))
     prepare.run(context)
     return context.output

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.data.packing import StageData
 from lightning_llm.data.token_store import TokenStore
-from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.data.tokenizer import Tokenizer, train_tokenizer
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig, PrepareSettings, TokenizerSettings
 from lightning_llm.stages.context import StageContext
@@ -30,7 +31,7 @@ def stage(output, settings, **inputs):
 
 @pytest.fixture(scope="module")
 def tokenizer_artifact(tmp_path_factory):
-    sources = ["embedded:instructions", "embedded:preferences", "embedded:web"]
+    sources = {name: SourceConfig(f"embedded:{name}") for name in ("instructions", "preferences", "web")}
     settings = TokenizerSettings(TokenizerConfig(400, sources, 40_000), "train", 0)
     return stage(tmp_path_factory.mktemp("artifacts") / "tokenizer", settings)[0]
 
@@ -65,7 +66,7 @@ def test_a_trained_tokenizer_can_be_given_to_another_recipe(tokenizer_artifact, 
 
 
 def test_a_tokenizer_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
-    import huggingface_hub
+    import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     for name in ("no/such-model", "not a name"):
@@ -74,7 +75,28 @@ def test_a_tokenizer_that_cannot_be_had_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"tokenizer\.sources: names no text"):
         stage(tmp_path, TokenizerSettings(TokenizerConfig(), "train", 0))
     with pytest.raises(UserError, match=r"tokenizer\.vocab_size: .*at least 259"):
-        stage(tmp_path, TokenizerSettings(TokenizerConfig(10, ["embedded:tasks"]), "train", 0))
+        stage(tmp_path, TokenizerSettings(TokenizerConfig(10, {"tasks": SourceConfig("embedded:tasks")}), "train", 0))
+
+
+def test_a_tokenizer_learns_from_renamed_columns_and_from_no_held_out_row(tmp_path):
+    rows = [{"body": f"zyzzyva{i} quagga{i} " * 9} for i in range(200)]
+    source = replace(write_lines(tmp_path / "mine.jsonl", *rows), columns={"text": "body"})
+    settings = TokenizerSettings(TokenizerConfig(300, {"mine": source}), "train", 0, validation=0.5)
+    texts = []
+
+    def spy(found, size):
+        texts.extend(found)
+        return train_tokenizer(found, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lightning_llm.stages.prepare.train_tokenizer", spy)
+        folder, _ = stage(tmp_path / "one", settings)
+    trained = Tokenizer.load(folder / "tokenizer")
+    assert len(trained.encode_documents(["zyzzyva"])[0]) < 5  # letters and the end mark: merges were learnt
+    assert 60 < len(texts) < 140
+    wrong = replace(source, columns={"text": "bdy"})
+    with pytest.raises(UserError, match=r'mine\.jsonl:1: no field "bdy"'):
+        stage(tmp_path / "two", replace(settings, tokenizer=TokenizerConfig(300, {"mine": wrong})))
 
 
 def test_documents_end_in_their_end_mark_and_all_of_them_is_learnt(prepare, tokenizer_artifact, tmp_path):
