@@ -1,4 +1,4 @@
-# Each command is what CI runs. The environment makes itself: in .venv, with the first Python >= 3.11 that is found.
+# `make lint test` is what CI runs. The environment makes itself: in .venv, with the first Python >= 3.11 that is found.
 #   make demo VENV=/elsewhere PYTHON=python3.12 PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 
 VENV ?= .venv
@@ -30,7 +30,7 @@ lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
 
 bench: $(BIN)/.demo ## make the figures of benchmarks/results again: three seeds, half an hour on two calm cores
 	$(BIN)/python benchmarks/learning.py
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo.py --clone
 
 format: $(BIN)/.dev ## format and mend what can be mended
 	$(BIN)/ruff check --fix .

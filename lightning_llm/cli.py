@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -39,7 +40,12 @@ FLAGS = """\
 
 def main() -> None:
     """The console script. Exit codes: 0 done, 2 the user's mistake, 1 a failed stage or a bug, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)  # from the first moment on, not only while a stage runs
     sys.exit(command(sys.argv[1:]))
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def command(words: list[str]) -> int:

@@ -94,6 +94,8 @@ def _warmed_up(tokens: float, peak: float, warmup: float) -> float:
 
 
 def _share(tokens: float, begin: float, end: float) -> float:
+    if end <= begin:  # no time to decay in
+        return 0.0
     return 1.0 if tokens >= end else max(tokens - begin, 0.0) / (end - begin)
 
 

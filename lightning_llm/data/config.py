@@ -7,6 +7,8 @@ from typing import Any
 
 from lightning_llm.settings import option
 
+SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
+
 
 @dataclass
 class SourceConfig:

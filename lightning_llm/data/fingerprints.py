@@ -12,7 +12,7 @@ import platform
 from pathlib import Path
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.embedded import CONTENTS, REVISION
+from lightning_llm.data.embedded import CONTENTS, OPTIONS, REVISION
 from lightning_llm.settings import UserError
 
 SUFFIXES = {
@@ -53,6 +53,14 @@ def split_path(path: str | None, where: str) -> tuple[str, str]:
     if colon and kind == "embedded" and rest not in CONTENTS:
         raise UserError(f"{where}.path", f"there is no {path}", f"Embedded are {', '.join(CONTENTS)}")
     return (kind, rest) if colon and kind in ("embedded", "hub") else ("files", path)
+
+
+def source_options(path: str, where: str) -> tuple[str, ...]:
+    """Names that `options` may hold for a path: a hub's split, config and revision, an embedded source's own."""
+    kind, rest = split_path(path, where)
+    if kind == "embedded":
+        return OPTIONS[CONTENTS[rest][0]]
+    return ("split", "config", "revision") if kind == "hub" else ()
 
 
 def source_files(pattern: str, where: str) -> list[Path]:

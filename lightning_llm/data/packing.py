@@ -17,14 +17,13 @@ from typing import NamedTuple
 import numpy as np
 
 from lightning_llm.batch import SegmentBatch
-from lightning_llm.data.config import DataConfig
+from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig
 from lightning_llm.data.mixture import Mixture, SourceStream
 from lightning_llm.data.token_store import TokenStore, map_file
 from lightning_llm.models.size import attended_pairs
 from lightning_llm.schedules import BatchPlan, Progress, Ramp, as_ramp
 from lightning_llm.settings import UserError
 
-SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
 VALIDATION_TOKENS = 16_384  # of each source, for the validation loss during a stage
 
 

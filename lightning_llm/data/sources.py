@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.embedded import CONTENTS, tasks, text
+from lightning_llm.data.embedded import CONTENTS, OPTIONS, tasks, text
 from lightning_llm.data.fingerprints import SUFFIXES, source_files, source_fingerprint, split_path
 from lightning_llm.data.tokenizer import Message
 from lightning_llm.settings import UserError
@@ -141,7 +141,7 @@ def _pair(row: dict[str, Any], where: str) -> dict[str, Any]:
             raise _no_field(where, name, row)
     if "prompt" in row:
         prompt = _messages(row, "prompt", where)
-        answers = {name: _last_answer(row, name, where) for name in ("chosen", "rejected")}
+        answers = {name: _answer(row, name, prompt, where) for name in ("chosen", "rejected")}
     else:  # two whole conversations: what they share is the prompt
         chosen, rejected = _messages(row, "chosen", where), _messages(row, "rejected", where)
         if len(chosen) < 2 or chosen[:-1] != rejected[:-1]:
@@ -152,10 +152,14 @@ def _pair(row: dict[str, Any], where: str) -> dict[str, Any]:
     return {"prompt": prompt, **answers, **known}
 
 
-def _last_answer(row: dict[str, Any], name: str, where: str) -> str:
-    answer = _messages(row, name, where, "assistant")[-1]
+def _answer(row: dict[str, Any], name: str, prompt: list[Message], where: str) -> str:
+    """The assistant's turn that `chosen` or `rejected` is, alone or behind the prompt."""
+    *before, answer = _messages(row, name, where, "assistant")
     if answer["role"] != "assistant":
         raise UserError(where, f'"{name}" does not end in a turn of the assistant', f"Mend it, {SKIP}")
+    if before and before != prompt:
+        what = f'"{name}" has turns before its answer that are not those of "prompt"'
+        raise UserError(where, what, f"Leave the prompt out, or give the answer alone, {SKIP}")
     return answer["content"]
 
 
@@ -183,7 +187,8 @@ def _messages(row: dict[str, Any], name: str, where: str, role: str = "user") ->
         if not isinstance(message["content"], str):
             what = f'turn {turn} of "{name}" has {_kind(message["content"])} as content and not text'
             raise UserError(where, what, f"Mend it, {SKIP}")
-        messages.append({"role": message["role"], "content": message["content"]})
+        content = _encodable(message["content"], f'turn {turn} of "{name}"', where)
+        messages.append({"role": message["role"], "content": content})
     return messages
 
 
@@ -193,6 +198,15 @@ def _string(row: dict[str, Any], name: str, where: str) -> str:
         raise UserError(where, f'"{name}" is {_kind(value)} and not text', f"Mend it, {SKIP}")
     if not value.strip():
         raise UserError(where, f'"{name}" is empty', f"Fill it, {SKIP}")
+    return _encodable(value, f'"{name}"', where)
+
+
+def _encodable(value: str, what: str, where: str) -> str:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = f"{what} holds half a character at {error.start} (a lone surrogate)"
+        raise UserError(where, half, f"Mend it, {SKIP}") from None
     return value
 
 
@@ -228,6 +242,8 @@ def _jsonl(path: Path) -> Iterator[tuple[str, Any]]:
                 except json.JSONDecodeError as error:
                     what = f"is not JSON ({error.msg} at column {error.colno})"
                     yield where, UserError(where, what, f"Write one object per line, {SKIP}")
+                except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets in brackets
+                    yield where, UserError(where, f"cannot be read ({_first_line(error)})", f"Mend it, {SKIP}")
 
 
 def _text_file(path: Path) -> Iterator[tuple[str, Any]]:
@@ -282,15 +298,9 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     the four; none: all), questions (held-out ones of each task), seed.
     """
     form, _ = CONTENTS[name]
-    allowed = {
-        "text": {"max_bytes"},
-        "conversations": {"rows", "held_out", "seed", "multi_turn"},
-        "pairs": {"rows", "held_out", "seed"},
-        "questions": {"task", "questions", "seed"},
-    }[form]
     for option in options:
-        if option not in allowed:
-            known = f"embedded:{name} has {', '.join(sorted(allowed))}"
+        if option not in OPTIONS[form]:
+            known = f"embedded:{name} has {', '.join(sorted(OPTIONS[form]))}"
             raise UserError(f"{where}.options.{option}", "is not an option of this source", known)
     origin = f"embedded:{name}"
     if form == "text":

@@ -15,7 +15,6 @@ from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.feed_forward import FeedForward
 from lightning_llm.models.rope import inverse_frequencies, rotate, rotation
-from lightning_llm.settings import UserError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, K, D] -> [T, H, D]
 
@@ -100,10 +99,6 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.num_experts:
-            raise UserError(
-                f"model {config.name}", "mixture-of-experts layers are not built yet", "Plan it, or run a dense size"
-            )
         families.check_family(config)
         inverse_frequencies(config.rope_parameters, config.head_size)  # refuses kinds of RoPE that are not built
         self.config = config

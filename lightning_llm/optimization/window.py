@@ -80,7 +80,7 @@ def optimizer_step(
     Args:
         loss: an objective's sum over a micro-batch.
         micro_batches: this rank's; every rank has equally many.
-        units: n, over all micro-batches of all ranks.
+        units: n, over all micro-batches of all ranks; 0: the weights stay as they are.
         learning_rate: of this step; a parameter group's own `lr_scale` multiplies it.
         clip_norm: upper bound of the norm of the whole gradient; 0: none.
         backward, no_sync: the strategy's own. Gradients are exchanged in the last micro-batch alone.
@@ -95,6 +95,8 @@ def optimizer_step(
             part = loss(batch)
             backward(part.loss * (world_size / max(units, 1)))
         totals.add_loss(part)
+    if not units:  # decay and momentum would move the weights without a word of the data
+        return totals
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     for group in optimizer.param_groups:

@@ -110,7 +110,13 @@ def plan(recipe: Recipe) -> Plan:
     recipe = scaled(recipe)
     nodes = {node.name: node for node in expand(recipe)}
     models: dict[str, ModelConfig] = {n.name: n.settings.model for n in nodes.values() if n.kind == "train"}
-    return Plan(recipe, tuple(replace(n, figures=_figures(recipe, n, nodes, models)) for n in nodes.values()))
+    planned: list[Node] = []
+    for node in nodes.values():
+        figures = _figures(recipe, node, nodes, models)
+        if any((node.kind, node.settings, node.inputs) == (n.kind, n.settings, n.inputs) for n in planned):
+            figures |= {"disk_gib": 0.0, "seconds": 0.0}  # one artifact, made once
+        planned.append(replace(node, figures=figures))
+    return Plan(recipe, tuple(planned))
 
 
 # ---- figures ----
@@ -221,7 +227,9 @@ def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]
     both = 2 if "starts_from" in node.inputs else 1
     phase = recipe.scale.phases.get("preference")
     pair = (phase and phase.tokens_per_example) or settings.context
-    text = sizes.text_tokens * len(parts.text.sources) + 2 * sizes.long_documents * settings.full_context
+    # late tokens once more, each eighth of a short context at the end of a whole one (evaluation/perplexity.py)
+    passes = 1 + (4 if settings.full_context > settings.context else 0)
+    text = sizes.text_tokens * len(parts.text.sources) + passes * sizes.long_documents * settings.full_context
     # greedy once, and sampled once from either model where there are two
     answers = sizes.questions * sizes.max_new_tokens * (1 if both == 1 else 3) if parts.tasks.sources else 0
     pairs = sizes.preference_pairs * pair * both if parts.pairs.sources else 0

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.fingerprints import source_options
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
@@ -267,7 +268,15 @@ def check(recipe: Recipe) -> None:
         raise UserError(
             "compute.devices", f"is {recipe.compute.devices} with strategy single", "Set compute.strategy=ddp"
         )
+    _in_range("compute.micro_batch_tokens", recipe.compute.micro_batch_tokens, low=1)
+    for name in ("flops_per_second", "efficiency", "memory_gib"):
+        _in_range(f"compute.{name}", getattr(recipe.compute, name), above=0)
     _in_range("limits.hours", recipe.limits.hours, low=0)
+    known = _known_corpora(recipe)
+    for name, source in recipe.scale.corpora.items():
+        if name not in known:
+            raise UserError(f"scale.corpora.{name}", "is the corpus of no mixture", name_nearest(name, sorted(known)))
+        _check_source(f"scale.corpora.{name}", source)
 
 
 def _check_name(name: str) -> None:
@@ -294,10 +303,28 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{key}.{name}", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
         for entry in ramp:
-            _in_range(f"{key}.{name}", entry["value"], low=1)
+            _in_range(f"{key}.{name}", entry["value"], low=SHORTEST_CONTEXT if name == "context" else 1)
+        if (
+            name == "context"
+            and len(ramp) > 1
+            and stage.data.on_long == "truncate_left"
+            and stage.objective.needs_reference
+        ):
+            raise UserError(
+                f"{key}.context",
+                "is a ramp, and data.on_long truncates: the reference would see other prompts than the policy",
+                f"Give one context, or set {key}.data.on_long=drop",
+            )
     warmups = [unit for unit in WARMUPS if getattr(stage.lr, unit) is not None]
     if len(warmups) > 1:
         raise UserError(f"{key}.lr", f"wants at most one of {', '.join(WARMUPS)}", "Set the others to null")
+    for unit in warmups:
+        _in_range(f"{key}.lr.{unit}", getattr(stage.lr, unit), low=0)
+    _in_range(f"{key}.lr.peak", stage.lr.peak, low=0)
+    if stage.lr.final is not None:
+        _in_range(f"{key}.lr.final", stage.lr.final, low=0)
+    if stage.evaluate_every is not None:
+        _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
     if len(stage.optimizer.betas) != 2:
         raise UserError(f"{key}.optimizer.betas", f"are {len(stage.optimizer.betas)}", "Give two, as [0.9, 0.95]")
     objective = stage.objective
@@ -322,7 +349,27 @@ def _check_data(key: str, data: DataConfig) -> None:
         _check_source(f"{key}.sources.{name}", source)
 
 
+def _known_corpora(recipe: Recipe) -> set[str]:
+    """What a corpus may be called: as a source of this recipe, or of a scale of ours (which serve all recipes)."""
+    mixtures = [stage.data for stage in recipe.stages.values()]
+    mixtures += [getattr(recipe.evaluation, part) for part in ("text", "tasks", "pairs")]
+    return {name for data in mixtures for name in data.sources} | _corpora_of_our_scales()
+
+
+@functools.cache
+def _corpora_of_our_scales() -> frozenset[str]:
+    from lightning_llm.pipeline.composition import CONF
+
+    files = (OmegaConf.load(path) for path in sorted(CONF.glob("scale/*.yaml")))
+    return frozenset(name for file in files for name in file.get("corpora", {}))  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def _check_source(key: str, source: SourceConfig) -> None:
+    if source.path is not None:
+        known = source_options(source.path, key)
+        for name in source.options:
+            if name not in known:
+                raise unknown_entry(f"{key}.options.{name}", known, source.path)
     try:
         ramp = as_ramp(source.weight)
     except (ValueError, TypeError, AttributeError) as error:

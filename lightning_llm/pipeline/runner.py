@@ -13,6 +13,7 @@ import importlib
 import json
 import math
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -21,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +35,7 @@ from lightning_llm.pipeline.plan import Plan, duration, plan
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.store import Claim, Store, read_record
 from lightning_llm.settings import UserError
+from lightning_llm.stages.config import TrainStage
 from lightning_llm.stages.context import StageContext, StageResult
 from lightning_llm.training.console import Console, StageConsole
 
@@ -110,18 +112,10 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
         StageFailed: a stage ended in an error; what was made before it is kept.
         KeyboardInterrupt: SIGINT or SIGTERM; the same.
     """
-    whole = plan(recipe)
-    recipe = whole.recipe
-    for name in force:
-        whole.checked_stage("force", name)
-    chosen = whole.selected(until=until, only=only)
-    keys = node_keys(whole.nodes)
-    store = Store(recipe.store.root)
-    there = {n.name: store.find(n.kind, n.name, keys[n.name]) for n in whole.nodes}
-    _refuse_missing(chosen, whole, there)
-    to_make = [node for node in chosen.nodes if there[node.name] is None or node.stage in force]
-    _refuse_long(recipe, to_make)
-    _refuse_absent_device(recipe, to_make)
+    checked = check_run(recipe, until=until, only=only, force=force)
+    whole, chosen, keys = checked.whole, checked.chosen, checked.keys
+    recipe, store = whole.recipe, Store(whole.recipe.store.root)
+    _refuse_missing(chosen, whole, checked.there)
     record = RunRecord(_new_folder(Path(recipe.runs).expanduser() / recipe.name), chosen)
     began = time.monotonic()
     try:
@@ -142,6 +136,38 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
         record.seconds = time.monotonic() - began
         record.write()
     return record
+
+
+@dataclass(frozen=True)
+class CheckedRun:
+    """A run that nothing speaks against, as far as can be told before the first stage."""
+
+    whole: Plan
+    chosen: Plan
+    keys: dict[str, str]
+    there: dict[str, Path | None]  # node -> its artifact
+
+
+def check_run(
+    recipe: Recipe, *, until: str | None = None, only: str | None = None, force: Sequence[str] = ()
+) -> CheckedRun:
+    """All that `run` refuses but for a missing input of `only`, which an earlier job of a sweep may make.
+
+    Raises:
+        UserError: see `run`.
+    """
+    whole = plan(recipe)
+    for name in force:
+        whole.checked_stage("force", name)
+    chosen = whole.selected(until=until, only=only)
+    keys = node_keys(whole.nodes)
+    store = Store(whole.recipe.store.root)
+    there = {n.name: store.find(n.kind, n.name, keys[n.name]) for n in whole.nodes}
+    to_make = [node for node in chosen.nodes if there[node.name] is None or node.stage in force]
+    _refuse_long(whole.recipe, to_make)
+    _refuse_absent_device(whole.recipe, to_make)
+    _refuse_unbuilt(to_make)
+    return CheckedRun(whole, chosen, keys, there)
 
 
 def _refuse_missing(chosen: Plan, whole: Plan, there: dict[str, Path | None]) -> None:
@@ -174,6 +200,16 @@ def _refuse_absent_device(recipe: Recipe, nodes: Sequence[Node]) -> None:
                 f"wants {recipe.compute.devices} GPUs, torch sees {torch.cuda.device_count()}",
                 "Choose compute=cpu, or fewer devices",
             )
+
+
+def _refuse_unbuilt(nodes: Sequence[Node]) -> None:
+    """Before the tokens are prepared, not after."""
+    models = [node.settings.model for node in nodes if node.kind == "train"]
+    if models:
+        from lightning_llm.models.families import check_family
+
+        for model in models:
+            check_family(model)
 
 
 # ---- one node ----
@@ -220,8 +256,10 @@ def _make(
     began = time.monotonic()
     try:
         result: StageResult = importlib.import_module(f"lightning_llm.stages.{node.kind}").run(context)
-    except (UserError, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
+    except UserError as error:
+        raise _in_the_recipe(error, node, whole.recipe) from error
     except Exception as error:
         raise StageFailed(node.name, list(record.stages)) from error
     seconds = time.monotonic() - began
@@ -249,6 +287,14 @@ def _make(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
     )
+
+
+def _in_the_recipe(error: UserError, node: Node, recipe: Recipe) -> UserError:
+    """A stage speaks of its own settings; what is typed begins with the stage."""
+    if node.stage not in recipe.stages:
+        return error
+    own = rf"(?<![\w./])(?=({'|'.join(f.name for f in fields(TrainStage))})\.[a-z])"
+    return UserError(*(re.sub(own, f"stages.{node.stage}.", str(part)) for part in error.args))
 
 
 def summary(metrics: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 from lightning_llm.pipeline.composition import compose_tree
 from lightning_llm.pipeline.plan import plan
 from lightning_llm.pipeline.recipe import build_recipe, build_settings
+from lightning_llm.pipeline.runner import check_run
 from lightning_llm.settings import UserError
 
 
@@ -87,7 +88,11 @@ class CheckedSweeper(Sweeper):
         try:
             composition = compose_tree(verb, job.overrides, loader=self.loader)  # pyright: ignore[reportArgumentType]
             settings = build_settings(composition)
-            plan(build_recipe(composition, settings)).selected(until=settings.until, only=settings.only)
+            recipe, chosen = build_recipe(composition, settings), {"until": settings.until, "only": settings.only}
+            if verb == "run":
+                check_run(recipe, **chosen, force=settings.force)
+            else:
+                plan(recipe).selected(**chosen)
         except UserError as error:
             job.error = error
 

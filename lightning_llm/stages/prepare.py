@@ -166,6 +166,7 @@ def _prepare_source(
     writers: dict[str, TokenStoreWriter] = {}
     origins: dict[str, list[str]] = {split: [] for split in settings.splits}  # where each row came from
     folder = context.output / "sources" / name
+    count = 0
     rows = _wanted_rows(source, name, settings, report)
     try:
         while batch := list(islice(rows, TOGETHER)):
@@ -173,10 +174,11 @@ def _prepare_source(
                 chosen = [row for row in batch if row.is_held_out(data.validation) == (split == "validation")]
                 if split not in writers:
                     writers[split] = TokenStoreWriter(folder / split, report.form, tokenizer.vocab_size)
-                _append(writers[split], chosen, tokenizer)
-                origins[split] += [row.where for row in chosen]
+                appended = _append(writers[split], chosen, tokenizer, settings.data.on_error, report)
+                origins[split] += [row.where for row in appended]
+            count += len(batch)
             done = sum(writer.tokens for writer in writers.values())
-            context.console.update(place[0], place[1], "sources", tokens=done)
+            context.console.update(count, source.config.max_rows, "rows", source=place[0] + 1, tokens=done)
     except BaseException:
         for writer in writers.values():
             writer.abandon()
@@ -186,6 +188,21 @@ def _prepare_source(
     for split, writer in writers.items():
         writer.close()
         report.splits[split] = writer.facts()
+    if report.skipped:
+        first = f"{report.skipped_rows[0]['where']} {report.skipped_rows[0]['what']}"
+        context.console.note(
+            f"{report.skipped} malformed rows of {name} skipped, all in prepare.json; the first: {first}"
+        )
+    total = sum(split["rows"] for split in report.splits.values())
+    empty = [split for split, facts in report.splits.items() if not facts["rows"]]
+    if "train" in empty and total:
+        raise UserError(
+            f"data.sources.{name}",
+            f"{'its one row is' if total == 1 else f'all its {total} rows are'} held out by hash",
+            "Split it into more rows, or set data.validation=0",
+        )
+    if "validation" in empty and data.validation:
+        context.console.note(f"{name} has no held-out row among {total}: no validation loss of it")
     if report.form != "text":
         _count_long(report, folder, origins, settings)
     return report
@@ -207,18 +224,39 @@ def _wanted_rows(source: Source, name: str, settings: PrepareSettings, report: _
         if isinstance(row, Row):
             report.form = row.form
             yield row
-        elif data.on_error == "skip":
-            report.skipped += 1
-            if len(report.skipped_rows) < LISTED:
-                report.skipped_rows.append({"where": row.where, "what": row.what})
-        elif data.on_error == "stop":
-            raise row
         else:
-            raise UserError("data.on_error", f"is {data.on_error!r}", "Choose stop or skip")
+            _stop_or_skip(row, data.on_error, report)
 
 
-def _append(writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer) -> None:
-    """Tokenise rows of one form."""
+def _stop_or_skip(row: UserError, on_error: str, report: _Report) -> None:
+    if on_error not in ("stop", "skip"):
+        raise UserError("data.on_error", f"is {on_error!r}", "Choose stop or skip")
+    if on_error == "stop":
+        raise row
+    report.skipped += 1
+    if len(report.skipped_rows) < LISTED:
+        report.skipped_rows.append({"where": row.where, "what": row.what})
+
+
+def _append(
+    writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer, on_error: str, report: _Report
+) -> list[Row]:
+    """Tokenise rows of one form; those that a chat template refuses are malformed. Returns the others."""
+    try:
+        _append_all(writer, rows, tokenizer)
+        return rows
+    except UserError:  # of which row is not said: one by one, nothing has been written yet
+        appended = []
+        for row in rows:
+            try:
+                _append_all(writer, [row], tokenizer)
+                appended.append(row)
+            except UserError as error:
+                _stop_or_skip(UserError(row.where, f"{error.where} {error.what}", error.remedy), on_error, report)
+        return appended
+
+
+def _append_all(writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer) -> None:
     contents = [row.content for row in rows]
     if writer.form == "text":
         for ids in tokenizer.encode_documents([content["text"] for content in contents]):

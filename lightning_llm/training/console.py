@@ -48,11 +48,12 @@ class StageConsole:
             self._task = self._bar.add_task(f"{label}  {kind}", total=None, figures="")
             self._bar.start()
 
-    def update(self, done: float, total: float, unit: str, **figures: float) -> None:
+    def update(self, done: float, total: float | None, unit: str, **figures: float) -> None:
         """Say how far the stage is.
 
         Args:
-            done, total: in `unit` ("tok", "rows", ...); its rate and the time left follow from them.
+            done, total: in `unit` ("tok", "rows", ...); its rate and the time left follow from them. Without a total
+                the amount itself is shown.
             figures: what else to show, as `loss=2.31`.
         """
         now = time.monotonic()
@@ -61,12 +62,15 @@ class StageConsole:
             return
         parts = [f"{name} {value:.4g}" for name, value in figures.items()]
         if rate:
-            parts += [f"{in_thousands(rate)} {unit}/s", f"ETA {clock((total - done) / rate)}"]
+            parts.append(f"{in_thousands(rate)} {unit}/s")
+            if total is not None:
+                parts.append(f"ETA {clock((total - done) / rate)}")
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, figures="  ".join(parts))
         else:
             self._printed = now
-            self._print("  ".join([f"{self.label}  {self.kind}", f"{done / max(total, 1):4.0%}", *parts]))
+            share = f"{in_thousands(done)} {unit}" if total is None else f"{done / max(total, 1):4.0%}"
+            self._print("  ".join([f"{self.label}  {self.kind}", share, *parts]))
 
     def note(self, text: str) -> None:
         """A line of its own, kept above the bar."""

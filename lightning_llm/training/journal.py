@@ -93,8 +93,10 @@ class Journal(Callback):
         means = objective.totals.means(_gather if trainer.world_size > 1 else None)
         if "loss" not in means:
             return  # steps smaller than a document may count nothing: the interval goes on
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the loss became {means['loss']} within the steps before {window.progress.steps}")
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(means[name]):
+                what = f"{name} became {means[name]} within the {self.every} steps up to {window.progress.steps}"
+                raise FloatingPointError(f"{what}; lower lr.peak, or look at the data of metrics.jsonl's last lines")
         seconds = time.perf_counter() - self.interval_began
         self.seconds += seconds
         figures = {
@@ -139,7 +141,11 @@ class Journal(Callback):
     def _append(self, trainer: Trainer, line: dict) -> None:
         if trainer.is_global_zero:
             with self.path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+                finite = {
+                    name: None if value != value or value in (math.inf, -math.inf) else value
+                    for name, value in line.items()
+                }
+                file.write(json.dumps(finite, allow_nan=False) + "\n")  # JSON has no NaN
 
 
 def _gather(own: Sums) -> Sequence[Sums]:

@@ -80,6 +80,25 @@ def test_jsonl_names_file_and_line(tmp_path):
     ]
 
 
+def test_lines_that_json_takes_and_nothing_else_does_are_malformed_rows(tmp_path):
+    file = tmp_path / "odd.jsonl"
+    file.write_text('{"text": "a \\ud800"}\n{"text": ' + "9" * 5000 + "}\n" + "[" * 100_000 + '\n{"text": "fine"}\n')
+    found = list(open_source(SourceConfig(str(file)), "data.sources.mine").rows())
+    assert [isinstance(row, UserError) for row in found] == [True, True, True, False]
+    assert [row.where for row in found] == [f"{file}:{line}" for line in (1, 2, 3, 4)]
+    assert "half a character" in str(found[0])
+
+
+def test_a_pair_may_repeat_its_prompt_and_nothing_else():
+    prompt = [{"role": "user", "content": "hi"}]
+    answer = {"role": "assistant", "content": "yes"}
+    row = {"prompt": "hi", "chosen": [*prompt, answer], "rejected": [answer]}
+    assert read_row(row, {}, "x:1").content == {"prompt": prompt, "chosen": "yes", "rejected": "yes"}
+    other = [{"role": "user", "content": "ho"}, answer]
+    with pytest.raises(UserError, match='x:1: "chosen" has turns before its answer'):
+        read_row({**row, "chosen": other}, {}, "x:1")
+
+
 def test_columns_are_renamed_and_rows_are_counted(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"body": str(i), "text": None}) + "\n" for i in range(5)))

@@ -187,6 +187,32 @@ def test_malformed_rows_are_skipped_counted_and_listed(prepare, tmp_path):
     assert sum(rows_of(folder, "mine", split).rows for split in ("train", "validation")) == 2
 
 
+def test_a_row_that_the_chat_template_refuses_is_malformed(prepare, tmp_path, monkeypatch):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    bad = {"messages": [{"role": "system", "content": "c"}, *good["messages"]]}
+    source = write_lines(tmp_path / "talks.jsonl", good, bad, good)
+    strict = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    strict += "{{ m.role }}: {{ m.content }}<|im_end|>\n{% endfor %}"
+    load = Tokenizer.load
+
+    def with_template(directory):
+        tokenizer = load(directory)
+        return Tokenizer(tokenizer.backend, strict, tokenizer.settings)
+
+    monkeypatch.setattr(Tokenizer, "load", with_template)
+    with pytest.raises(UserError, match=r"talks\.jsonl:2: .*no system role"):
+        prepare({"mine": source}, form="conversations", validation=0.0)
+    _, _, report = prepare({"mine": source}, form="conversations", validation=0.0, on_error="skip")
+    assert report["mine"]["skipped"] == 1
+    assert report["mine"]["splits"]["train"]["rows"] == 2
+
+
+def test_a_source_that_is_all_held_out_says_so(prepare, tmp_path):
+    source = write_lines(tmp_path / "one.jsonl", {"text": "the only document"})
+    with pytest.raises(UserError, match="its one row is held out by hash"):
+        prepare({"mine": source}, validation=0.999)
+
+
 def test_what_cannot_be_prepared_says_why(prepare, tmp_path):
     mixed = write_lines(tmp_path / "mixed.jsonl", {"text": "a"}, {"prompt": "x", "completion": "y"})
     with pytest.raises(

@@ -14,4 +14,11 @@ CONTENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "preferences": ("pairs", ()),
     "tasks": ("questions", ()),
 }
+# form -> options of such a source
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "text": ("max_bytes",),
+    "conversations": ("rows", "held_out", "seed", "multi_turn"),
+    "pairs": ("rows", "held_out", "seed"),
+    "questions": ("task", "questions", "seed"),
+}
 REVISION = 2  # of the readers and generators: raised when the same packages give other rows
