@@ -41,3 +41,9 @@ def run_folder(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("run")
     return run(compose("qwen2", overrides=[*TINY, f"store.root={place}/artifacts", f"runs={place}/runs"])).folder
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """Overrides of qwen2 at nano that make it a matter of seconds."""
+    return TINY

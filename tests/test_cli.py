@@ -179,6 +179,16 @@ def test_a_sweep_of_nothing_but_mistakes_runs_nothing(command, mine, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
+def test_a_sweep_over_seeds_trains_one_base_for_each(command, tiny, tmp_path):
+    words = [word for word in tiny if not word.startswith("stages.long_context")]
+    less = ["~stages.long_context", "stages.sft.starts_from=pretrain", "evaluation.questions=4"]
+    code, _, err = command("run", "-m", "recipe=qwen2", *words, *less, "seed=0,1", "stages.dpo.objective.beta=0.05,0.1")
+    assert code == 0, err
+    made = [path.name.split("-")[1] for path in (tmp_path / "artifacts").glob("train*")]
+    assert {name: made.count(name) for name in made} == {"pretrain": 2, "sft": 2, "dpo": 4}
+
+
 def test_a_sweep_trains_what_its_jobs_share_once(run_folder, command, tmp_path):
     words = json.loads((run_folder / "run.json").read_text())["overrides"]
     words = [word for word in words if not word.startswith(("runs=", "scale=nano", "recipe="))]

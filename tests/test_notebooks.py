@@ -11,6 +11,13 @@ nbformat = pytest.importorskip("nbformat", reason="needs the extra notebooks: pi
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
+def plans(notebook):
+    """The plans that a notebook shows."""
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    texts = [output.get("data", {}).get("text/plain", output.get("text", "")) for c in cells for output in c.outputs]
+    return [text for text in texts if "total:" in text and "FLOPs" in text]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path, tmp_path, monkeypatch):
@@ -22,9 +29,12 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
     shutil.copy(path, tmp_path)
     notebook = nbformat.read(path, as_version=4)
+    shown = plans(notebook)
+    assert shown
     NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
+    assert plans(notebook) == shown  # what is committed is what this code prints
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

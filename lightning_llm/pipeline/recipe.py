@@ -360,8 +360,8 @@ def _known_corpora(recipe: Recipe) -> set[str]:
 def _corpora_of_our_scales() -> frozenset[str]:
     from lightning_llm.pipeline.composition import CONF
 
-    files = (OmegaConf.load(path) for path in sorted(CONF.glob("scale/*.yaml")))
-    return frozenset(name for file in files for name in file.get("corpora", {}))  # pyright: ignore[reportAttributeAccessIssue]
+    files = (OmegaConf.to_container(OmegaConf.load(path)) for path in sorted(CONF.glob("scale/*.yaml")))
+    return frozenset(name for file in files if isinstance(file, dict) for name in file.get("corpora", {}))
 
 
 def _check_source(key: str, source: SourceConfig) -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.objectives.causal_lm import CausalLM
-from lightning_llm.objectives.config import CausalLMConfig
+from lightning_llm.objectives.config import CausalLMConfig, DPOConfig, IPOConfig
 from lightning_llm.optimization.config import AdamWConfig
 from lightning_llm.optimization.optimizers import build_adamw
 from lightning_llm.optimization.window import LossSum, Totals, optimizer_step
@@ -76,6 +76,31 @@ def test_any_split_gives_the_same_update(model, split):
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     assert split_totals.means() == pytest.approx(totals.means(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [DPOConfig(beta=0.3, nll_weight=1.0, mask_formatting=True), IPOConfig(beta=0.2)], ids=["dpo", "ipo"]
+)
+def test_any_split_of_pairs_gives_the_same_update(model, config):
+    ids, _ = documents((7, 4, 9, 3, 12, 5, 2, 2, 30))
+    groups = [(ids[i], ids[i + 1 : i + 3]) for i in (0, 3, 6)]  # prompts with their two responses, of unlike lengths
+    reference = copy.deepcopy(model)
+    reference.reset_parameters(seed=2)
+
+    def step_of(*parts):
+        policy = copy.deepcopy(model)
+        batches = [SegmentBatch.from_groups(*zip(*(groups[i] for i in part), strict=True)) for part in parts]
+        objective = config.build(policy, reference=reference, formatting_ids={int(ids[1][0])})
+        optimizer = build_adamw(ADAMW, policy)
+        totals = optimizer_step(objective.loss, batches, optimizer, units=3, learning_rate=2e-3, clip_norm=0.5)
+        return policy, totals.means()
+
+    whole, means = step_of([0, 1, 2])
+    for parts in ([[0], [1], [2]], [[2, 0], [1]]):
+        split, split_means = step_of(*parts)
+        for one, other in zip(whole.parameters(), split.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        assert split_means == pytest.approx(means, rel=1e-5, abs=1e-5)
 
 
 def test_gradient_is_that_of_the_mean_over_all_targets(model):
