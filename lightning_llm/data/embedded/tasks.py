@@ -24,8 +24,7 @@ Question = dict[str, Any]  # task, question, answer, working
 def _make(task: str, rng: random.Random) -> Question:
     """One question of a task, its answer, and a line of working that leads there."""
     if task in ("reverse", "sort"):
-        longest = 6 if task == "reverse" else 5
-        digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(3, longest)))
+        digits = "".join(rng.choice("0123456789") for _ in range(rng.randint(3, 4)))
         question = f"{task} {digits}"
         if task == "reverse":
             answer, steps = digits[::-1], list(digits[::-1])
