@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -129,6 +130,38 @@ def test_other_mistakes(words, parts, command):
     assert err.startswith("error: ")
     for part in parts:
         assert part in err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        (
+            "scale/mine.yaml",
+            "defaults: [nano, _self_]\nname: mine\nshapes: {policy: {hiden_size: 64}}\n",
+            r"scale/mine\.yaml: scale\.shapes\.policy\.hiden_size .* hidden_size",
+        ),
+        (
+            "recipe/mine.yaml",
+            "# @package _global_\ndefaults: [qwen2, _self_]\nstages: {sft: {data: {sources: {web: {colums: {}}}}}}\n",
+            r"recipe/mine\.yaml: stages\.sft\.data\.sources\.web\.colums .* columns",
+        ),
+        (
+            "model/mine.yaml",
+            "defaults: [qwen2_0_5b, _self_]\nrope_parameters: {rope_tehta: 1.0}\n",
+            r"model/mine\.yaml: model\.rope_parameters\.rope_tehta .* rope_theta",
+        ),
+    ],
+    ids=["scale", "recipe", "model"],
+)
+def test_a_mistake_in_a_file_of_the_users_own_names_the_file(file, content, line, command, tmp_path):
+    path = tmp_path / file
+    path.parent.mkdir()
+    path.write_text(content)
+    group = path.parent.name
+    chosen = ["recipe=mine"] if group == "recipe" else ["recipe=qwen2", f"{group}=mine"]
+    code, out, err = command("plan", "--config-dir", str(tmp_path), *chosen)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(line, err), err
 
 
 def test_an_unknown_format(command, mine):

@@ -74,6 +74,7 @@ class LateLoss:
 
     full: float
     short: float
+    gain_error: float  # standard error of the gain over the windows; NaN of a single one
 
     @property
     def gain(self) -> float:
@@ -98,8 +99,10 @@ def late_loss(
     ends = range(length, max(length // 2, short_context - 1), -piece)
     cut = [window[end - short_context : end] for window in windows for end in ends]
     short = losses_by_position(model, cut, max_tokens)[:, -piece:]
-    full = losses[:, -piece * len(ends) :]
-    return LateLoss(full.double().mean().item(), short.double().mean().item())
+    full = losses[:, -piece * len(ends) :].double().mean(1)  # [windows], as short
+    short = short.unflatten(0, (len(windows), -1)).double().mean((1, 2))
+    error = (short - full).std() / len(windows) ** 0.5
+    return LateLoss(full.mean().item(), short.mean().item(), error.item())
 
 
 def position_curve(losses: Tensor) -> dict[str, list[float]]:

@@ -27,7 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_llm.pipeline.mistakes import COMMAND_LINE, as_user_error, unknown_setting
+from lightning_llm.pipeline.mistakes import COMMAND_LINE, as_user_error, file_of, unknown_setting
 from lightning_llm.settings import OPTIONS, UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -49,11 +49,25 @@ class Composition:
     overrides: list[str] = field(default_factory=list)
     pinned: frozenset[str] = frozenset()  # keys that the command line, an experiment or a sweep sets
     published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned lengths
+    loader: ConfigLoaderImpl | None = field(default=None, repr=False)
 
     @property
     def recipe(self) -> str | None:
         """The recipe's name: the option that was chosen."""
         return self.choices.get("recipe")
+
+    def file_stating(self, key: str) -> str | None:
+        """The YAML file that has the last word on `key`, a part of it, or what it is part of; none: no file does."""
+        assert self.loader is not None
+        repository = self.loader.repository
+        defaults = self.loader.compute_defaults_list(self.verb, self.overrides, RunMode.RUN).defaults
+        for default in reversed(defaults):
+            path = default.config_path or ""
+            loaded = None if path.startswith(("schema/", "hydra/")) else repository.load_config(path)
+            values = OmegaConf.to_container(loaded.config) if loaded else {}
+            if any(f"{leaf}.".startswith(f"{key}.") for leaf in _leaves(values, default.package or "")):
+                return file_of(path, self.loader)
+        return None
 
 
 @functools.cache
@@ -149,7 +163,7 @@ def _refuse_additions(overrides: Sequence[str]) -> None:
 
 
 def _with_origins(composition: Composition, loader: ConfigLoaderImpl) -> Composition:
-    verb, overrides = composition.verb, composition.overrides
+    verb, overrides, composition.loader = composition.verb, composition.overrides, loader
     composition.pinned = frozenset(_user_keys(verb, overrides, loader))
     lengths = {key for key in composition.pinned if RELATED.match(key)}
     if lengths:

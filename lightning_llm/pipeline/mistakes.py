@@ -51,7 +51,7 @@ def _unknown_option(error: MissingConfigException, loader: Any, overrides: Seque
     path, _, option = (error.missing_cfg_file or "").rpartition("/")
     where = COMMAND_LINE
     if (file := re.match(r"In '([^']*)'", str(error))) and not any(o.endswith(f"={option}") for o in overrides):
-        where = _file_of(file[1], loader)
+        where = file_of(file[1], loader)
     known = [name for name in error.options or [] if not name.startswith("_")]
     what = f"{option} is not an option of {path}" if path else f"there is no configuration {option}"
     return UserError(where, what, name_nearest(option, known))
@@ -60,7 +60,7 @@ def _unknown_option(error: MissingConfigException, loader: Any, overrides: Seque
 def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Sequence[str]) -> UserError:
     text = str(error)
     if file := re.match(r"In '([^']*)': \w+ raised while composing config", text):
-        where = _file_of(file[1], loader)
+        where = file_of(file[1], loader)
         cause = error.__cause__ or error.__context__
         if isinstance(cause, OmegaConfBaseException):
             return _refused_value(cause, where, loader)
@@ -74,7 +74,7 @@ def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Seq
         choices = re.findall(r"[\w/]+(?:@[\w.]+)?(?=[,?])", text.partition("Did you mean to override")[2])
         near = nearest(package[1], choices)
         remedy = f"The nearest is {near}" if near else "Address it as group@key, as objective@stages.dpo.objective"
-        where = _file_of(file[1], loader) if file else COMMAND_LINE
+        where = file_of(file[1], loader) if file else COMMAND_LINE
         return UserError(where, f"nothing chooses {package[1]}", remedy)
     if text.startswith("Error merging override"):
         if isinstance(error.__cause__, OmegaConfBaseException):
@@ -223,7 +223,7 @@ def groups(loader: Any) -> list[str]:
     return [name for name in loader.list_groups("") if name not in ("hydra", "schema")]
 
 
-def _file_of(config_path: str, loader: Any) -> str:
+def file_of(config_path: str, loader: Any) -> str:
     """The file behind `recipe/mine`, as the user would name it."""
     for source in loader.get_sources():
         if source.scheme() == "file":

@@ -210,10 +210,10 @@ class _Reader:
         return UserError(key, "has no value", f"Give {key}=..., or choose an option of the group")
 
     def _origin(self, key: str) -> str:
-        """Where a key comes from: the command line if the user has set it or what it is part of."""
+        """Where a key comes from: the command line if the user has set it or what it is part of, else its file."""
         if any(key == pin or key.startswith(pin + ".") or pin.startswith(key + ".") for pin in self.composition.pinned):
             return COMMAND_LINE
-        return f"recipe {self.composition.recipe}" if self.composition.recipe else self.composition.verb
+        return self.composition.file_stating(key) or self.composition.verb
 
 
 @functools.cache

@@ -117,6 +117,7 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
     recipe, store = whole.recipe, Store(whole.recipe.store.root)
     _refuse_missing(chosen, whole, checked.there)
     record = RunRecord(_new_folder(Path(recipe.runs).expanduser() / recipe.name), chosen)
+    store.register(record.folder)
     began = time.monotonic()
     try:
         with _interruptible():
@@ -255,7 +256,9 @@ def _make(
     )
     began = time.monotonic()
     try:
-        result: StageResult = importlib.import_module(f"lightning_llm.stages.{node.kind}").run(context)
+        with store.reading(keys[source] for source in node.inputs.values() if source in keys):
+            _refuse_removed(node, inputs)
+            result: StageResult = importlib.import_module(f"lightning_llm.stages.{node.kind}").run(context)
     except KeyboardInterrupt:
         raise
     except UserError as error:
@@ -283,10 +286,19 @@ def _make(
             "ledger": result.ledger,
             "metrics": _finite(result.metrics),
             "flops": result.flops,
-            "seconds": {"total": round(seconds, 3)},
+            "seconds": {name: round(s, 3) for name, s in ({"total": seconds} | result.seconds).items()},
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         }
     )
+
+
+def _refuse_removed(node: Node, inputs: dict[str, Path]) -> None:
+    """Another process may have removed, by force, what this run found or made some stages ago."""
+    for role, path in inputs.items():
+        if not path.is_dir():
+            raise UserError(
+                f"stage {node.name}", f"its input {role}, {path}, has been removed", "The same command makes it again"
+            )
 
 
 def _in_the_recipe(error: UserError, node: Node, recipe: Recipe) -> UserError:

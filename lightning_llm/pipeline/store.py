@@ -3,6 +3,8 @@
 <root>/<kind>-<name>-<16 digits of the key>/   an artifact: the stage's files and stage.json
 <root>/.making/                                what is being written, or was when its owner was killed
 <root>/.locks/<key>                            held by whoever makes that key; the kernel frees it if he is killed
+<root>/.locks/<key>.reading                    shared by all who read it: it is neither replaced nor removed meanwhile
+<root>/.runs/                                  links to the run folders that use this store, wherever they lie
 <root>/.checked/<artifact>.json                size, time and inode of files whose content has been hashed
 <root>/.damaged/                               artifacts that were altered; nothing uses them
 """
@@ -15,8 +17,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,9 +56,10 @@ class Claim:
         for folder in sorted({path.parent for path in _files(self.folder)} | {self.folder}):
             _sync(folder)
         final = self.store.place(self.kind, self.name, self.key)
-        if self.found is not None:  # made again
-            self.store.set_aside(self.found, self.store.root / ".making")
-        self.folder.rename(final)
+        with self.store.unread(self.key):
+            if self.found is not None:  # made again
+                self.store.set_aside(self.found, self.store.root / ".making")
+            self.folder.rename(final)
         _sync(self.store.root)
         self.store.remember(final)
         return final
@@ -88,7 +91,7 @@ class Store:
             again: make it even if it is there; what is there stays until the new one is whole.
             waiting: called once if another process makes this key at the moment.
         """
-        with self._locked(key, waiting):
+        with self._locked(key, fcntl.LOCK_EX, waiting):
             self._sweep(key)
             path = self.place(kind, name, key)
             lost = self.faults(path, key) if path.is_dir() else []
@@ -104,14 +107,26 @@ class Store:
                 self._sweep(key)
 
     @contextmanager
-    def _locked(self, key: str, waiting: Callable[[], None]) -> Iterator[None]:
+    def reading(self, keys: Iterable[str]) -> Iterator[None]:
+        """Keep artifacts from being replaced or removed until the block ends. Any number may read at a time."""
+        with ExitStack() as locks:
+            for key in keys:
+                locks.enter_context(self._locked(f"{key}.reading", fcntl.LOCK_SH))
+            yield
+
+    def unread(self, key: str) -> AbstractContextManager[None]:
+        """Wait until nobody reads an artifact, and let nobody begin until the block ends."""
+        return self._locked(f"{key}.reading", fcntl.LOCK_EX)
+
+    @contextmanager
+    def _locked(self, name: str, how: int, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
         (self.root / ".locks").mkdir(parents=True, exist_ok=True)
-        with (self.root / ".locks" / key).open("w") as file:
+        with (self.root / ".locks" / name).open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, how | fcntl.LOCK_NB)
             except BlockingIOError:
                 waiting()
-                fcntl.flock(file, fcntl.LOCK_EX)
+                fcntl.flock(file, how)
             yield  # closing the file frees it
 
     def _sweep(self, key: str) -> None:
@@ -205,10 +220,30 @@ class Store:
             chosen += found
         return chosen
 
+    def register(self, run: Path) -> None:
+        """Remember a run folder: what it links to is not removed unasked, whoever shares the store."""
+        link = self.root / ".runs" / hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16]
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(run.absolute())
+
+    def referring_runs(self, runs: Path) -> dict[Path, list[Path]]:
+        """Artifact -> run folders that link to it: those that are registered, and those below `runs`."""
+        folders = {link.resolve(): link.resolve() for link in (self.root / ".runs").glob("*") if link.is_dir()}
+        folders |= {folder.resolve(): folder for folder in runs.glob("*/*")}  # shown as the user spells it
+        found: dict[Path, list[Path]] = {}
+        for folder in sorted(folders.values()):
+            for link in sorted((folder / "artifacts").glob("*")):
+                if link.is_symlink():
+                    runs_of = found.setdefault(link.resolve(), [])
+                    if folder not in runs_of:  # two nodes of a run may share an artifact
+                        runs_of.append(folder)
+        return found
+
     def remove(self, path: Path) -> None:
-        """Remove an artifact; whoever makes or replaces it at the moment is waited for."""
+        """Remove an artifact; whoever makes, replaces or reads it at the moment is waited for."""
         record = read_record(path)
-        with self._locked(record["key"] if record else path.name, lambda: None):
+        key = record["key"] if record else path.name
+        with self._locked(key, fcntl.LOCK_EX), self.unread(key):
             aside = self.root / ".making" / f"removed-{uuid.uuid4().hex}"
             aside.parent.mkdir(exist_ok=True)
             path.rename(aside)
@@ -223,17 +258,6 @@ def read_record(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) and {"key", "files"} <= record.keys() else None
-
-
-def referring_runs(runs: Path) -> dict[Path, list[Path]]:
-    """Artifact -> run folders that link to it."""
-    found: dict[Path, list[Path]] = {}
-    for link in sorted(runs.glob("*/*/artifacts/*")):
-        if link.is_symlink():
-            runs_of = found.setdefault(link.resolve(), [])
-            if link.parents[1] not in runs_of:  # two nodes of a run may share an artifact
-                runs_of.append(link.parents[1])
-    return found
 
 
 def size_of(path: Path) -> int:

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 from lightning_llm.pipeline.config import StoreSettings
-from lightning_llm.pipeline.store import Store, read_record, referring_runs, size_of
+from lightning_llm.pipeline.store import Store, read_record, size_of
 from lightning_llm.settings import UserError
 
 
 def list_store(settings: StoreSettings) -> int:
     """Print a line per artifact: size, when it was made, the runs that link to it."""
     store = Store(settings.store.root)
-    referring = referring_runs(Path(settings.runs))
+    referring = store.referring_runs(Path(settings.runs))
     artifacts = store.named(settings.names)
     total = 0
     for path in artifacts:
@@ -46,7 +46,7 @@ def remove_from_store(settings: StoreSettings) -> int:
     if not settings.names:
         raise UserError("store remove", "no artifact is named", "Name folders or keys, as store list shows them")
     store = Store(settings.store.root)
-    referring = referring_runs(Path(settings.runs))
+    referring = store.referring_runs(Path(settings.runs))
     chosen = store.named(settings.names)
     for path in chosen:
         if (runs := referring.get(path.resolve())) and not settings.force:

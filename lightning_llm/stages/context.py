@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,6 +36,22 @@ class StageResult:
     metrics: dict[str, float] = field(default_factory=dict)
     ledger: dict[str, int] = field(default_factory=dict)  # source -> tokens consumed
     flops: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # phase of the stage -> wall time
+
+
+class Phases:
+    """Wall time of a stage's phases: `with phases("load"): ...`; what is entered twice adds up in `seconds`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 def model_directory(path: Path) -> Path:
@@ -51,15 +68,18 @@ def model_directory(path: Path) -> Path:
 
 
 def refuse_other_tokenizer(where: str, inputs: Mapping[str, Path]) -> None:
-    """A stage's data and models must have the tokenizer that the stage was given; a model without one is trusted.
+    """A stage's data and models must have one tokenizer, that of the stage if it was given any; a model without one is
+    trusted.
 
     Raises:
         UserError: one has another; names it.
     """
     from lightning_llm.data.tokenizer import Tokenizer
 
-    own = Tokenizer.load(inputs["tokenizer"] / "tokenizer").fingerprint
-    others = {"the data": (inputs["data"] / "tokenizer_fingerprint").read_text("utf-8").strip()}
+    own = (inputs["data"] / "tokenizer_fingerprint").read_text("utf-8").strip()
+    others = {}
+    if "tokenizer" in inputs:
+        others["the stage"] = Tokenizer.load(inputs["tokenizer"] / "tokenizer").fingerprint
     for role in inputs.keys() & {"model", "starts_from"}:
         directory = model_directory(inputs[role])
         if (directory / "tokenizer.json").is_file():
@@ -68,7 +88,7 @@ def refuse_other_tokenizer(where: str, inputs: Mapping[str, Path]) -> None:
         if fingerprint != own:
             raise UserError(
                 where,
-                f"the tokenizer (sha {own[:8]}) is not that of {name} (sha {fingerprint[:8]})",
+                f"the tokenizer of the data (sha {own[:8]}) is not that of {name} (sha {fingerprint[:8]})",
                 "Give all stages the same model.tokenizer",
             )
 

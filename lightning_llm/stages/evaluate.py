@@ -34,7 +34,14 @@ from lightning_llm.models import Transformer
 from lightning_llm.models.size import forward_flops_per_token
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import EvaluateSettings
-from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
+from lightning_llm.stages.context import (
+    Phases,
+    StageContext,
+    StageResult,
+    model_directory,
+    refuse_other_tokenizer,
+    threads,
+)
 
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by
 TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
@@ -48,19 +55,25 @@ def run(context: StageContext) -> StageResult:
     """
     settings: EvaluateSettings = context.settings
     device = "cuda" if context.compute.accelerator == "gpu" else "cpu"
+    phases = Phases()
     evaluation = Evaluation(context, device)
     with (
         torch.inference_mode(),
         torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bf16"),
         threads(context.compute.threads),
     ):
-        parts = (evaluation.measure_text, evaluation.measure_tasks, evaluation.measure_preferences)
-        for done, part in enumerate(parts):
+        parts = {
+            "text": evaluation.measure_text,
+            "tasks": evaluation.measure_tasks,
+            "preferences": evaluation.measure_preferences,
+        }
+        for done, (name, measure) in enumerate(parts.items()):
             context.console.update(done, len(parts), "parts")
-            part()
+            with phases(name):
+                measure()
     evaluation.write("metrics.json", evaluation.metrics)
     flops = evaluation.tokens * forward_flops_per_token(evaluation.model.config, settings.context)
-    return StageResult(dict(evaluation.metrics), flops=flops)
+    return StageResult(dict(evaluation.metrics), flops=flops, seconds=phases.seconds)
 
 
 class Evaluation:
@@ -109,6 +122,7 @@ class Evaluation:
             late = late_loss(self.model, windows, losses, context, self.max_tokens)
             self.tokens += 4 * len(windows) * full_context  # half of them, eight times as many with those before them
             self.metrics |= {"late_loss/full": late.full, "late_loss/short": late.short, "late_loss/gain": late.gain}
+            self.metrics["late_loss/gain_error"] = late.gain_error
 
     # ---- tasks ----
 

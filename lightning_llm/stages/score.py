@@ -15,11 +15,16 @@ from lightning_llm.models import Transformer
 from lightning_llm.models.size import attended_pairs, forward_flops
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.stages.config import ScoreSettings
-from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
+from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
 
 
 def run(context: StageContext) -> StageResult:
-    """Score every source and split of the data, on one device."""
+    """Score every source and split of the data, on one device.
+
+    Raises:
+        UserError: the model has another tokenizer than the data.
+    """
+    refuse_other_tokenizer(f"stage {context.name}", context.inputs)
     with torch.no_grad(), threads(context.compute.threads):
         return score(context)
 

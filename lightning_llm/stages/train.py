@@ -14,7 +14,14 @@ from lightning_llm.models.size import training_flops
 from lightning_llm.objectives.base import Objective
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainSettings
-from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
+from lightning_llm.stages.context import (
+    Phases,
+    StageContext,
+    StageResult,
+    model_directory,
+    refuse_other_tokenizer,
+    threads,
+)
 from lightning_llm.training.journal import Journal
 from lightning_llm.training.loop import fit
 
@@ -38,6 +45,29 @@ def run(context: StageContext) -> StageResult:
 
 def train(context: StageContext, rank: int = 0) -> StageResult:
     """What each rank does; rank 0 writes and its result counts."""
+    settings: TrainSettings = context.settings
+    compute, phases = context.compute, Phases()
+    with phases("load"):
+        journal, objective, data, tokenizer = prepare_training(context)
+    with threads(compute.threads):
+        fit(objective, data, compute, precision=settings.precision, callbacks=[journal], rank=rank)
+    if "loss" not in journal.last:
+        raise UserError(f"stage {context.name}", "nothing in its data is to be learnt", "Give rows with an answer")
+    if rank == 0:
+        chat = settings.data.form != "text"
+        stop_ids = [tokenizer.end_of_turn_id, tokenizer.eos_id] if chat else [tokenizer.eos_id]
+        with phases("save"):
+            objective.model.save_pretrained(context.output / "model", eos_token_ids=stop_ids)
+            tokenizer.save(context.output / "model")
+    rates = {"tokens_per_second": journal.tokens / journal.seconds, "steps": data.steps, "tokens": journal.tokens}
+    utilisation = journal.flops / journal.seconds / journal.flops_per_second
+    metrics = journal.last | rates | {"flops_utilisation": utilisation}
+    seconds = phases.seconds | {"train": journal.seconds, "validate": journal.validation_seconds}
+    return StageResult(metrics, data.ledger(data.steps), journal.flops, seconds)
+
+
+def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageData, Tokenizer]:
+    """All that stands before the first step."""
     settings: TrainSettings = context.settings
     compute = context.compute
     tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
@@ -67,19 +97,7 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
         training_flops=functools.partial(training_flops, model.config),
         flops_per_second=compute.flops_per_second * compute.devices,
     )
-    with threads(compute.threads):
-        fit(objective, data, compute, precision=settings.precision, callbacks=[journal], rank=rank)
-    if "loss" not in journal.last:
-        raise UserError(f"stage {context.name}", "nothing in its data is to be learnt", "Give rows with an answer")
-    if rank == 0:
-        chat = settings.data.form != "text"
-        stop_ids = [tokenizer.end_of_turn_id, tokenizer.eos_id] if chat else [tokenizer.eos_id]
-        model.save_pretrained(context.output / "model", eos_token_ids=stop_ids)
-        tokenizer.save(context.output / "model")
-    rates = {"tokens_per_second": journal.tokens / journal.seconds, "steps": data.steps, "tokens": journal.tokens}
-    utilisation = journal.flops / journal.seconds / journal.flops_per_second
-    metrics = journal.last | rates | {"flops_utilisation": utilisation}
-    return StageResult(metrics, data.ledger(data.steps), journal.flops)
+    return journal, objective, data, tokenizer
 
 
 def build_model(context: StageContext) -> Transformer:

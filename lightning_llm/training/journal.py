@@ -56,9 +56,10 @@ class Journal(Callback):
         self.tokens = 0  # consumed in fact
         self.flops = 0.0
         self.seconds = 0.0  # of training, without validation
+        self.validation_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Objective) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._validate(trainer, pl_module, step=0, tokens=0)
+        self._timed_validation(trainer, pl_module, step=0, tokens=0)
         self._begin_interval(pl_module)
 
     def on_train_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -74,9 +75,7 @@ class Journal(Callback):
         if steps % self.every == 0 or steps == self.data.steps:
             self._write_line(trainer, pl_module, window)
         if self._is_due(window):
-            before = time.perf_counter()
-            self._validate(trainer, pl_module, step=steps, tokens=window.progress.tokens)
-            self.interval_began += time.perf_counter() - before
+            self.interval_began += self._timed_validation(trainer, pl_module, step=steps, tokens=window.progress.tokens)
         self.nominal = window.progress.tokens
         shown = {"loss": self.last["loss"]} if "loss" in self.last else {}
         self.console.update(window.progress.tokens, self.total_tokens, "tok", **shown)
@@ -120,6 +119,14 @@ class Journal(Callback):
             },
         )
         self._begin_interval(objective)
+
+    def _timed_validation(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int) -> float:
+        """Validate; seconds that it took."""
+        before = time.perf_counter()
+        self._validate(trainer, objective, step=step, tokens=tokens)
+        seconds = time.perf_counter() - before
+        self.validation_seconds += seconds
+        return seconds
 
     @torch.no_grad()
     def _validate(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int) -> None:

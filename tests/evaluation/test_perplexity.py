@@ -1,6 +1,7 @@
 """Perplexity, loss by position and the worth of a long context, on a model whose losses are known by other means."""
 
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -99,6 +100,8 @@ def test_late_loss_scores_the_same_tokens_twice(model, length, ends):
     assert late.full == pytest.approx(full_losses.mean().item(), rel=1e-4)
     assert late.short == pytest.approx(short_losses.mean().item(), rel=1e-4)
     assert late.gain == pytest.approx((short_losses - full_losses).mean().item(), rel=1e-3)
+    of_windows = (short_losses - full_losses).unflatten(0, (2, len(ends))).mean((1, 2)).tolist()
+    assert late.gain_error == pytest.approx(statistics.stdev(of_windows) / math.sqrt(2), rel=1e-2)
 
 
 def test_the_curve_covers_every_position_once():

@@ -84,6 +84,8 @@ def test_a_run_leaves_what_others_rely_on(run_folder):
     record = json.loads((run_folder / "artifacts" / "dpo" / "stage.json").read_text())
     assert record["inputs"]["starts_from"]["key"] == facts["stages"]["sft"]["key"]
     assert {"settings", "code_version", "libraries", "device", "threads", "ledger", "flops", "created"} <= set(record)
+    assert set(record["seconds"]) == {"total", "load", "train", "validate", "save"}
+    assert sum(record["seconds"].values()) <= 2 * record["seconds"]["total"]  # the phases lie within it
     plan = json.loads((run_folder / "plan.json").read_text())
     assert [stage["name"] for stage in plan["stages"]] == list(facts["stages"])
     assert (run_folder / "plan.txt").is_file()
@@ -165,7 +167,7 @@ def test_a_model_of_elsewhere(place):
     other = replace(place.recipe.model, tokenizer=str(place.folder / "tokenizer"))
     mixed = place.changed("dpo", starts_from=str(path))
     mixed = replace(mixed, model=other, pinned=mixed.pinned | {"model.tokenizer"})
-    with pytest.raises(UserError, match=r"stage dpo: the tokenizer .* is not that of the model"):
+    with pytest.raises(UserError, match=r"stage dpo\S*: the tokenizer of the data .* is not that of the model"):
         place.run(mixed, only="dpo")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -185,6 +187,23 @@ def test_a_killed_owner_is_replaced(store):
     assert not list((store.root / ".making").iterdir())
 
 
+def test_what_is_being_read_is_neither_replaced_nor_removed(store):
+    """Readers share; whoever would change it waits for the last one."""
+    path = make(store, b"old")
+    changes = (lambda: make(store, b"new", again=True), lambda: store.remove(path))
+    for change, after in zip(changes, (b"new", None), strict=True):
+        before = (path / "model" / "weights").read_bytes()
+        changing = threading.Thread(target=change)
+        with store.reading([KEY]), store.reading([KEY, "f" * 64]):
+            changing.start()
+            changing.join(0.5)
+            assert changing.is_alive()
+            assert (path / "model" / "weights").read_bytes() == before
+        changing.join(20)
+        assert not changing.is_alive()
+        assert ((path / "model" / "weights").read_bytes() if path.is_dir() else None) == after
+
+
 # ---- store list | verify | remove ----
 
 
@@ -197,6 +216,20 @@ def settled(store, tmp_path) -> StoreSettings:
     link.parent.mkdir(parents=True)
     link.symlink_to(path)
     return StoreSettings(runs=str(tmp_path / "runs"), store=StoreConfig(str(store.root)))
+
+
+def test_a_run_elsewhere_that_shares_the_store_counts(settled, store, tmp_path, capsys):
+    run_folder = tmp_path / "of_a_colleague" / "qwen2" / "two"
+    (run_folder / "artifacts").mkdir(parents=True)
+    (run_folder / "artifacts" / "dpo").symlink_to(store.place("train", "dpo", "f" * 64))
+    store.register(run_folder)
+    assert list_store(settled) == 0
+    assert "of_a_colleague/qwen2/two" in capsys.readouterr().out
+    settled.names = ["ffff"]
+    with pytest.raises(UserError, match="of_a_colleague/qwen2/two refers to it"):
+        remove_from_store(settled)
+    shutil.rmtree(run_folder)  # a run that is gone refers to nothing
+    assert remove_from_store(settled) == 0
 
 
 def test_list_says_who_refers_to_what(settled, store, capsys):

@@ -89,7 +89,7 @@ def evaluated(held_out, tokenizer_artifact, context_of):
 PERPLEXITY = {"perplexity/prose", "perplexity/lists"}
 TASKS = {"tasks/exact_match", "tasks/reverse", "tasks/sort", "tasks/largest", "tasks/sum"}
 RESPONSES = {"responses/complete", "responses/bare", "responses/working"}
-LATE = {"late_loss/full", "late_loss/short", "late_loss/gain"}
+LATE = {"late_loss/full", "late_loss/short", "late_loss/gain", "late_loss/gain_error"}
 JUDGE = {"judge/win_rate", "judge/win_rate_low", "judge/win_rate_high"}
 
 
@@ -168,5 +168,5 @@ def test_a_model_with_another_tokenizer_is_refused(evaluated, models, tokenizer,
     build_model(0, tokenizer).save_pretrained(tmp_path)
     other = Tokenizer(tokenizer.backend, tokenizer.chat_template + "\n", tokenizer.settings)
     other.save(tmp_path)
-    with pytest.raises(UserError, match=r"tokenizer \(sha .*\) is not that of the model"):
+    with pytest.raises(UserError, match=r"tokenizer of the data \(sha .*\) is not that of the model"):
         evaluated(models[0], starts_from=tmp_path)

@@ -6,7 +6,9 @@ import torch
 
 from lightning_llm.data.packing import StageData
 from lightning_llm.data.token_store import TokenStore
+from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.settings import UserError
 from lightning_llm.stages import score
 from lightning_llm.stages.config import ComputeConfig, ScoreSettings
 
@@ -117,3 +119,11 @@ def test_training_finds_the_scores_of_its_targets(model, prepared, data_config, 
         expected = token_logps(model[0], batch)
     counted = batch.target_mask
     torch.testing.assert_close(batch.columns["reference_logps"][counted], expected[counted], rtol=0, atol=1e-4)
+
+
+def test_a_model_with_another_tokenizer_is_refused(model, prepared, tokenizer_artifact, context_of, tmp_path):
+    model[0].save_pretrained(tmp_path)
+    own = Tokenizer.load(tokenizer_artifact / "tokenizer")
+    Tokenizer(own.backend, own.chat_template + "\n", own.settings).save(tmp_path)
+    with pytest.raises(UserError, match=r"tokenizer of the data \(sha .*\) is not that of the model"):
+        score.run(context_of(ScoreSettings(64, ["train"], "fp32"), {"model": tmp_path, "data": prepared["pairs"]}))

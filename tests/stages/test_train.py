@@ -262,7 +262,7 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(UserError, match="needs a reference"):
         train.run(context_of(settings("pairs"), {"data": prepared["pairs"], "tokenizer": tokenizer_artifact}))
     (tmp_path / "tokenizer_fingerprint").write_text("0123456789abcdef")
-    with pytest.raises(UserError, match="is not that of the data"):
+    with pytest.raises(UserError, match=r"tokenizer of the data \(sha 01234567\) is not that of the stage"):
         train.run(context_of(settings(), inputs | {"data": tmp_path}))
     with pytest.raises(UserError, match="holds no model"):
         train.run(context_of(settings(), inputs | {"starts_from": tmp_path}))
