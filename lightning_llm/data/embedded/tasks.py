@@ -31,11 +31,11 @@ def _make(task: str, rng: random.Random) -> Question:
         else:
             answer, steps = "".join(sorted(digits)), ["".join(sorted(digits[: i + 1])) for i in range(len(digits))]
     elif task == "largest":
-        numbers = [rng.randint(0, 99) for _ in range(3)]
+        numbers = [rng.randint(10, 99) for _ in range(3)]
         question = f"largest {' '.join(map(str, numbers))}"
         answer, steps = str(max(numbers)), [str(max(numbers[: i + 1])) for i in range(3)]
     elif task == "sum":
-        a, b = rng.randint(0, 99), rng.randint(0, 99)
+        a, b = rng.randint(10, 99), rng.randint(10, 99)
         question, answer = f"sum {a} {b}", str(a + b)
         units = a % 10 + b % 10
         steps = [f"{a % 10}+{b % 10}={units}", f"{a // 10}+{b // 10}+{units // 10}={(a + b) // 10}"]
@@ -66,7 +66,7 @@ def questions(split: str, task: str, n: int, seed: int = 0) -> list[Question]:
         split: "train" or "validation" (held out).
 
     Raises:
-        ValueError: the split has fewer questions than that (about 1,000 sums are held out).
+        ValueError: the split has fewer questions than that (about 800 sums are held out).
     """
     found: dict[str, Question] = {}
     stream = _stream(split, task, seed, "questions")
