@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 Settings = TypeVar("Settings", bound=type)
+AS_BEFORE = "as_before"  # metadata of a field that came later: the value with which it stays out of keys
 OPTIONS: dict[tuple[str, str], type] = {}  # (group, name) -> dataclass; the command line hands them to Hydra
 
 

@@ -54,6 +54,14 @@ class RMSNorm(nn.Module):
         return rms_norm(exact, weight.shape, weight, self.eps).to(x.dtype)
 
 
+class FusedLinear(nn.Linear):
+    """Several projections of the same input in one product, their outputs one after the other."""
+
+    def __init__(self, inputs: int, parts: tuple[int, ...], *, bias: bool):
+        super().__init__(inputs, sum(parts), bias=bias)
+        self.parts = parts  # outputs of each: an optimizer of whole matrices takes them apart
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; queries, keys and values come from one product."""
 
@@ -61,8 +69,8 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = config.head_size
         self.heads, self.key_value_heads = config.num_attention_heads, config.num_key_value_heads
-        qkv_size = (self.heads + 2 * self.key_value_heads) * self.head_size
-        self.qkv_proj = nn.Linear(config.hidden_size, qkv_size, bias=config.attention_bias)
+        parts = tuple(heads * self.head_size for heads in (self.heads, self.key_value_heads, self.key_value_heads))
+        self.qkv_proj = FusedLinear(config.hidden_size, parts, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.head_size, config.hidden_size, bias=False)
 
     def forward(

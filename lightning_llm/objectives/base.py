@@ -15,7 +15,7 @@ from lightning_llm.data.packing import Window
 from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.config import ObjectiveConfig
-from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
+from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.optimization.window import LossSum, Totals, optimizer_step
 from lightning_llm.schedules import learning_rate
 
@@ -57,7 +57,7 @@ class Objective(LightningModule):
         """Sum of the loss over the batch's units, their count, and sums of what the field logs beside it."""
         raise NotImplementedError
 
-    def optimised_by(self, optimizer: AdamWConfig, schedule: LearningRateConfig, total_tokens: int) -> Objective:
+    def optimised_by(self, optimizer: OptimizerConfig, schedule: LearningRateConfig, total_tokens: int) -> Objective:
         """Set what `fit` needs beyond the loss; returns the objective itself."""
         self.optimizer_config, self.schedule, self.total_tokens = optimizer, schedule, total_tokens
         return self
@@ -81,6 +81,7 @@ class Objective(LightningModule):
             self.optimizers(),  # pyright: ignore[reportArgumentType]  # Lightning's wrapper: stepping it counts the step
             units=getattr(window, self.unit),
             learning_rate=self.learning_rate,
+            schedule=self.learning_rate / self.schedule.peak if self.schedule.peak else 0.0,
             clip_norm=self.optimizer_config.clip_norm,
             world_size=self.trainer.world_size,
             backward=self.manual_backward,

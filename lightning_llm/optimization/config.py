@@ -1,33 +1,122 @@
-"""Settings of the optimizer and of the learning-rate schedule."""
+"""Settings of the optimizers and of the learning-rate schedule."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lightning_llm.settings import Buildable, option
+from lightning_llm.settings import AS_BEFORE, Buildable, option
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+PRECISIONS = ("bf16", "fp32")
+UPDATE_SCALES = ("adamw", "spectral")
+
+
+@dataclass
+class OptimizerConfig(Buildable):
+    """What all optimizers have in common. Decay is decoupled and on matrices alone, not on norms and biases."""
+
+    name: str = "???"
+    weight_decay: float = 0.1  # a step takes lr * weight_decay of a weight away, where the optimizer says nothing else
+    clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+
+    def __post_init__(self):
+        for name in ("weight_decay", "clip_norm", "eps"):
+            if getattr(self, name, 0.0) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        betas = getattr(self, "betas", (0.0, 0.0))
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must be two numbers in [0, 1), got {list(betas)}")
+
+
+@dataclass
+class MuParamConfig:
+    """The learning rate of a matrix shrinks with the model's width (lightning_llm/optimization/mu_param.py)."""
+
+    base_width: int | None = None  # where the learning rate was tuned; none: the same rate for every width
+
+    def __post_init__(self):
+        if self.base_width is not None and self.base_width <= 0:
+            raise ValueError(f"base_width must be positive, got {self.base_width}")
+
+
+@dataclass
+class EntrywiseConfig(OptimizerConfig):
+    """Optimizers that move each entry by about the learning rate, however large its gradient is.
+
+    Their effect on activations grows with the width of the model, which `mu_param` takes back.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    mu_param: MuParamConfig = field(default_factory=MuParamConfig, metadata={AS_BEFORE: MuParamConfig()})
 
 
 @option("optimizer", "adamw")
 @dataclass
-class AdamWConfig(Buildable):
-    """AdamW (Loshchilov & Hutter 2019), fused; decay on matrices only."""
+class AdamWConfig(EntrywiseConfig):
+    """AdamW (Loshchilov & Hutter 2019), fused."""
 
     implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_adamw"
     name: str = "adamw"
-    betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+
+
+@option("optimizer", "lion")
+@dataclass
+class LionConfig(EntrywiseConfig):
+    """Lion (Chen et al. 2023): half of AdamW's state; wants a third to a tenth of its rate, and as much more decay."""
+
+    implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_lion"
+    name: str = "lion"
+    betas: tuple[float, float] = (0.9, 0.99)  # of the update, of the momentum
+    weight_decay: float = 0.3
+
+
+@option("optimizer", "afm_rmsprop")
+@dataclass
+class AFMRMSPropConfig(EntrywiseConfig):
+    """RMSProp with momentum as AFM was trained with (Apple 2024): its decay follows the schedule, not the rate."""
+
+    implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_afm_rmsprop"
+    name: str = "afm_rmsprop"
+    betas: tuple[float, float] = (0.95, 0.95)  # of the momentum, of the squares
+    eps: float = 1e-30  # added to the square of the gradient
+    update_clip: float = 1.0  # upper bound of a parameter's root mean square update, before momentum; 0: none
+    weight_decay: float = 3.16e-4  # a step takes schedule / peak * weight_decay of a weight away, whatever the peak is
 
     def __post_init__(self):
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        for name in ("eps", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.update_clip < 0:
+            raise ValueError(f"update_clip must not be negative, got {self.update_clip}")
+
+
+@option("optimizer", "muon")
+@dataclass
+class MuonConfig(OptimizerConfig):
+    """Muon (Jordan et al. 2024) on the matrices of the layers, AdamW on embedding, head, norms and biases."""
+
+    implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_muon"
+    name: str = "muon"
+    momentum: float = 0.95
+    nesterov: bool = True
+    newton_schulz_steps: int = 5
+    newton_schulz_precision: str = "bf16"  # bf16 (as published) | fp32
+    update_scale: str = "adamw"  # adamw (the size of AdamW's updates: one rate for all) | spectral (Jordan's)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW, as the next two
+    eps: float = 1e-8
+    adamw_lr_scale: float = 1.0  # AdamW's rate as a share of the schedule's; with `spectral` some 0.02
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {self.momentum}")
+        if self.newton_schulz_steps < 1:
+            raise ValueError(f"newton_schulz_steps must be at least 1, got {self.newton_schulz_steps}")
+        if self.adamw_lr_scale < 0:
+            raise ValueError(f"adamw_lr_scale must not be negative, got {self.adamw_lr_scale}")
+        for name, known in (("newton_schulz_precision", PRECISIONS), ("update_scale", UPDATE_SCALES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
 
 
 @option("schedule", "learning_rate")

@@ -67,6 +67,7 @@ def optimizer_step(
     *,
     units: int,
     learning_rate: float,
+    schedule: float = 1.0,
     clip_norm: float = 0.0,
     world_size: int = 1,
     backward: Callable[[Tensor], None] = Tensor.backward,
@@ -82,6 +83,7 @@ def optimizer_step(
         micro_batches: this rank's; every rank has equally many.
         units: n, over all micro-batches of all ranks; 0: the weights stay as they are.
         learning_rate: of this step; a parameter group's own `lr_scale` multiplies it.
+        schedule: it as a share of its peak, for optimizers whose decay does not follow the rate itself.
         clip_norm: upper bound of the norm of the whole gradient; 0: none.
         backward, no_sync: the strategy's own. Gradients are exchanged in the last micro-batch alone.
 
@@ -101,6 +103,7 @@ def optimizer_step(
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip_norm or math.inf)
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["lr_scale"]
+        group["schedule"] = schedule
     optimizer.step()
     totals.add("grad_norm", norm, 1)
     return totals

@@ -17,10 +17,10 @@ from typing import Any
 from lightning_llm.data.config import SourceConfig
 from lightning_llm.data.fingerprints import file_sha256, source_fingerprint, split_path
 from lightning_llm.pipeline.expand import Node
+from lightning_llm.settings import AS_BEFORE
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
 from lightning_llm.stages.context import model_directory
 
-AS_BEFORE = "as_before"
 CONTRACTS = {
     "prepare": 1,
     "score": 1,

@@ -325,8 +325,6 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
         _in_range(f"{key}.lr.final", stage.lr.final, low=0)
     if stage.evaluate_every is not None:
         _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
-    if len(stage.optimizer.betas) != 2:
-        raise UserError(f"{key}.optimizer.betas", f"are {len(stage.optimizer.betas)}", "Give two, as [0.9, 0.95]")
     objective = stage.objective
     if objective.needs_pairs != (stage.data.form == "pairs"):
         raise UserError(

@@ -9,7 +9,7 @@ from lightning_llm.data.config import DataConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import ObjectiveConfig
-from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
+from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import option
 
 
@@ -30,7 +30,7 @@ class TrainStage:
     rope_theta: float | None = None  # the RoPE base from this stage on; none: as before
     evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
-    optimizer: AdamWConfig = field(default_factory=AdamWConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: bool = True
@@ -95,7 +95,7 @@ class TrainSettings:
 
     model: ModelConfig
     objective: ObjectiveConfig
-    optimizer: AdamWConfig
+    optimizer: OptimizerConfig
     data: DataConfig
     lr: LearningRateConfig  # peak, final, warmup_tokens resolved
     tokens: int
