@@ -103,8 +103,9 @@ def training(runs: Sequence[Run]) -> Section | None:
     if not drawn:
         return None
     note = (
-        "Training loss over the tokens of all stages, end to end; rings are losses on held-out rows. A stage's loss "
-        "is its own objective's, so stages with different objectives are not comparable."
+        "Training loss over the tokens of all stages, end to end; rings are losses on held-out rows, as much of every "
+        "source whatever its share in training. A stage's loss is its own objective's, so stages with different "
+        "objectives are not comparable."
     )
     return Section("training", "Training", f'<p class="soft">{note}</p>{_figure(drawn)}')
 
