@@ -43,8 +43,8 @@ def attention(
         UserError: the backend is unknown or cannot do what is asked.
     """
     name = choose_backend(backend, Request(q.device.type, window, softcap))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[name](q, k, v, segments, window=window, softcap=softcap, scale=scale)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    return BACKENDS[name](q, k, v, segments, window=window, softcap=softcap, scale=factor)
 
 
 def choose_backend(backend: str, request: Request) -> str:

@@ -73,7 +73,7 @@ def fill_calls(segments: Segments, window: int | None, like: Tensor) -> Calls:
             query_indices.append(queries)
             key_indices.append(keys)
             mask = mask_of(stacked, window, like) if kind is has_mask else None
-            calls.append(Call(*queries.shape, keys.shape[1], mask))
+            calls.append(Call(len(queries), queries.shape[1], keys.shape[1], mask))
     query_index, key_index = (np.concatenate([i.ravel() for i in x]) for x in (query_indices, key_indices))
     as_they_lie = np.array_equal(query_index, np.arange(len(inverse))) and np.array_equal(key_index, query_index)
     return Calls(

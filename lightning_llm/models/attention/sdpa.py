@@ -41,16 +41,18 @@ class Sdpa:
         query_sizes = [call.rows * call.queries for call in calls.calls]
         key_sizes = [call.rows * call.keys for call in calls.calls]
         outputs = [
-            attend_rows(call, *parts, softcap, scale)
-            for call, *parts in zip(
-                calls.calls, q.split(query_sizes), k.split(key_sizes), v.split(key_sizes), strict=True
+            attend_rows(call, *qkv, softcap=softcap, scale=scale)
+            for call, qkv in zip(
+                calls.calls,
+                zip(q.split(query_sizes), k.split(key_sizes), v.split(key_sizes), strict=True),
+                strict=True,
             )
         ]
         output = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         return output if calls.inverse is None else output.index_select(0, calls.inverse)
 
 
-def attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, softcap: float | None, scale: float) -> Tensor:
+def attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, scale: float) -> Tensor:
     """One call: queries [rows * queries, H, D], keys and values [rows * keys, K, D] -> as the queries."""
     q, k, v = (x.unflatten(0, (call.rows, -1)).transpose(1, 2) for x in (q, k, v))  # [rows, heads, tokens, D]
     if softcap is not None:

@@ -55,7 +55,8 @@ class Softcapped(torch.autograd.Function):
             g_block, _, _ = block.select(gradient, k, v)
             probabilities, capped = block.probabilities(q_block, k_block, ctx.softcap, ctx.scale)
             v_gradient[block.rows, :, block.keys] += probabilities.mT @ g_block
-            scores = torch._softmax_backward_data(g_block @ v_block.mT, probabilities, -1, exact)
+            scores = g_block @ v_block.mT
+            scores.sub_((scores * probabilities).sum(-1, keepdim=True)).mul_(probabilities)
             scores.addcmul_(scores * capped, capped, value=-1).mul_(ctx.scale)
             q_gradient[block.rows, :, block.queries] = block.ungrouped(scores @ k_block, q)
             k_gradient[block.rows, :, block.keys] += scores.mT @ q_block
