@@ -46,5 +46,5 @@ $(BIN)/.demo: pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(BIN)/.dev: pyproject.toml | $(BIN)/python
-	$(INSTALL) '.[dev,notebooks]'
+	$(INSTALL) '.[dev,loggers,notebooks]'
 	@touch $@ $(BIN)/.demo

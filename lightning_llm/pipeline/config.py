@@ -10,6 +10,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.settings import option
 from lightning_llm.stages.config import ComputeConfig, TrainStage
+from lightning_llm.training.config import LoggerConfig
 
 
 @dataclass
@@ -80,6 +81,7 @@ class RecipeSettings:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    logger: dict[str, LoggerConfig] = field(default_factory=dict)
     store: StoreConfig = field(default_factory=StoreConfig)
 
 

@@ -26,6 +26,7 @@ from lightning_llm.pipeline.mistakes import COMMAND_LINE, name_nearest, unknown_
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig, TrainStage
+from lightning_llm.training.config import LoggerConfig
 
 if TYPE_CHECKING:
     from lightning_llm.pipeline.composition import Composition
@@ -49,6 +50,7 @@ class Recipe:
     evaluation: EvaluationConfig
     scale: ScaleConfig
     compute: ComputeConfig
+    logger: dict[str, LoggerConfig] = field(default_factory=dict)  # besides metrics.jsonl
     seed: int = 0
     store: StoreConfig = field(default_factory=StoreConfig)
     limits: LimitsConfig = field(default_factory=LimitsConfig)

@@ -37,7 +37,9 @@ from lightning_llm.pipeline.store import Claim, Store, read_record
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainStage
 from lightning_llm.stages.context import StageContext, StageResult
+from lightning_llm.training.config import LoggedRun
 from lightning_llm.training.console import Console, StageConsole
+from lightning_llm.training.loggers import refuse_absent
 
 LIBRARIES = ("torch", "lightning", "tokenizers", "transformers", "datasets", "safetensors", "numpy", "flash-attn")
 SHOWN = {  # metric -> how the console calls it when a stage is done
@@ -166,6 +168,7 @@ def check_run(
     there = {n.name: store.find(n.kind, n.name, keys[n.name]) for n in whole.nodes}
     to_make = [node for node in chosen.nodes if there[node.name] is None or node.stage in force]
     _refuse_long(whole.recipe, to_make)
+    refuse_absent(whole.recipe.logger.values())
     _refuse_absent_device(whole.recipe, to_make)
     _refuse_unbuilt(to_make)
     return CheckedRun(whole, chosen, keys, there)
@@ -251,8 +254,10 @@ def _make(
         role: store.place(kinds[source], source, keys[source]) if source in keys else Path(source)
         for role, source in node.inputs.items()
     }
+    recipe = whole.recipe
+    logged = LoggedRun(recipe.name, record.folder.name, list(recipe.logger.values())) if recipe.logger else None
     context = StageContext(
-        node.name, node.settings, inputs, claim.folder, whole.recipe.compute, console, node.evaluate_every
+        node.name, node.settings, inputs, claim.folder, recipe.compute, console, node.evaluate_every, logged
     )
     began = time.monotonic()
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig
+from lightning_llm.training.config import LoggedRun
 
 if TYPE_CHECKING:  # keeps this file free of torch and rich: the runner imports it before anything runs
     from lightning_llm.training.console import StageConsole
@@ -27,6 +28,7 @@ class StageContext:
     compute: ComputeConfig
     console: StageConsole
     evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
+    logged: LoggedRun | None = None  # where figures of training go besides metrics.jsonl
 
 
 @dataclass

@@ -23,6 +23,7 @@ from lightning_llm.stages.context import (
     threads,
 )
 from lightning_llm.training.journal import Journal
+from lightning_llm.training.loggers import stage_loggers
 from lightning_llm.training.loop import fit
 
 
@@ -49,7 +50,10 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
     compute, phases = context.compute, Phases()
     with phases("load"):
         journal, objective, data, tokenizer = prepare_training(context)
-    with threads(compute.threads):
+    with (
+        threads(compute.threads),
+        stage_loggers(context.logged if rank == 0 else None, context.name, settings) as journal.loggers,
+    ):
         fit(objective, data, compute, precision=settings.precision, callbacks=[journal], rank=rank)
     if "loss" not in journal.last:
         raise UserError(f"stage {context.name}", "nothing in its data is to be learnt", "Give rows with an answer")

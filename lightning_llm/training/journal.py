@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.packing import StageData, Window
 from lightning_llm.objectives.base import Objective
 from lightning_llm.optimization.window import Sums, Totals
 from lightning_llm.training.console import StageConsole
+from lightning_llm.training.loggers import log_line
 
 LINES = 200  # of training metrics in a stage
 
@@ -50,6 +52,7 @@ class Journal(Callback):
         self.evaluate_every = evaluate_every or max(total_tokens / 10, 1)
         self.validation = validation
         self.training_flops, self.flops_per_second = training_flops, flops_per_second
+        self.loggers: Sequence[Logger] = ()  # where every line goes as well
         self.every = math.ceil(data.steps / LINES)
         self.last: dict[str, float] = {}  # the newest value of every figure, validation losses among them
         self.nominal = 0  # tokens after the step before
@@ -153,6 +156,7 @@ class Journal(Callback):
                     for name, value in line.items()
                 }
                 file.write(json.dumps(finite, allow_nan=False) + "\n")  # JSON has no NaN
+            log_line(self.loggers, line)
 
 
 def _gather(own: Sums) -> Sequence[Sums]:

@@ -39,7 +39,7 @@ def options(group: str) -> list[str]:
 
 
 def test_every_file_is_tried_here():
-    assert {path.parent.name for path in CONF.glob("*/*.yaml")} == {*GROUPS, *WITHIN, "recipe", "stage"}
+    assert {path.parent.name for path in CONF.glob("*/*.yaml")} == {*GROUPS, *WITHIN, "logger", "recipe", "stage"}
 
 
 @pytest.mark.parametrize("verb", ["report", "store"])
