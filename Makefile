@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint bench format
+.PHONY: help demo test test-fast test-gpu lint bench format
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -22,6 +22,9 @@ test: $(BIN)/.dev ## all tests
 
 test-fast: $(BIN)/.dev ## the tests that take less than some ten seconds each
 	$(BIN)/python -m pytest -m "not slow"
+
+test-gpu: $(BIN)/.dev ## the tests that need an NVIDIA GPU: every attention kernel that is installed
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
 	$(BIN)/ruff format --check .

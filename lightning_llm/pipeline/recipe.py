@@ -37,6 +37,7 @@ ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings",
         "low_freq_factor", "high_freq_factor", "attention_factor")  # fmt: skip
 ROLES = ("policy",)  # of scale.shapes
 PHASES = ("pretrain", "sft", "preference")
+ATTENTION = ("auto", "sdpa", "varlen", "flex", "flash")  # compute.attention
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ def check(recipe: Recipe) -> None:
     _one_of("compute.precision", recipe.compute.precision, ("fp32", "bf16"))
     _one_of("compute.strategy", recipe.compute.strategy, ("single", "ddp"))
     _one_of("compute.accelerator", recipe.compute.accelerator, ("cpu", "gpu"))
+    _one_of("compute.attention", recipe.compute.attention, ATTENTION)
     _in_range("compute.devices", recipe.compute.devices, low=1)
     if recipe.compute.devices > 1 and recipe.compute.strategy == "single":
         raise UserError(

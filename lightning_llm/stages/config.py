@@ -46,7 +46,7 @@ class ComputeConfig:
     devices: int = 1
     strategy: str = "single"  # single | ddp
     precision: str = "fp32"  # fp32 | bf16 (fp32 weights and optimizer state, bf16 products)
-    attention: str = "auto"  # auto | sdpa
+    attention: str = "auto"  # auto (the fastest that can) | sdpa | varlen | flex | flash
     micro_batch_tokens: int = 16_384  # of one forward and backward pass on one device
     threads: int | None = None  # of one process; none: torch's default
     flops_per_second: float = (

@@ -42,6 +42,7 @@ from lightning_llm.stages.context import (
     refuse_other_tokenizer,
     threads,
 )
+from lightning_llm.stages.kernels import use_attention
 
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by
 TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
@@ -218,7 +219,9 @@ class Evaluation:
 
     def _load(self, role: str) -> Transformer:
         model = Transformer.from_pretrained(model_directory(self.context.inputs[role])).eval().to(self.device)
-        model.attention_backend = self.context.compute.attention
+        kernel = use_attention(model, self.context, precision=self.settings.precision, needs_gradient=False)
+        if role == "model":
+            self.context.console.note(kernel)
         return model
 
     def _respond(self, model: Transformer, questions: list[Question], *, temperature: float) -> list[Response]:

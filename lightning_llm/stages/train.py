@@ -22,6 +22,7 @@ from lightning_llm.stages.context import (
     refuse_other_tokenizer,
     threads,
 )
+from lightning_llm.stages.kernels import use_attention
 from lightning_llm.training.journal import Journal
 from lightning_llm.training.loggers import stage_loggers
 from lightning_llm.training.loop import fit
@@ -117,7 +118,7 @@ def build_model(context: StageContext) -> Transformer:
         config = set_rope_theta(config, settings.rope_theta)
     longest = max(int(entry["value"]) for entry in settings.context)
     model.config = replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))
-    model.attention_backend = context.compute.attention
+    context.console.note(use_attention(model, context, precision=settings.precision, needs_gradient=True))
     return model
 
 

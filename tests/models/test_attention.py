@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lightning_llm.batch import SegmentBatch
-from lightning_llm.models.attention import BACKENDS, Segments, attention
+from lightning_llm.models.attention import BACKENDS, Request, Segments, attention, capability
 
 BATCHES = {
     "one token": SegmentBatch.from_documents([[1]]),
@@ -20,7 +20,28 @@ BATCHES = {
 }
 HEADS = {"as many": (3, 3), "grouped": (6, 2), "one": (4, 1)}
 WINDOWS = [None, 1, 5, 64, 100]
-TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+TOLERANCES = {("cpu", torch.float32): 1e-5, ("cuda", torch.float32): 1e-4}  # bfloat16: 2e-2
+HEAD_SIZES = {"cpu": 10, "cuda": 32}  # the kernels of GPUs want multiples of 8, of 16 or more
+
+
+def runs(names: dict[str, tuple[str, ...]]) -> list:
+    """(device, backend) as parameters; those on a GPU are marked."""
+    marks = {"cpu": (), "cuda": (pytest.mark.gpu,)}
+    return [
+        pytest.param(device, name, id=f"{device}-{name}", marks=marks[device])
+        for device, backends in names.items()
+        for name in backends
+    ]
+
+
+def skip_what_cannot_run(device: str, backend: str, dtype: torch.dtype, softcap: float | None, **options) -> None:
+    """Skip, saying what is missing; on a GPU only for what the backend never does or what is not installed."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    gpu = capability(torch.device(device))
+    request = Request(device, dtype, HEAD_SIZES[device], softcap=softcap, capability=gpu, **options)
+    if (reason := BACKENDS[backend].refuses(request)) is not None:
+        pytest.skip(f"{backend} {reason}")
 
 
 def plain_attention(
@@ -50,27 +71,63 @@ def plain_attention(
     return torch.einsum("hij,jhd->ihd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(("device", "backend"), runs({"cpu": ("sdpa",), "cuda": tuple(BACKENDS)}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
-def test_every_backend_is_plain_attention_forward_and_backward(batch, window, softcap, heads, dtype, backend):
-    torch.manual_seed(0)
+def test_every_backend_is_plain_attention_forward_and_backward(batch, window, softcap, heads, dtype, device, backend):
+    skip_what_cannot_run(device, backend, dtype, softcap)
+    inputs, exact = inputs_of(batch, heads, HEAD_SIZES[device], dtype)
     scale = None if window is None else 0.4
     options = {"window": window, "softcap": softcap}
-    inputs = [torch.randn(batch.num_tokens, n, 10, dtype=dtype, requires_grad=True) for n in (heads[0], *heads[1:] * 2)]
-    exact = [x.detach().double().requires_grad_() for x in inputs]
-    out = attention(*inputs, Segments(batch.lengths, batch.prefixes), scale=scale, backend=backend, **options)
-    expected = plain_attention(*exact, batch.lengths, batch.prefixes, scale or 10**-0.5, **options)
+    moved = [x.detach().to(device).requires_grad_() for x in inputs]
+    out = attention(*moved, Segments(batch.lengths, batch.prefixes), scale=scale, backend=backend, **options)
+    expected = plain_attention(*exact, batch.lengths, batch.prefixes, scale or HEAD_SIZES[device] ** -0.5, **options)
     assert out.dtype == dtype
-    tolerance = TOLERANCES[dtype]
-    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    tolerance = TOLERANCES.get((device, dtype), 2e-2)
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=tolerance, atol=tolerance)
 
-    upstream = torch.randn_like(out)
-    out.backward(upstream)
+    upstream = torch.randn_like(expected).to(dtype)
+    out.backward(upstream.to(device))
     expected.backward(upstream.double())
-    for got, wanted in zip(inputs, exact, strict=True):
-        largest = wanted.grad.abs().max().item()
-        torch.testing.assert_close(got.grad.double(), wanted.grad, rtol=tolerance, atol=tolerance * max(largest, 1))
+    for got, wanted in zip(moved, exact, strict=True):
+        largest = max(wanted.grad.abs().max().item(), 1.0)
+        torch.testing.assert_close(got.grad.cpu().double(), wanted.grad, rtol=tolerance, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("name", ["mixed lengths", "pairs", "responses apart from their prompt"])
+def test_flex_on_a_cpu_is_plain_attention_without_gradients(name, window, softcap):
+    batch = BATCHES[name]
+    inputs, exact = inputs_of(batch, HEADS["grouped"], 16, torch.float32)
+    with torch.no_grad():
+        segments = Segments(batch.lengths, batch.prefixes)
+        out = attention(*inputs, segments, window=window, softcap=softcap, backend="flex")
+        expected = plain_attention(*exact, batch.lengths, batch.prefixes, 0.25, window, softcap)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("device", "backend"), runs({"cpu": ("sdpa", "flex"), "cuda": ("sdpa", "flex", "varlen", "flash")})
+)
+def test_a_window_counts_the_query_itself_and_reaches_into_the_prefix(device, backend):
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    skip_what_cannot_run(device, backend, dtype, None, needs_gradient=False)
+    segments = Segments([5, 3, 4], [-1, 0, 0])
+    q, k = torch.zeros(12, 1, 16, device=device, dtype=dtype), torch.zeros(12, 1, 16, device=device, dtype=dtype)
+    v = torch.eye(12, 16, device=device, dtype=dtype).unsqueeze(1)  # so the output says which keys were seen
+    with torch.no_grad():
+        out = attention(q, k, v, segments, window=3, backend=backend)[:, 0].cpu()
+    seen = [row.nonzero().flatten().tolist() for row in out]
+    prompt = [[0], [0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert seen == [*prompt, [3, 4, 5], [4, 5, 6], [5, 6, 7], [3, 4, 8], [4, 8, 9], [8, 9, 10], [9, 10, 11]]
+
+
+def inputs_of(batch: SegmentBatch, heads: tuple[int, int], size: int, dtype: torch.dtype) -> tuple[list, list]:
+    """Queries, keys and values of a batch, and the same in float64."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(batch.num_tokens, count, size, dtype=dtype) for count in (heads[0], heads[1], heads[1])]
+    return inputs, [x.double().requires_grad_() for x in inputs]

@@ -75,6 +75,24 @@ def weights(context):
     return load_file(context.output / "model" / "model.safetensors")
 
 
+def test_it_says_once_which_attention_it_computes_with(pretrained):
+    context, _ = pretrained
+    said = context.console.stream.getvalue()
+    assert said.count("attention by") == 1
+    assert "[1/1] stage  attention by sdpa (the first choice here)\n" in said
+
+
+def test_attention_that_cannot_learn_here_is_refused_before_the_first_step(
+    settings, prepared, tokenizer_artifact, context_of
+):
+    inputs = {"data": prepared["text"], "tokenizer": tokenizer_artifact}
+    compute = ComputeConfig(micro_batch_tokens=256, attention="flex")
+    with pytest.raises(
+        UserError, match="compute.attention: flex has no gradients on a CPU. Set compute.attention=auto"
+    ):
+        train.run(context_of(settings(), inputs, compute=compute))
+
+
 def test_it_learns_and_says_so(pretrained):
     context, result = pretrained
     written = lines(context)

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_llm.models.attention.request import Backend, Request
-from lightning_llm.models.attention.sdpa import Sdpa
+from lightning_llm.models.attention.choice import BACKENDS, choose_backend, explain
+from lightning_llm.models.attention.request import Request, capability
 from lightning_llm.models.attention.segments import Segments
-from lightning_llm.settings import UserError
 
-__all__ = ["BACKENDS", "Request", "Segments", "attention", "choose_backend"]
-
-BACKENDS: dict[str, Backend] = {"sdpa": Sdpa()}
+__all__ = ["BACKENDS", "Request", "Segments", "attention", "capability", "choose_backend", "explain"]
 
 
 def attention(
@@ -40,20 +37,8 @@ def attention(
         [T, H, D].
 
     Raises:
-        UserError: the backend is unknown or cannot do what is asked.
+        UserError: the backend is unknown, cannot do what is asked, or is installed and broken.
     """
-    name = choose_backend(backend, Request(q.device.type, window, softcap))
-    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[name](q, k, v, segments, window=window, softcap=softcap, scale=factor)
-
-
-def choose_backend(backend: str, request: Request) -> str:
-    """The name of the backend that serves a request; never another one than was asked for."""
-    if backend != "auto" and backend not in BACKENDS:
-        raise UserError("compute.attention", f"{backend!r} is not a backend", f"Use auto or {', '.join(BACKENDS)}")
-    reasons = {name: BACKENDS[name].refuses(request) for name in (BACKENDS if backend == "auto" else [backend])}
-    for name, reason in reasons.items():
-        if reason is None:
-            return name
-    refusals = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
-    raise UserError("compute.attention", refusals, "Use a model that does not ask for it")
+    name = choose_backend(backend, Request.of(q, k, v, window, softcap))
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return BACKENDS[name](q, k, v, segments, window=window, softcap=softcap, scale=scale)

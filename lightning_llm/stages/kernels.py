@@ -1,0 +1,28 @@
+"""Which attention kernel a stage computes with: chosen before its first batch, and said once on the console."""
+
+from __future__ import annotations
+
+import torch
+
+from lightning_llm.models.attention import Request, capability, explain
+from lightning_llm.models.transformer import Transformer
+from lightning_llm.stages.context import StageContext
+
+
+def use_attention(model: Transformer, context: StageContext, *, precision: str, needs_gradient: bool) -> str:
+    """Give the model the backend of `compute.attention`; the line that says what that means for each kind of layer.
+
+    Raises:
+        UserError: the backend cannot do what the model asks, or is installed and broken.
+    """
+    device = torch.device("cuda" if context.compute.accelerator == "gpu" else "cpu")
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    request = Request(
+        device.type,
+        dtype,
+        model.config.head_size,
+        needs_gradient=needs_gradient,
+        capability=capability(device),
+    )
+    model.attention_backend = context.compute.attention
+    return explain(model.attention_backend, [request])
