@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import os
+import re
 import signal
 import sys
 import traceback
@@ -21,9 +23,16 @@ VERBS = {  # verb -> what it takes besides overrides, what it does
     "run": ("recipe=NAME", "make what is missing of a recipe, stage by stage"),
     "plan": ("recipe=NAME", "show what run would do: tokens, steps, FLOPs, memory, disk, time"),
     "report": ("RUN...", "write one HTML page about one run or several"),
+    "generate": ("model=MODEL prompt=TEXT", "continue texts or answer conversations with a finished model"),
+    "chat": ("model=MODEL", "talk with a finished model"),
     "store": ("list|verify|remove [ARTIFACT...]", "look after finished artifacts"),
 }
 POSITIONAL = {"report": "runs", "store": "names"}  # verb -> the setting that words without = stand for
+SPEAKING = ("generate", "chat")
+# What these take as it stands, not in Hydra's grammar, under the key that it has in the tree (`model` is a group, too);
+# the second may be given several times.
+VERBATIM = {"model": "model.path", "prompts": "prompts", "system": "system"}
+SEVERAL = ("prompt", "stop")
 VALUED_FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
 EXAMPLES = """\
   lightning-llm run recipe=qwen2                                       all stages at nano; again: what is missing
@@ -31,7 +40,26 @@ EXAMPLES = """\
   lightning-llm run recipe=qwen2 objective@stages.dpo.objective=ipo    swap an option of one stage
   lightning-llm run recipe=qwen2 until=sft | only=dpo | force=[sft]
   lightning-llm run -m recipe=qwen2 seed=0,1,2                         a sweep
-  lightning-llm plan recipe=qwen2 scale=paper compute=ddp format=json"""
+  lightning-llm plan recipe=qwen2 scale=paper compute=ddp format=json
+  lightning-llm generate model=runs/qwen2/RUN/artifacts/dpo prompt="reverse 123" template=chat"""
+SPEECH = """\
+MODEL is an artifact, a Hugging Face directory, or an artifact's name or key in the store.
+
+  prompt=TEXT             generate: what to go on from; may be given several times
+  prompts=FILE            generate: *.jsonl with `prompt` or `messages` in each row, else a prompt per line
+  template=auto           generate: auto (conversations are rendered, texts continued) | chat (a text is a turn) | raw
+  format=text             generate: text | jsonl
+  batch_size=16           generate: prompts computed together
+  system=TEXT             what a conversation begins with
+  max_new_tokens=N        a reply is cut after so many
+  temperature=0.7 top_k=20 top_p=0.8 min_p=0.05
+                          how tokens are drawn; 0 is greedy. Default: the model's generation_config.json, or greedy
+  seed=0                  of sampling
+  stop=TEXT               ends a reply and is left out; may be given several times
+  rope_scaling={...}      other positions than the model's: {rope_type: yarn, factor: 4, ...}
+  dual_chunk.chunk_size=N dual chunk attention of a model that knows N positions (dual_chunk.local_size: N / 4)
+  compute=cpu             cpu | gpu; compute.precision=bf16
+  store.root=artifacts    where names and keys are looked up"""
 FLAGS = """\
   --cfg job             print the composed settings      --info defaults   print where they come from
   --config-dir FOLDER   your own YAML files              -m, --multirun    run every combination of a=1,2 b=x,y
@@ -56,7 +84,8 @@ def command(words: list[str]) -> int:
     except UserError as error:
         return _complain(error)
     except KeyboardInterrupt:
-        print("interrupted; the same command continues with the stage that was cut", file=sys.stderr)
+        continues = "; the same command continues with the stage that was cut" if words[0] == "run" else ""
+        print(f"interrupted{continues}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -167,7 +196,8 @@ def _job(verb: str, outcome: list[int | BaseException]) -> Callable[[Any], Any]:
 
         from lightning_llm.pipeline.composition import job_composition
 
-        work = {"run": _run, "plan": _plan, "report": _report, "store": _store}[verb]
+        verbs = {"run": _run, "plan": _plan, "report": _report, "store": _store, "generate": _generate, "chat": _chat}
+        work = verbs[verb]
         if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweeper keeps the errors of the jobs apart
             return work(job_composition(verb, config, GlobalHydra.instance().config_loader()))[1]
         try:  # past Hydra, which would add lines of its own
@@ -237,6 +267,39 @@ def _store(composition: Composition) -> tuple[int, None]:
     return actions[settings.action](settings), None
 
 
+def _generate(composition: Composition) -> tuple[int, None]:
+    from lightning_llm.generation.output import write_replies
+    from lightning_llm.generation.prompts import read_prompts
+    from lightning_llm.pipeline.recipe import build_settings
+
+    settings = build_settings(composition)
+    prompts = read_prompts(settings.prompt, settings.prompts)
+    speaker = _speaker(settings)
+    write_replies(
+        speaker, prompts, template=settings.template, batch_size=settings.batch_size, output_format=settings.format
+    )
+    return 0, None
+
+
+def _chat(composition: Composition) -> tuple[int, None]:
+    from lightning_llm.generation.chat import chat
+    from lightning_llm.pipeline.recipe import build_settings
+
+    chat(_speaker(build_settings(composition)))
+    return 0, None
+
+
+def _speaker(settings: Any) -> Any:
+    """The model that a verb is to speak with."""
+    from lightning_llm.generation.speaker import load_speaker
+    from lightning_llm.pipeline.find_model import find_model
+    from lightning_llm.pipeline.store import Store
+
+    if not settings.model.path:
+        raise UserError("model", "is missing", "Give model=ARTIFACT, or a Hugging Face directory")
+    return load_speaker(find_model(settings.model.path, Store(settings.store.root)), settings, settings.compute)
+
+
 # ---- words ----
 
 
@@ -245,10 +308,16 @@ def _arranged(verb: str, words: list[str]) -> list[str]:
     flags: list[str] = []
     overrides: list[str] = []
     plain: list[str] = []
+    several: dict[str, list[str]] = {}
     takes_value = False
     for word in words:
+        key, equals, value = word.partition("=")
         if takes_value or word.startswith("-"):
             flags.append(word)
+        elif verb in SPEAKING and equals and key in VERBATIM:
+            overrides.append(f"{VERBATIM[key]}={_quoted(value)}")
+        elif verb in SPEAKING and equals and key in SEVERAL:
+            several.setdefault(key, []).append(_quoted(value))
         else:
             (overrides if "=" in word or word.startswith("~") or verb not in POSITIONAL else plain).append(word)
         takes_value = not takes_value and word in VALUED_FLAGS
@@ -256,13 +325,14 @@ def _arranged(verb: str, words: list[str]) -> list[str]:
         overrides.append(f"action={_quoted(plain.pop(0))}")
     if plain:
         overrides.append(f"{POSITIONAL[verb]}=[{','.join(map(_quoted, plain))}]")
+    overrides += [f"{key}=[{','.join(values)}]" for key, values in several.items()]
     return flags + overrides
 
 
 def _quoted(word: str) -> str:
-    """A word as a string of Hydra's grammar."""
-    escaped = word.replace("\\", "\\\\") if word.endswith("\\") else word
-    return "'" + escaped.replace("'", "\\'") + "'"
+    """A word as a string of Hydra's grammar: backslashes count only before a quote, and `${` would be a reference."""
+    word = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", word)
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), word) + "'"
 
 
 def _completed_words(words: list[str]) -> list[str]:
@@ -273,6 +343,12 @@ def _completed_words(words: list[str]) -> list[str]:
     verb, space, rest = rest.lstrip().partition(" ")
     if not space or verb not in VERBS:
         print(" ".join(VERBS))
+        return []
+    begun = rest.rpartition(" ")[2]
+    if verb in SPEAKING and begun.startswith(("model=", "prompts=")):  # paths, where Hydra would offer conf/model/
+        key, _, path = begun.partition("=")
+        found = (f"{key}={path}" for path in sorted(glob.glob(f"{glob.escape(path)}*")))
+        print(" ".join(f"{word}/" if Path(word.partition("=")[2]).is_dir() else word for word in found))
         return []
     os.environ["COMP_LINE"] = f"{program} {rest}"
     return [verb, *words]
@@ -295,6 +371,8 @@ def usage_of(verb: str, config_dir: str | None) -> str:
     """What VERB --help prints: what it takes, and the options of every group, the user's own among them."""
     words, what = VERBS[verb]
     head = f"lightning-llm {verb} {words} [key=value ...]: {what}"
+    if verb in SPEAKING:
+        return f"{head}\n\n{SPEECH}\n\n{FLAGS}"
     if verb in ("report", "store"):
         return f"{head}\n\n{FLAGS}"
     package = Path(__file__).parent

@@ -47,3 +47,27 @@ def run_folder(tmp_path_factory):
 def tiny():
     """Overrides of qwen2 at nano that make it a matter of seconds."""
     return TINY
+
+
+@pytest.fixture(scope="session")
+def talker(tmp_path_factory):
+    """A Hugging Face directory of random weights with a tokenizer of its own: what it says varies."""
+    import torch
+
+    from lightning_llm.data.tokenizer import train_tokenizer
+    from lightning_llm.models import ModelConfig, Transformer
+
+    tokenizer = train_tokenizer(["the quick brown fox jumps over the lazy dog, naïvely: 你好 🙂"] * 20, 300)
+    config = ModelConfig(
+        name="talker", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=256,
+    )  # fmt: skip
+    model = Transformer(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3, generator=generator)
+    directory = tmp_path_factory.mktemp("talker")
+    model.save_pretrained(directory, eos_token_ids=[tokenizer.end_of_turn_id, tokenizer.eos_id])
+    tokenizer.save(directory)
+    return directory

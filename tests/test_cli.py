@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+import fcntl
 import json
 import os
+import pty
 import re
 import resource
+import select
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from lightning_llm import __version__, cli
+from lightning_llm.generation.chat import COMMANDS
+from lightning_llm.pipeline.config import ChatSettings, GenerateSettings
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-c", "import sys; from lightning_llm.cli import main; sys.exit(main())"]
@@ -59,6 +71,8 @@ def program(*words: str, cwd: Path) -> subprocess.CompletedProcess:
         (["--version"], 1.2, __version__),
         (["--help"], 1.2, "run"),
         (["run", "--help"], 1.2, "qwen2_57b_a14b"),
+        (["generate", "--help"], 1.2, "top_k"),
+        (["generate", "model=a", "prompt=b", "--cfg", "job"], 2.0, "max_new_tokens: 256"),
         (["run", "recipe=qwen2", "--cfg", "job"], 2.0, "beta: 0.1"),
     ],
 )
@@ -122,6 +136,13 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["run", "recipe=qwen2", "--bogus"], ["--bogus"]),
         (["run", "recipe=qwen2", "--cfg", "jb"], ["jb", "job"]),
         (["store", "list", "store.rot=x"], ["store.rot", "root"]),
+        (["generate", "prompt=a"], ["model", "is missing"]),
+        (["generate", "model=."], ["prompt", "is missing"]),
+        (["generate", "model=nowhere", "prompt=a"], ["nowhere", "artifacts"]),
+        (["generate", "model=.", "prompt=a", "temprature=1"], ["temprature", "temperature"]),
+        (["generate", "model=.", "prompt=a", "temperature=-1"], ["temperature must be at least 0"]),
+        (["chat", "model=."], ["holds no model"]),
+        (["chat", "model=.", "dual_chunk.chunk_size=8", "dual_chunk.local_size=8"], ["dual_chunk: local_size"]),
     ],
 )
 def test_other_mistakes(words, parts, command):
@@ -185,7 +206,8 @@ def test_report_and_store_take_plain_words(command, run_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("line", "shown"), [("lightning-llm ", "run plan report store"), ("lightning-llm run recipe=qw", "recipe=qwen2")]
+    ("line", "shown"),
+    [("lightning-llm ", "run plan report generate chat store"), ("lightning-llm run recipe=qw", "recipe=qwen2")],
 )
 def test_completion(line, shown, command, monkeypatch):
     monkeypatch.setenv("COMP_LINE", line)
@@ -233,3 +255,215 @@ def test_a_sweep_trains_what_its_jobs_share_once(run_folder, command, tmp_path):
     assert sorted(record["status"] for record in records) == ["done", "failed"]
     for record in records:
         assert all(stage["reused"] for name, stage in record["stages"].items() if not name.startswith("dpo"))
+
+
+# ---- generate and chat ----
+
+
+def test_generate_continues_texts(talker, tmp_path):
+    """What stands in the words stands in the prompt, whatever it is to Hydra."""
+    prompts = ["the fox", "a, b=${c} 'd' [e] \\\\", "${HOME", "\\n\nnew line\\"]
+    words = [f"prompt={prompt}" for prompt in prompts]
+    done = program("generate", f"model={talker}", *words, "max_new_tokens=12", "format=jsonl", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == prompts
+    for row in rows:
+        assert row["ended_by"] == "length" or row["tokens"] < 12
+    done = program("generate", f"model={talker}", *words, "max_new_tokens=12", "batch_size=1", cwd=tmp_path)
+    assert done.returncode == 0
+    shown = [f"==> prompt {number} <==\n{row['reply']}\n" for number, row in enumerate(rows, 1)]
+    assert done.stdout == "\n".join(shown)
+    assert not list(tmp_path.iterdir())
+
+
+def test_generate_is_seeded_and_stops(command, talker, tmp_path):
+    def reply(*words):
+        code, out, err = command("generate", f"model={talker}", "max_new_tokens=40", "prompt=fox", *words)
+        assert (code, err) == (0, "")
+        return out
+
+    sampled = [reply("temperature=1", f"seed={seed}") for seed in (1, 2, 1)]
+    assert sampled[0] == sampled[2] != sampled[1]
+    greedy = reply()
+    assert greedy not in sampled
+    assert reply("temperature=1", "top_k=1") == reply("temperature=1", "min_p=1") == greedy
+    stop = greedy[5:8]
+    assert reply(f"stop={stop}", "stop=never said") == greedy[: greedy.index(stop)] + "\n"
+
+
+def test_generate_reads_files(command, talker, tmp_path):
+    talk = [{"role": "user", "content": "hello"}]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": talk}) + '\n{"prompt": "hello"}\n')
+    words = [f"model={talker}", "max_new_tokens=9", "format=jsonl"]
+    code, out, _ = command("generate", *words, "prompts=rows.jsonl")
+    assert code == 0
+    talked, continued = map(json.loads, out.splitlines())
+    assert (talked["messages"], continued["prompt"]) == (talk, "hello")
+    for template, same in (("chat", talked), ("raw", continued)):
+        code, out, _ = command("generate", *words, "prompt=hello", f"template={template}")
+        assert json.loads(out)["reply"] == same["reply"]
+    code, _, err = command("generate", *words, "prompts=rows.jsonl", "template=raw")
+    assert (code, err.startswith("error: rows.jsonl:1: ")) == (2, True)
+    code, _, err = command("generate", *words, f"prompt={'fox ' * 300}")
+    assert code == 2
+    assert "the model's context is 256" in err
+
+
+def test_generate_reads_beyond_the_context_by_dual_chunks(command, talker):
+    words = [f"model={talker}", f"prompt={'fox ' * 300}", "max_new_tokens=9", "dual_chunk={chunk_size: 256}"]
+    code, out, _ = command("generate", *words)
+    assert code == 0
+    assert out.strip()
+
+
+def test_generate_takes_the_artifacts_of_a_run(run_folder, command, tmp_path):
+    root = (run_folder / "artifacts" / "sft").resolve().parent
+    said = []
+    for model in (run_folder / "artifacts" / "sft", run_folder / "artifacts" / "sft" / "model", "sft"):
+        words = [f"model={model}", f"store.root={root}", "prompt=reverse 123", "template=chat", "max_new_tokens=8"]
+        code, out, err = command("generate", *words)
+        assert (code, err) == (0, "")
+        said.append(out)
+    assert said[0] == said[1] == said[2]
+    code, _, err = command("generate", f"model={run_folder}", "prompt=a")
+    assert code == 2
+    assert "artifacts/sft" in err
+
+
+def test_chat_over_pipes(talker, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [*PROGRAM, "chat", f"model={talker}", "max_new_tokens=9"]
+
+    def replies(*lines):
+        done = subprocess.run(
+            words, input="".join(f"{line}\n" for line in lines), cwd=tmp_path, env=environment,
+            capture_output=True, encoding="utf-8",
+        )  # fmt: skip
+        assert done.returncode == 0
+        return done.stdout, done.stderr
+
+    one, err = replies("hello")
+    assert err == ""
+    assert one.endswith("\n")
+    both, _ = replies("hello", "", "hello")
+    assert both.startswith(one)
+    assert both != one * 2  # the second is said to a conversation
+    out, err = replies("hello", "/reset", "hello", "/rest", "/exit", "hello")
+    assert out == one * 2
+    assert err.startswith("/rest is no command")
+    out, err = replies("fox " * 300, "hello")
+    assert out == one
+    assert err.startswith("error: conversation: has ")
+
+
+class Terminal:
+    """A chat on a terminal of its own."""
+
+    def __init__(self, *words: str, cwd: Path):
+        primary, secondary = pty.openpty()
+        settings = termios.tcgetattr(secondary)
+        settings[1] &= ~termios.OPOST  # newlines as they are written
+        termios.tcsetattr(secondary, termios.TCSANOW, settings)
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "dumb"}
+        self.process = subprocess.Popen(
+            [*PROGRAM, *words], cwd=cwd, env=environment, stdin=secondary, stdout=secondary, stderr=secondary,
+            preexec_fn=lambda: (os.setsid(), fcntl.ioctl(0, termios.TIOCSCTTY, 0)),  # so that Ctrl-C reaches it
+        )  # fmt: skip
+        os.close(secondary)
+        self.primary, self.seen = primary, b""
+
+    def type(self, text: str) -> None:
+        os.write(self.primary, text.encode())
+
+    def read_until(self, awaited: str, more_than: int = 0) -> str:
+        """All that appears until `awaited` ends it, and more than so many bytes have come."""
+        deadline = time.monotonic() + 60
+        while not (self.seen.endswith(awaited.encode()) and len(self.seen) > more_than):
+            assert select.select([self.primary], [], [], max(deadline - time.monotonic(), 0))[0], self.seen
+            self.seen += os.read(self.primary, 4096)
+        text, self.seen = self.seen.decode(), b""
+        return text
+
+    def await_input(self) -> None:
+        """Until it sleeps over its prompt: Python does not see a signal that comes between the two."""
+        state = Path(f"/proc/{self.process.pid}/stat")
+        while state.read_text().rpartition(") ")[2][0] != "S":
+            time.sleep(0.01)
+        time.sleep(0.1)
+
+    def end(self) -> int:
+        return self.process.wait(60)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """`terminal(*words)` -> a Terminal in an empty folder; it does not outlive the test."""
+    opened = []
+
+    def open_(*words: str) -> Terminal:
+        opened.append(Terminal(*words, cwd=tmp_path))
+        return opened[-1]
+
+    yield open_
+    for one in opened:
+        one.process.kill()
+        one.process.wait()
+        os.close(one.primary)
+
+
+def test_chat_on_a_terminal(talker, terminal, tmp_path):
+    """Replies appear while they are said; Ctrl-C stops one and not the chat; Ctrl-D ends it."""
+    pipes = subprocess.run(
+        [*PROGRAM, "chat", f"model={talker}", "max_new_tokens=9"], input="hello\n", cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8", check=True,
+    ).stdout  # fmt: skip
+    talk = terminal("chat", f"model={talker}", "max_new_tokens=9")
+    assert talk.read_until("> ") == f"{COMMANDS}\n> "
+    talk.type("hello\n")
+    assert talk.read_until("> ", more_than=len("hello\n> ")) == f"hello\n{pipes}> "
+    talk.await_input()
+    talk.type("half a line\x03")
+    talk.read_until(f"{COMMANDS}\n> ")
+    talk.type("\x04")
+    assert talk.end() == 0
+
+    words = ["max_new_tokens=1_000_000", "dual_chunk={chunk_size: 256}", "temperature=1", "stop=\n"]
+    talk = terminal("chat", f"model={talker}", *words)
+    talk.read_until("> ")
+    talk.type("hello\n")
+    talk.read_until("hello\n")  # its echo
+    assert select.select([talk.primary], [], [], 60)[0]  # the beginning of the reply
+    talk.type("\x03")
+    talk.read_until("\n> ")
+    talk.type("/exit\n")
+    assert talk.end() == 0
+
+
+def test_chat_is_ended_from_outside(talker, terminal):
+    talk = terminal("chat", f"model={talker}")
+    talk.read_until("> ")
+    talk.await_input()
+    talk.process.terminate()
+    assert talk.end() == 128 + 15
+
+
+def test_help_names_every_setting():
+    for verb, schema in (("generate", GenerateSettings), ("chat", ChatSettings)):
+        shown = cli.usage_of(verb, None)
+        for setting in dataclasses.fields(schema):
+            assert re.search(rf"\b{setting.name}\b", shown), setting.name
+
+
+@pytest.mark.parametrize("key", ["model", "prompts"])
+def test_paths_complete(key, command, tmp_path, monkeypatch):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "mine.txt").touch()
+    monkeypatch.setenv("COMP_LINE", f"lightning-llm generate {key}=m")
+    assert command("-sc", "query=bash")[1].strip() == f"{key}=mine.txt {key}=models/"
+
+
+@given(st.text(alphabet="\\'\"${}a =,[]\n:\u00e4", max_size=12))
+def test_a_text_survives_hydras_grammar(text):
+    override = OverridesParser.create().parse_override(f"x=[{cli._quoted(text)}]")
+    assert OmegaConf.create({"x": override.value()})["x"][0] == text

@@ -63,6 +63,7 @@ class Tokenizer:
             chat_template: jinja; where it lacks `{% generation %}` marks, masks are found by rendering turn by turn.
             settings: the content of tokenizer_config.json, kept as it is.
         """
+        self.has_chat_template = True  # of its own; `load` knows better
         self.backend, self.chat_template, self.settings = backend, chat_template, settings
         self.backend.no_padding()
         self.backend.no_truncation()
@@ -98,7 +99,9 @@ class Tokenizer:
         chat_template = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
         if isinstance(chat_template, list):  # several named templates: transformers takes the one called default
             chat_template = next((entry["template"] for entry in chat_template if entry["name"] == "default"), None)
-        return cls(backend, chat_template or CHAT_TEMPLATE, settings)
+        tokenizer = cls(backend, chat_template or CHAT_TEMPLATE, settings)
+        tokenizer.has_chat_template = chat_template is not None
+        return tokenizer
 
     def save(self, directory: Path | str) -> None:
         """Write the three files."""
@@ -131,6 +134,10 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of a text; a special token spelt in it becomes that token, as in transformers."""
         return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_start(self, text: str) -> list[int]:
+        """The same for what nothing stands before: with the begin-of-text token, if the tokenizer sets one."""
+        return self.backend.encode(text, add_special_tokens=True).ids
 
     def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
         """The same for many texts, on all cores."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from lightning_llm.data.embedded.tasks import STYLES, style_of
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.evaluation.judges import Question, Response, verify
+from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import Transformer
 
@@ -49,7 +50,7 @@ def respond(
         [question.prompt_ids for question in questions],
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids,
-        temperature=temperature,
+        sampling=Sampling(temperature),
         seed=seed,
         batch_size=max(max_tokens // longest, 1),
     )

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from lightning_llm.batch import SegmentBatch
+from lightning_llm.generation.cache import Cache, decode, prefill
+from lightning_llm.generation.config import DualChunkConfig, Sampling
+from lightning_llm.generation.dual_chunk import DualChunk
 from lightning_llm.generation.sampling import next_tokens, request_uniforms
-from lightning_llm.models.attention import Segments, attention
+from lightning_llm.models.rope import inverse_frequencies
 from lightning_llm.models.transformer import Transformer
+from lightning_llm.settings import UserError
+
+GREEDY = Sampling()
+Listener = Callable[
+    [int, int, bool], bool
+]  # request, its new token, whether that is its last -> whether to end it here
 
 
 @torch.inference_mode()
@@ -21,10 +28,12 @@ def generate(
     *,
     max_new_tokens: int,
     stop_ids: Collection[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     batch_size: int = 64,
+    context: int | None = None,
+    dual_chunk: DualChunkConfig | None = None,
+    listen: Listener | None = None,
 ) -> list[list[int]]:
     """A response to each prompt, the stop token included if there is one.
 
@@ -32,98 +41,64 @@ def generate(
         prompts: token ids, at least one each.
         max_new_tokens: a response is cut after so many.
         stop_ids: tokens that end a response.
-        temperature: of sampling; 0 is greedy.
-        top_p: of sampling, see sampling.next_tokens.
+        sampling: how tokens are drawn.
         seed: of sampling. A sample depends on the seed and the request's place in `prompts`, not on its batch.
         batch_size: prompts computed together.
+        context: prompt and response have so many tokens at most; None: any number.
+        dual_chunk: dual chunk attention in the place of the model's own.
+        listen: hears every token as soon as it is known.
 
     Raises:
-        ValueError: an empty prompt, or a number out of range.
+        ValueError: an empty prompt, one that leaves no room in the context, or a number out of range.
+        UserError: dual chunk attention of a model with sliding windows.
     """
-    if max_new_tokens < 1 or batch_size < 1 or temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError("max_new_tokens and batch_size are at least 1, temperature at least 0, top_p in (0, 1]")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError("max_new_tokens and batch_size are at least 1")
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has at least one token")
+    limits = [min(max_new_tokens, (context or math.inf) - len(prompt)) for prompt in prompts]
+    if min(limits, default=1) < 1:
+        raise ValueError(f"the context of {context} tokens has at least one token more than a prompt")
+    chunks = build_dual_chunk(model, dual_chunk)
     responses: list[list[int]] = [[] for _ in prompts]
+
+    def goes_on(request: int, token: int) -> bool:
+        response = responses[request]
+        response.append(token)
+        is_last = token in stop_ids or len(response) == limits[request]
+        return not (listen is not None and listen(request, token, is_last)) and not is_last
+
     by_length = sorted(range(len(prompts)), key=lambda request: len(prompts[request]))
     for first in range(0, len(prompts), batch_size):
         running = by_length[first : first + batch_size]  # requests, in the order of the cache's rows
-        draws = torch.stack([request_uniforms(request, max_new_tokens, seed) for request in running])  # [B, new tokens]
-        cache = Cache([len(prompts[request]) for request in running], max_new_tokens, model.embed_tokens.weight.device)
+        steps = int(max(limits[request] for request in running))
+        draws = torch.stack([request_uniforms(request, steps, seed) for request in running])  # [B, steps]
+        cache = Cache(model, [len(prompts[request]) for request in running], steps, chunks)
         hidden = prefill(model, cache, [prompts[request] for request in running])
-        for step in range(max_new_tokens):
-            uniforms = draws[:, step].to(hidden.device)
-            tokens = next_tokens(model.logits(hidden), uniforms, temperature, top_p)
+        ended: set[int] = set()
+        for step in range(steps):
+            tokens = next_tokens(model.logits(hidden), draws[:, step].to(hidden.device), sampling)
             for request, token in zip(running, tokens.tolist(), strict=True):
-                if not responses[request] or responses[request][-1] not in stop_ids:
-                    responses[request].append(token)
-            unfinished = [row for row, request in enumerate(running) if responses[request][-1] not in stop_ids]
-            if not unfinished or step == max_new_tokens - 1:
+                if request not in ended and not goes_on(request, token):
+                    ended.add(request)
+            unfinished = [row for row, request in enumerate(running) if request not in ended]
+            if not unfinished:
                 break
             if len(unfinished) <= len(running) * 3 // 4:  # moving the cache pays only if many rows go
-                rows = torch.tensor(unfinished, device=tokens.device)
-                running, draws, tokens = [running[row] for row in unfinished], draws[unfinished], tokens[rows]
-                cache.keep(rows)
+                running, draws = [running[row] for row in unfinished], draws[unfinished]
+                tokens = tokens[torch.tensor(unfinished, device=tokens.device)]
+                cache.keep(unfinished)
             hidden = decode(model, cache, tokens)
     return responses
 
 
-class Cache:
-    """Keys and values of B running requests, [B, K, columns, D] per layer.
-
-    Prompts end in the same column, so a step writes one column of all rows; what lies before a shorter one is hidden.
-    """
-
-    def __init__(self, lengths: list[int], max_new_tokens: int, device: torch.device):
-        self.used = max(lengths)
-        self.columns = self.used + max_new_tokens - 1  # the last token is never a key
-        self.lengths = torch.tensor(lengths, device=device)  # [B] tokens so far
-        self.before = self.used - self.lengths  # [B] columns before a request's first
-        self.hides = torch.zeros(len(lengths), 1, 1, self.columns, device=device)
-        self.hides.masked_fill_(
-            torch.arange(self.columns, device=device) < self.before[:, None, None, None], -torch.inf
+def build_dual_chunk(model: Transformer, config: DualChunkConfig | None) -> DualChunk | None:
+    """Dual chunk attention for a model, if it is asked for."""
+    if config is None or config.chunk_size is None:
+        return None
+    if any(model.config.layer_attention(layer).window for layer in range(model.config.num_hidden_layers)):
+        raise UserError(
+            "dual_chunk", f"{model.config.name} has layers with a sliding window", "Use a model that sees all of a text"
         )
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget the other rows."""
-        self.lengths, self.hides = self.lengths[rows], self.hides[rows]
-        for layer in range(len(self.keys)):
-            self.keys[layer], self.values[layer] = self.keys[layer][rows], self.values[layer][rows]
-
-
-def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Compute the prompts as one flat batch and fill the cache; hidden states [B, d] of their last tokens."""
-    batch = SegmentBatch.from_documents(prompts).to(cache.lengths.device)
-    segments = Segments(batch.lengths, batch.prefixes)
-    rows = torch.arange(len(prompts), device=cache.lengths.device).repeat_interleave(cache.lengths)
-    columns = batch.positions + cache.before[rows]
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        for store, new in ((cache.keys, k), (cache.values, v)):
-            store.append(new.new_zeros(len(prompts), new.shape[1], cache.columns, new.shape[2]))
-            store[layer][rows, :, columns] = new
-        return attention(q, k, v, segments, backend=model.attention_backend)
-
-    return model.run(batch.input_ids, batch.positions, attend)[batch.cu_seqlens[1:] - 1]
-
-
-def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
-    """Compute one more token [B] of each row and add it to the cache; hidden states [B, d]."""
-    column = cache.used
-    hides = cache.hides[..., : column + 1]
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = cache.keys[layer], cache.values[layer]
-        keys[:, :, column], values[:, :, column] = k, v
-        grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, D]: the heads of a group are queries to the same keys
-        seen = slice(column + 1)
-        return scaled_dot_product_attention(
-            grouped, keys[:, :, seen], values[:, :, seen], attn_mask=hides.to(q.dtype)
-        ).flatten(1, 2)
-
-    hidden = model.run(tokens, cache.lengths, attend)
-    cache.lengths = cache.lengths + 1
-    cache.used += 1
-    return hidden
+    device = model.embed_tokens.weight.device
+    return DualChunk(config, inverse_frequencies(model.config.rope_parameters, model.config.head_size, device))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_llm.generation.config import Sampling
+
 
 def request_uniforms(request: int, count: int, seed: int) -> Tensor:
     """`count` numbers in [0, 1), float64, that depend on the seed and the request's number alone, not on its batch."""
@@ -12,25 +14,38 @@ def request_uniforms(request: int, count: int, seed: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64)
 
 
-def next_tokens(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float) -> Tensor:
+def next_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     """One token per row, int64 [B].
 
     Args:
         logits: [B, V].
         uniforms: [B] in [0, 1), float64: where in the cumulated distribution a row's token is taken.
-        temperature: logits are divided by it; 0 takes the largest.
-        top_p: only the fewest most likely tokens whose probabilities reach it are drawn from (Holtzman et al. 2020,
-            arXiv 1904.09751).
+        sampling: what is drawn from; temperature 0 takes the largest logit.
     """
-    if temperature == 0:
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = (logits.float() / temperature).softmax(-1)
-    if top_p == 1:
+    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+    if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
         return draw(probabilities, uniforms)
     probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    more_likely = probabilities.cumsum(-1) - probabilities
-    choice = draw(probabilities * (more_likely < top_p), uniforms)
+    choice = draw(likeliest(probabilities, sampling), uniforms)
     return tokens.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+
+
+def likeliest(probabilities: Tensor, sampling: Sampling) -> Tensor:
+    """Probabilities [B, V], largest first, with 0 for what is not drawn from; the first always stays.
+
+    Each cut sees what the one before has left: `top_k`, then `top_p` (Holtzman et al. 2020, arXiv 1904.09751), then
+    `min_p` (Nguyen et al. 2024, arXiv 2407.01082).
+    """
+    if sampling.top_k:
+        probabilities = probabilities[:, : sampling.top_k]
+    if sampling.top_p < 1:
+        more_likely = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities * (more_likely < sampling.top_p * probabilities.sum(-1, keepdim=True))
+    if sampling.min_p:
+        probabilities = probabilities * (probabilities >= sampling.min_p * probabilities[:, :1])
+    return probabilities
 
 
 def draw(weights: Tensor, uniforms: Tensor) -> Tensor:

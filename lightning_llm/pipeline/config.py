@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_llm.data.config import SourceConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.generation.config import GenerationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.settings import option
 from lightning_llm.stages.config import ComputeConfig, TrainStage
@@ -126,3 +127,39 @@ class StoreSettings:
     runs: str = "runs"  # where to look for who refers to them
     force: bool = False  # remove also what a run refers to
     store: StoreConfig = field(default_factory=StoreConfig)
+
+
+@dataclass
+class ModelChoice:
+    """`model=` of the verbs that take a finished model."""
+
+    path: str = ""  # an artifact, a Hugging Face directory, or an artifact's name or key in the store
+
+
+@dataclass
+class SpeakSettings(GenerationConfig):
+    """What `generate` and `chat` have in common."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+
+
+@option("verb", "generate")
+@dataclass
+class GenerateSettings(SpeakSettings):
+    """lightning-llm generate model=... prompt="..." """
+
+    prompt: list[str] = field(default_factory=list)  # on the command line one or several prompt=TEXT
+    prompts: str | None = None  # a file: *.jsonl with `prompt` or `messages` in each row, else a prompt per line
+    template: str = "auto"  # auto: conversations are rendered, texts continued | chat: texts are a user's turn | raw
+    format: str = "text"  # text | jsonl
+    batch_size: int = 16  # prompts computed together
+
+
+@option("verb", "chat")
+@dataclass
+class ChatSettings(SpeakSettings):
+    """lightning-llm chat model=..."""
+
+    max_new_tokens: int = 1024

@@ -88,6 +88,8 @@ class CheckedSweeper(Sweeper):
         try:
             composition = compose_tree(verb, job.overrides, loader=self.loader)  # pyright: ignore[reportArgumentType]
             settings = build_settings(composition)
+            if composition.recipe is None:  # a verb that takes none
+                return
             recipe, chosen = build_recipe(composition, settings), {"until": settings.until, "only": settings.only}
             if verb == "run":
                 check_run(recipe, **chosen, force=settings.force)

@@ -42,7 +42,7 @@ def test_every_file_is_tried_here():
     assert {path.parent.name for path in CONF.glob("*/*.yaml")} == {*GROUPS, *WITHIN, "logger", "recipe", "stage"}
 
 
-@pytest.mark.parametrize("verb", ["report", "store"])
+@pytest.mark.parametrize("verb", ["report", "store", "generate", "chat"])
 def test_every_verb_has_a_tree(verb):
     assert build_settings(compose_tree(verb))
 

@@ -7,6 +7,7 @@ from lightning_llm.data.token_store import TokenStore, TokenStoreWriter
 from lightning_llm.data.tokenizer import train_tokenizer
 from lightning_llm.evaluation.judges import Question, Response
 from lightning_llm.evaluation.tasks import respond, sample_questions, task_metrics
+from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import ModelConfig, Transformer
 
@@ -71,7 +72,7 @@ def test_responses_are_what_the_engine_generates_whatever_the_batch(stores, toke
         seed=3,
     )
     prompts = [question.prompt_ids for question in questions]
-    generated = generate(model, prompts, max_new_tokens=6, stop_ids=stop_ids, temperature=temperature, seed=3)
+    generated = generate(model, prompts, max_new_tokens=6, stop_ids=stop_ids, sampling=Sampling(temperature), seed=3)
     assert [response.ids for response in responses] == generated
     assert {response.is_complete for response in responses} == {True, False}
     for response in responses:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import ModelConfig, Transformer
 
@@ -68,8 +69,8 @@ def test_greedy_is_transformers(model, prompts, tmp_path):
 
 
 def test_a_sample_does_not_depend_on_its_batch(model, prompts):
-    def sample(**options):
-        return generate(model, prompts, max_new_tokens=12, stop_ids={7}, temperature=0.8, **options)
+    def sample(top_p=1.0, **options):
+        return generate(model, prompts, max_new_tokens=12, stop_ids={7}, sampling=Sampling(0.8, top_p=top_p), **options)
 
     assert sample(batch_size=3, seed=5) == sample(batch_size=11, seed=5)
     assert sample(seed=5, top_p=0.9) == sample(seed=5, top_p=0.9, batch_size=2)
@@ -77,14 +78,14 @@ def test_a_sample_does_not_depend_on_its_batch(model, prompts):
 
 
 def test_equal_prompts_have_samples_of_their_own(model):
-    responses = generate(model, [[1, 2, 3]] * 20, max_new_tokens=8, stop_ids=(), temperature=1.0)
+    responses = generate(model, [[1, 2, 3]] * 20, max_new_tokens=8, stop_ids=(), sampling=Sampling(1.0))
     assert len(set(map(tuple, responses))) > 15
 
 
 def test_samples_follow_the_models_distribution(model):
     with torch.no_grad():
         expected = model.logits(model(SegmentBatch.from_documents([[5, 6]]))[-1]).softmax(-1)
-    drawn = generate(model, [[5, 6]] * 4000, max_new_tokens=1, stop_ids=(), temperature=1.0, batch_size=4000)
+    drawn = generate(model, [[5, 6]] * 4000, max_new_tokens=1, stop_ids=(), sampling=Sampling(1.0), batch_size=4000)
     shares = torch.bincount(torch.tensor(drawn)[:, 0], minlength=43) / 4000
     torch.testing.assert_close(shares, expected, rtol=0, atol=4 * 0.5 / 4000**0.5)
 
@@ -93,9 +94,7 @@ def test_no_prompts_no_responses(model):
     assert generate(model, [], max_new_tokens=4, stop_ids=()) == []
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"top_p": 0.0}, {"temperature": -1.0}, {"batch_size": 0}, {"prompts": [[1], []]}]
-)
+@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"batch_size": 0}, {"context": 1}, {"prompts": [[1], []]}])
 def test_impossible_requests_are_refused(model, wrong):
     with pytest.raises(ValueError, match="at least"):
         generate(model, **{"prompts": [[1]], "max_new_tokens": 4, "stop_ids": (), **wrong})

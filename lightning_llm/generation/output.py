@@ -1,0 +1,74 @@
+"""Replies on standard output, in the order of their prompts: as text that grows, or a line of JSON for each."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from lightning_llm.generation.prompts import Prompt, encode_prompt, is_conversation
+from lightning_llm.generation.replies import Reply, reply_to
+from lightning_llm.generation.speaker import Speaker
+from lightning_llm.settings import UserError
+
+
+def write_replies(
+    speaker: Speaker, prompts: Sequence[Prompt], *, template: str, batch_size: int, output_format: str
+) -> None:
+    """Answer all prompts.
+
+    Args:
+        template: auto | chat | raw, see prompts.encode_prompt.
+        batch_size: prompts computed together.
+        output_format: text | jsonl.
+
+    Raises:
+        UserError: a prompt cannot be read, before anything is said; or a setting is out of range.
+    """
+    if output_format not in ("text", "jsonl"):
+        raise UserError("format", f"is {output_format!r}", "Give text or jsonl")
+    if batch_size < 1:
+        raise UserError("batch_size", f"is {batch_size}", "Give at least 1")
+    ids = [encode_prompt(prompt, speaker.tokenizer, template, speaker.config.system) for prompt in prompts]
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        speaker.check(prompt.where, tokens)
+    writer = InOrder([prompt.where for prompt in prompts]) if output_format == "text" else None
+    replies = reply_to(
+        speaker,
+        ids,
+        conversations=[is_conversation(prompt, template) for prompt in prompts],
+        batch_size=batch_size,
+        hear=writer.hear if writer is not None else lambda number, piece, is_last: None,
+    )
+    if writer is None:
+        for prompt, reply in zip(prompts, replies, strict=True):
+            print(json.dumps(as_row(prompt, reply), ensure_ascii=False))
+
+
+def as_row(prompt: Prompt, reply: Reply) -> dict[str, Any]:
+    """What a line of jsonl says of a reply; its prompt as a file of prompts spells it."""
+    key = "prompt" if isinstance(prompt.content, str) else "messages"
+    return {key: prompt.content, "reply": reply.text, "tokens": len(reply.ids), "ended_by": reply.ended_by}
+
+
+class InOrder:
+    """Prints the reply whose turn it is as it grows; later ones wait, whole or in part, until theirs comes."""
+
+    def __init__(self, names: Sequence[str]):
+        count = len(names)
+        self.waiting = [f"==> {name} <==\n" if count > 1 else "" for name in names]
+        self.done = [False] * count
+        self.turn = 0
+
+    def hear(self, number: int, piece: str, is_last: bool) -> None:
+        self.waiting[number] += piece
+        self.done[number] = is_last
+        while self.turn < len(self.waiting):
+            sys.stdout.write(self.waiting[self.turn])
+            self.waiting[self.turn] = ""
+            if not self.done[self.turn]:
+                break
+            self.turn += 1
+            sys.stdout.write("\n" if self.turn == len(self.done) else "\n\n")
+        sys.stdout.flush()

@@ -1,0 +1,116 @@
+"""A model that speaks: weights, tokenizer and what its generation_config.json says, read from one directory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.generation.config import GenerationConfig, Sampling
+from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.models.config import set_rope_scaling
+from lightning_llm.models.families import read_json
+from lightning_llm.settings import UserError
+
+if TYPE_CHECKING:
+    from lightning_llm.stages.config import ComputeConfig
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNHEARD = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}  # of generation_config.json; neutral
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A loaded model and how it speaks."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: GenerationConfig
+    sampling: Sampling
+    stop_ids: frozenset[int]  # that end a text
+    context: int | None  # tokens of prompt and reply together; none: any number
+
+    @property
+    def turn_stop_ids(self) -> frozenset[int]:
+        """Tokens that end a turn of a conversation."""
+        return self.stop_ids | {self.tokenizer.end_of_turn_id}
+
+    def check(self, where: str, ids: list[int]) -> None:
+        """Refuse a prompt that the model cannot read.
+
+        Raises:
+            UserError: it is too long, or has ids that the model has no embedding for.
+        """
+        if self.context is not None and len(ids) >= self.context:
+            raise UserError(
+                where,
+                f"has {len(ids):,} tokens, and the model's context is {self.context:,}",
+                "Shorten it, or read further with dual_chunk.chunk_size or rope_scaling",
+            )
+        if max(ids) >= self.model.config.vocab_size:
+            raise UserError(
+                where,
+                f"token {max(ids)} is none of the model's {self.model.config.vocab_size:,}",
+                "Use the tokenizer that belongs to the model",
+            )
+
+
+def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConfig) -> Speaker:
+    """Read a Hugging Face directory.
+
+    Args:
+        config: how it is to speak.
+        compute: device, precision, attention and threads.
+
+    Raises:
+        UserError: a file is missing or damaged, a setting does not fit the model, or there is no such device.
+    """
+    if compute.precision not in PRECISIONS:
+        raise UserError("compute.precision", f"is {compute.precision!r}", f"Give {' or '.join(PRECISIONS)}")
+    if compute.accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("compute", "torch sees no GPU", "Use compute=cpu")
+    if compute.threads:
+        torch.set_num_threads(compute.threads)
+    tokenizer = Tokenizer.load(directory)
+    model = Transformer.from_pretrained(directory, PRECISIONS[compute.precision]).eval()
+    if config.rope_scaling:
+        try:
+            model.config = set_rope_scaling(model.config, config.rope_scaling)
+        except ValueError as error:
+            raise UserError("rope_scaling", str(error), "See rope_parameters in conf/model/") from error
+    model = model.to("cuda" if compute.accelerator == "gpu" else "cpu")
+    model.attention_backend = compute.attention
+    path = directory / "generation_config.json"
+    defaults = read_json(path) if path.is_file() else {}
+    for name, neutral in UNHEARD.items():
+        if defaults.get(name, neutral) not in (neutral, None):
+            print(f"note: {path.name} has {name} {defaults[name]}, which is not built: left out", file=sys.stderr)
+    try:
+        sampling = config.sampling(defaults)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(path), str(error), "Mend it, or give the setting yourself") from error
+    stop_ids = read_stop_ids(directory, defaults) or tokenizer.stop_ids
+    is_unbounded = config.dual_chunk.chunk_size is not None
+    return Speaker(
+        model, tokenizer, config, sampling, frozenset(stop_ids), None if is_unbounded else context_of(model.config)
+    )
+
+
+def read_stop_ids(directory: Path, defaults: dict[str, Any]) -> set[int]:
+    """`eos_token_id`, a number or a list: of generation_config.json, else of config.json."""
+    for stored in (defaults, read_json(directory / "config.json")):
+        ids = stored.get("eos_token_id")
+        if ids is not None:
+            return set(ids) if isinstance(ids, list) else {ids}
+    return set()
+
+
+def context_of(config: ModelConfig) -> int:
+    """Tokens that a model has positions for: those it was made for, or what its scaling of positions reaches."""
+    rope = config.rope_parameters
+    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
+    return max(config.max_position_embeddings, int(original * rope.get("factor", 1)))

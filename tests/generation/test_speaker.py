@@ -1,0 +1,143 @@
+"""What a directory says about how its model speaks, what the user says instead, and what cannot be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from lightning_llm.generation.config import DualChunkConfig, GenerationConfig, Sampling
+from lightning_llm.generation.replies import reply_to
+from lightning_llm.generation.speaker import load_speaker
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import ComputeConfig
+
+
+@pytest.fixture
+def directory(talker, tmp_path):
+    """A copy to change."""
+    return shutil.copytree(talker, tmp_path / "talker")
+
+
+def load(directory, **settings):
+    compute = {name: settings.pop(name) for name in ("precision", "accelerator") if name in settings}
+    return load_speaker(directory, GenerationConfig(**settings), ComputeConfig(**compute))
+
+
+def say(directory, content, name="generation_config.json"):
+    (directory / name).write_text(json.dumps(content))
+
+
+def test_sampling_is_the_users_then_the_models_then_greedy(directory):
+    assert load(directory).sampling == Sampling(temperature=0.0)
+    assert load(directory, temperature=0.7, min_p=0.1).sampling == Sampling(0.7, min_p=0.1)
+    say(directory, {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.8})
+    assert load(directory).sampling == Sampling(0.6, 20, 0.8)
+    assert load(directory, top_k=0, temperature=0.0).sampling == Sampling(0.0, 0, 0.8)
+    say(directory, {"do_sample": False, "temperature": 0.6, "top_k": 20})  # what transformers ignores, too
+    assert load(directory).sampling == Sampling(0.0)
+    say(directory, {"do_sample": True})
+    assert load(directory).sampling == Sampling(1.0)
+    say(directory, {"do_sample": True, "top_p": 7})
+    with pytest.raises(UserError, match=r"generation_config.json: top_p must lie in \(0, 1\]"):
+        load(directory)
+
+
+def test_stop_tokens_are_a_list_a_number_or_the_tokenizers(directory):
+    tokenizer = load(directory).tokenizer
+    assert load(directory).stop_ids == {tokenizer.eos_id, tokenizer.end_of_turn_id}
+    say(directory, {"eos_token_id": [5, 9]})
+    assert load(directory).stop_ids == {5, 9}
+    assert load(directory).turn_stop_ids == {5, 9, tokenizer.end_of_turn_id}
+    (directory / "generation_config.json").unlink()
+    config = json.loads((directory / "config.json").read_text())
+    say(directory, config | {"eos_token_id": 11}, "config.json")
+    assert load(directory).stop_ids == {11}
+    say(directory, config | {"eos_token_id": None}, "config.json")
+    assert load(directory).stop_ids == tokenizer.stop_ids
+
+
+def test_what_is_left_out_is_said(directory, capsys):
+    say(directory, {"repetition_penalty": 1.0})
+    load(directory)
+    assert capsys.readouterr().err == ""
+    say(directory, {"repetition_penalty": 1.05})
+    load(directory)
+    assert "repetition_penalty 1.05" in capsys.readouterr().err
+
+
+def test_a_prompt_has_to_fit(directory):
+    speaker = load(directory)
+    speaker.check("prompt", [1] * 255)
+    with pytest.raises(UserError, match="has 256 tokens, and the model's context is 256"):
+        speaker.check("prompt", [1] * 256)
+    with pytest.raises(UserError, match="token 300 is none"):
+        speaker.check("prompt", [300])
+    yarn = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 256}
+    assert load(directory, rope_scaling=yarn).context == 1024
+    assert load(directory, rope_scaling={"rope_type": "linear", "factor": 2}).context == 512
+    assert load(directory, dual_chunk=DualChunkConfig(256)).context is None
+
+
+def test_a_reply_ends_where_the_context_does(directory):
+    speaker = load(directory, max_new_tokens=50)
+    prompts = [[260] * 240, [260] * 3, [261] * 255]
+    replies = reply_to(speaker, prompts, conversations=[False] * 3, batch_size=3)
+    expected = reply_to(load(directory, max_new_tokens=16), prompts[:1], conversations=[False])
+    assert [len(reply.ids) for reply in replies] == [16, 50, 1]
+    assert replies[0] == expected[0]
+    assert {reply.ended_by for reply in replies} == {"length"}
+
+
+def test_positions_stretched_at_inference(directory):
+    """The same as a directory that says so itself."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    prompt = [[260, 261, 262] * 100]
+    stretched = reply_to(load(directory, rope_scaling=yarn, max_new_tokens=20), prompt, conversations=[False])
+    config = json.loads((directory / "config.json").read_text())
+    theta = config["rope_theta"]
+    changed = {"rope_parameters": yarn | {"rope_theta": theta}, "rope_scaling": None, "max_position_embeddings": 1024}
+    say(directory, config | changed, "config.json")
+    assert reply_to(load(directory, max_new_tokens=20), prompt, conversations=[False]) == stretched
+
+
+def test_half_precision_is_half_the_memory(directory):
+    weights = [load(directory, precision=name).model.embed_tokens.weight for name in ("fp32", "bf16")]
+    assert [weight.dtype for weight in weights] == [torch.float32, torch.bfloat16]
+    speaker = load(directory, precision="bf16", max_new_tokens=30)
+    assert len(reply_to(speaker, [[260], [261] * 9], conversations=[False] * 2, batch_size=2)[1].ids) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"precision": "fp8"}, "compute.precision: is 'fp8'"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "rope_scaling: .*spiral"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: .*original_max_position_embeddings"),
+    ],
+)
+def test_settings_that_cannot_be(settings, said, directory):
+    with pytest.raises(UserError, match=said):
+        load(directory, **settings)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(directory):
+    with pytest.raises(UserError, match="no GPU"):
+        load(directory, accelerator="gpu")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
+def test_a_file_that_is_missing_is_named(file, directory):
+    (directory / file).unlink()
+    with pytest.raises(UserError, match=file):
+        load(directory)
+
+
+def test_numbers_out_of_range_are_named():
+    for settings in ({"max_new_tokens": 0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}, {"temperature": -0.1}):
+        [name] = settings
+        with pytest.raises(ValueError, match=name):
+            GenerationConfig(**settings)
+    with pytest.raises(ValueError, match="empty stop string"):
+        GenerationConfig(stop=["a", ""])
