@@ -41,7 +41,7 @@ EXAMPLES = """\
   lightning-llm run recipe=qwen2 until=sft | only=dpo | force=[sft]
   lightning-llm run -m recipe=qwen2 seed=0,1,2                         a sweep
   lightning-llm plan recipe=qwen2 scale=paper compute=ddp format=json
-  lightning-llm generate model=runs/qwen2/RUN/artifacts/dpo prompt="reverse 123" template=chat"""
+  lightning-llm generate model=dpo prompt="reverse 123" template=chat  or chat model=dpo"""
 SPEECH = """\
 MODEL is an artifact, a Hugging Face directory, or an artifact's name or key in the store.
 

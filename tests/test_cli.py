@@ -440,6 +440,15 @@ def test_chat_on_a_terminal(talker, terminal, tmp_path):
     assert talk.end() == 0
 
 
+def test_generate_on_a_terminal(talker, terminal):
+    talk = terminal("generate", f"model={talker}", "prompt=hello", "max_new_tokens=9", "stop=never said")
+    shown = talk.read_until(" MiB\n")
+    assert re.search(
+        r"\n1 replies, 9 tokens in .* s \(.* per second\); keys and values of .* tokens take 0\.\d MiB\n$", shown
+    )
+    assert talk.end() == 0
+
+
 def test_chat_is_ended_from_outside(talker, terminal):
     talk = terminal("chat", f"model={talker}")
     talk.read_until("> ")

@@ -41,12 +41,18 @@ def folder(tmp_path_factory, run_folder):
     (place / "texts").mkdir()
     (place / "runs" / "qwen2").mkdir(parents=True)
     (place / "runs" / "qwen2" / run_folder.name).symlink_to(run_folder)
+    (place / "artifacts").mkdir()
+    for link in (run_folder / "artifacts").iterdir():  # of this run alone: others may share its store
+        artifact = link.resolve()
+        if not (place / "artifacts" / artifact.name).exists():
+            (place / "artifacts" / artifact.name).symlink_to(artifact)
     return place
 
 
 def lightning_llm(folder: Path, *words: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run([*PROGRAM, *words], cwd=folder, env=environment, capture_output=True, text=True)
+    said = "hello\n"  # to a chat
+    return subprocess.run([*PROGRAM, *words], cwd=folder, env=environment, input=said, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("lightning-llm")])

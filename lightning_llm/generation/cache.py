@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.generation.dual_chunk import DualChunk
+from lightning_llm.models import ModelConfig
 from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.transformer import Transformer
 
@@ -25,9 +26,8 @@ class Cache:
     def __init__(self, model: Transformer, lengths: Sequence[int], max_new_tokens: int, dual_chunk: DualChunk | None):
         self.used = max(lengths)
         columns = self.used + max_new_tokens - 1  # the last token is never a key
-        config = model.config
-        self.asked = [config.layer_attention(layer) for layer in range(config.num_hidden_layers)]
-        self.slots = [min(columns, layer.window or columns) for layer in self.asked]  # of each layer
+        self.asked = [model.config.layer_attention(layer) for layer in range(model.config.num_hidden_layers)]
+        self.slots = slots_of_layers(model.config, columns)
         self.before = [self.used - length for length in lengths]  # columns before a request's first
         self.device = model.embed_tokens.weight.device
         self.dual_chunk = dual_chunk
@@ -38,11 +38,6 @@ class Cache:
     def lengths(self) -> Tensor:
         """[B] tokens of each request so far."""
         return self.used - torch.tensor(self.before, device=self.device)
-
-    @property
-    def bytes(self) -> int:
-        """What it takes in memory."""
-        return sum(stored.nbytes for stored in (*self.keys, *self.values))
 
     def keep(self, rows: list[int]) -> None:
         """Forget the other rows."""
@@ -65,6 +60,18 @@ class Cache:
         return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)[
             :, None, None
         ]
+
+
+def slots_of_layers(config: ModelConfig, columns: int) -> list[int]:
+    """Slots of each layer for texts of so many columns."""
+    windows = [config.layer_attention(layer).window for layer in range(config.num_hidden_layers)]
+    return [min(columns, window or columns) for window in windows]
+
+
+def cache_bytes(config: ModelConfig, columns: int, dtype: torch.dtype) -> int:
+    """What one request's keys and values take in memory."""
+    of_slot = 2 * config.num_key_value_heads * config.head_size * dtype.itemsize
+    return of_slot * sum(slots_of_layers(config, columns))
 
 
 def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
+from lightning_llm.generation.cache import cache_bytes
 from lightning_llm.generation.prompts import Prompt, encode_prompt, is_conversation
 from lightning_llm.generation.replies import Reply, reply_to
 from lightning_llm.generation.speaker import Speaker
@@ -34,6 +36,7 @@ def write_replies(
     for prompt, tokens in zip(prompts, ids, strict=True):
         speaker.check(prompt.where, tokens)
     writer = InOrder([prompt.where for prompt in prompts]) if output_format == "text" else None
+    start = time.perf_counter()
     replies = reply_to(
         speaker,
         ids,
@@ -41,9 +44,23 @@ def write_replies(
         batch_size=batch_size,
         hear=writer.hear if writer is not None else lambda number, piece, is_last: None,
     )
+    if sys.stderr.isatty():
+        print(summary(speaker, ids, replies, time.perf_counter() - start), file=sys.stderr)
     if writer is None:
         for prompt, reply in zip(prompts, replies, strict=True):
             print(json.dumps(as_row(prompt, reply), ensure_ascii=False))
+
+
+def summary(speaker: Speaker, prompts: Sequence[Sequence[int]], replies: Sequence[Reply], seconds: float) -> str:
+    """Tokens, tokens per second, and the memory that the longest request takes beside the weights."""
+    tokens = sum(len(reply.ids) for reply in replies)
+    longest = max(len(ids) + len(reply.ids) for ids, reply in zip(prompts, replies, strict=True))
+    weight = speaker.model.embed_tokens.weight
+    mebibytes = cache_bytes(speaker.model.config, longest, weight.dtype) / 2**20
+    return (
+        f"{len(replies)} replies, {tokens:,} tokens in {seconds:.1f} s ({tokens / seconds:,.0f} per second); "
+        f"keys and values of {longest:,} tokens take {mebibytes:,.1f} MiB"
+    )
 
 
 def as_row(prompt: Prompt, reply: Reply) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_llm.batch import SegmentBatch
-from lightning_llm.generation.cache import Cache, decode, prefill
+from lightning_llm.generation.cache import Cache, cache_bytes, decode, prefill
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import ModelConfig, Transformer
 
@@ -102,8 +102,8 @@ def test_a_windowed_layer_takes_no_more_than_its_window(model):
         with torch.inference_mode():
             prefill(model, cache, prompts(length))
         columns = length + new - 1
-        assert cache.bytes == size * (WINDOW + columns + WINDOW)  # windowed, full, windowed
-    cache = Cache(model, [3], 2, None)  # and no more than the text
-    with torch.inference_mode():
-        prefill(model, cache, prompts(3))
-    assert cache.bytes == size * 4 * 3
+        taken = sum(stored.nbytes for stored in (*cache.keys, *cache.values))
+        assert taken == size * (WINDOW + columns + WINDOW)  # windowed, full, windowed
+        assert taken == cache_bytes(model.config, columns, torch.float32)
+    assert cache_bytes(model.config, 4, torch.float32) == size * 4 * 3  # and no more than the text
+    assert cache_bytes(model.config, 100, torch.bfloat16) == size // 2 * (WINDOW + 100 + WINDOW)
