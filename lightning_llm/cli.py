@@ -52,7 +52,7 @@ MODEL is an artifact, a Hugging Face directory, or an artifact's name or key in 
   batch_size=16           generate: prompts computed together
   system=TEXT             what a conversation begins with
   max_new_tokens=N        a reply is cut after so many
-  temperature=0.7 top_k=20 top_p=0.8 min_p=0.05
+  temperature=0.7 top_k=20 top_p=0.8 min_p=0.05 repetition_penalty=1.05
                           how tokens are drawn; 0 is greedy. Default: the model's generation_config.json, or greedy
   seed=0                  of sampling
   stop=TEXT               ends a reply and is left out; may be given several times

@@ -94,7 +94,10 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(str(path), f"is not a tokenizer ({error})", "Make the file again") from error
         config = directory / "tokenizer_config.json"
-        settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        try:
+            settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
+        except ValueError as error:
+            raise UserError(str(config), f"is not JSON ({error})", "Make the file again") from error
         template = directory / "chat_template.jinja"
         chat_template = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
         if isinstance(chat_template, list):  # several named templates: transformers takes the one called default

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 TEMPLATES = ("auto", "chat", "raw")
@@ -16,6 +16,7 @@ class Sampling:
     top_k: int = 0  # only so many of the likeliest tokens are drawn from; 0: all
     top_p: float = 1.0  # only the fewest likeliest tokens whose probabilities reach it are drawn from
     min_p: float = 0.0  # only tokens at least so likely, relative to the likeliest, are drawn from
+    repetition_penalty: float = 1.0  # of tokens that prompt or reply have already; greedy, too
 
     def __post_init__(self):
         if not self.temperature >= 0:
@@ -26,6 +27,8 @@ class Sampling:
             raise ValueError(f"top_p must lie in (0, 1], is {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p must lie in [0, 1], is {self.min_p}")
+        if not self.repetition_penalty > 0:
+            raise ValueError(f"repetition_penalty must be positive, is {self.repetition_penalty}")
 
 
 @dataclass
@@ -67,6 +70,7 @@ class GenerationConfig:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    repetition_penalty: float | None = None
     stop: list[str] = field(default_factory=list)  # strings that end a reply and are left out of it
     seed: int = 0  # of sampling; a reply depends on it and on the prompt's place, not on its batch
     system: str | None = None  # what a conversation begins with
@@ -84,14 +88,17 @@ class GenerationConfig:
         """How tokens are drawn.
 
         Args:
-            defaults: the content of generation_config.json; counts only where it samples (`do_sample`).
+            defaults: the content of generation_config.json. Where it does not sample (`do_sample`), only its penalty
+                counts, as in transformers.
 
         Raises:
             ValueError: a number is out of range.
         """
-        chosen = Sampling(temperature=1.0) if defaults.get("do_sample") else Sampling()
-        names = ("temperature", "top_k", "top_p", "min_p")
-        values = {name: getattr(chosen, name) for name in names}
-        if defaults.get("do_sample"):
-            values |= {name: defaults[name] for name in names if defaults.get(name) is not None}
-        return Sampling(**values | {name: getattr(self, name) for name in names if getattr(self, name) is not None})
+        names = [setting.name for setting in fields(Sampling)]
+        does_sample = bool(defaults.get("do_sample"))
+        of_model = {name: defaults.get(name) for name in (names if does_sample else ("repetition_penalty",))}
+        of_user = {name: getattr(self, name) for name in names}
+        values = {"temperature": float(does_sample)}
+        for given in (of_model, of_user):
+            values |= {name: value for name, value in given.items() if value is not None}
+        return Sampling(**values)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_llm.generation.cache import Cache, decode, prefill
 from lightning_llm.generation.config import DualChunkConfig, Sampling
@@ -75,9 +76,12 @@ def generate(
         draws = torch.stack([request_uniforms(request, steps, seed) for request in running])  # [B, steps]
         cache = Cache(model, [len(prompts[request]) for request in running], steps, chunks)
         hidden = prefill(model, cache, [prompts[request] for request in running])
+        said = (
+            said_already(model, [prompts[request] for request in running]) if sampling.repetition_penalty != 1 else None
+        )
         ended: set[int] = set()
         for step in range(steps):
-            tokens = next_tokens(model.logits(hidden), draws[:, step].to(hidden.device), sampling)
+            tokens = next_tokens(model.logits(hidden), draws[:, step].to(hidden.device), sampling, said)
             for request, token in zip(running, tokens.tolist(), strict=True):
                 if request not in ended and not goes_on(request, token):
                     ended.add(request)
@@ -88,8 +92,19 @@ def generate(
                 running, draws = [running[row] for row in unfinished], draws[unfinished]
                 tokens = tokens[torch.tensor(unfinished, device=tokens.device)]
                 cache.keep(unfinished)
+                said = None if said is None else said[unfinished]
+            if said is not None:
+                said.scatter_(1, tokens[:, None], True)
             hidden = decode(model, cache, tokens)
     return responses
+
+
+def said_already(model: Transformer, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Which tokens each prompt has, bool [B, V]."""
+    said = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        said[row, list(prompt)] = True
+    return said.to(model.embed_tokens.weight.device)
 
 
 def build_dual_chunk(model: Transformer, config: DualChunkConfig | None) -> DualChunk | None:

@@ -14,14 +14,17 @@ def request_uniforms(request: int, count: int, seed: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64)
 
 
-def next_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
+def next_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling, said: Tensor | None = None) -> Tensor:
     """One token per row, int64 [B].
 
     Args:
         logits: [B, V].
         uniforms: [B] in [0, 1), float64: where in the cumulated distribution a row's token is taken.
         sampling: what is drawn from; temperature 0 takes the largest logit.
+        said: bool [B, V], the tokens that a row has already; None: none is penalised.
     """
+    if said is not None:
+        logits = torch.where(said, penalised(logits, sampling.repetition_penalty), logits)
     if sampling.temperature == 0:
         return logits.argmax(-1)
     probabilities = (logits.float() / sampling.temperature).softmax(-1)
@@ -30,6 +33,12 @@ def next_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling) -> Tensor:
     probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
     choice = draw(likeliest(probabilities, sampling), uniforms)
     return tokens.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+
+
+def penalised(logits: Tensor, penalty: float) -> Tensor:
+    """Logits of what was said already (Keskar et al. 2019, arXiv 1909.05858, section 4.1; of negative ones the product,
+    as in transformers, so that they too become less likely)."""
+    return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 
 def likeliest(probabilities: Tensor, sampling: Sampling) -> Tensor:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning_llm.stages.config import ComputeConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-UNHEARD = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0}  # of generation_config.json; neutral
+UNHEARD = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1}  # of generation_config.json; neutral
 
 
 @dataclass(frozen=True)

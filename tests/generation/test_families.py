@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import generate
 from lightning_llm.generation.speaker import read_stop_ids
 from lightning_llm.models import Transformer
@@ -65,6 +66,14 @@ def test_greedy(theirs):
         expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
         assert response == expected[0, len(prompt) :].tolist()
     assert len({token for response in responses for token in response}) > 30  # there was something to choose
+    penalised = generate(
+        ours, prompts, max_new_tokens=10, stop_ids=stop_ids, sampling=Sampling(repetition_penalty=1.3), batch_size=5
+    )
+    for prompt, response in zip(prompts, penalised, strict=True):
+        ids = torch.tensor([prompt])
+        options = {"max_new_tokens": 10, "do_sample": False, "repetition_penalty": 1.3}
+        expected = theirs.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        assert response == expected[0, len(prompt) :].tolist()
     lengths = [len(response) for response in responses]
     assert max(lengths) > 20  # several windows on
     assert min(lengths) < 20  # and some ended by a stop token

@@ -44,3 +44,37 @@ def test_uniforms_belong_to_seed_and_request():
     assert torch.equal(request_uniforms(3, 5, seed=1), request_uniforms(3, 9, seed=1)[:5])
     drawn = {request_uniforms(request, 1, seed).item() for request in range(50) for seed in range(50)}
     assert len(drawn) == 2500
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7, top_k=4),
+        Sampling(1.3, top_p=0.6),
+        Sampling(1.0, min_p=0.2),
+        Sampling(0.8, top_k=6, top_p=0.8, min_p=0.1),
+        Sampling(1.0, top_k=1, top_p=0.1, min_p=1.0),
+    ],
+)
+def test_what_is_drawn_from_is_what_transformers_draws_from(sampling):
+    from transformers.generation import logits_process
+
+    logits = 2 * torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
+    theirs = logits / sampling.temperature
+    if sampling.top_k:
+        theirs = logits_process.TopKLogitsWarper(sampling.top_k)(None, theirs)
+    if sampling.top_p < 1:
+        theirs = logits_process.TopPLogitsWarper(sampling.top_p)(None, theirs)
+    if sampling.min_p:
+        theirs = logits_process.MinPLogitsWarper(sampling.min_p)(None, theirs)
+    for row, expected in zip(logits, theirs.softmax(-1), strict=True):
+        tokens = next_tokens(row.expand(len(GRID), -1), GRID, sampling)
+        torch.testing.assert_close(torch.bincount(tokens, minlength=20) / len(GRID), expected, rtol=0, atol=2e-4)
+
+
+def test_the_penalty_is_the_papers():
+    """A token that was said loses a fifth of a positive logit, and gets five quarters of a negative one."""
+    logits = torch.tensor([[1.0, 0.85, -1.0], [-1.0, -1.1, -5.0]])
+    said = torch.tensor([[True, False, False], [True, False, True]])
+    assert next_tokens(logits, torch.zeros(2), Sampling(repetition_penalty=1.25), said).tolist() == [1, 1]
+    assert next_tokens(logits, torch.zeros(2), Sampling(repetition_penalty=1.05), said).tolist() == [0, 0]

@@ -38,6 +38,8 @@ def test_sampling_is_the_users_then_the_models_then_greedy(directory):
     assert load(directory).sampling == Sampling(0.0)
     say(directory, {"do_sample": True})
     assert load(directory).sampling == Sampling(1.0)
+    say(directory, {"repetition_penalty": 1.05})
+    assert load(directory).sampling == Sampling(0.0, repetition_penalty=1.05)
     say(directory, {"do_sample": True, "top_p": 7})
     with pytest.raises(UserError, match=r"generation_config.json: top_p must lie in \(0, 1\]"):
         load(directory)
@@ -58,12 +60,12 @@ def test_stop_tokens_are_a_list_a_number_or_the_tokenizers(directory):
 
 
 def test_what_is_left_out_is_said(directory, capsys):
-    say(directory, {"repetition_penalty": 1.0})
+    say(directory, {"num_beams": 1})
     load(directory)
     assert capsys.readouterr().err == ""
-    say(directory, {"repetition_penalty": 1.05})
+    say(directory, {"num_beams": 4})
     load(directory)
-    assert "repetition_penalty 1.05" in capsys.readouterr().err
+    assert "num_beams 4" in capsys.readouterr().err
 
 
 def test_a_prompt_has_to_fit(directory):
@@ -127,6 +129,13 @@ def test_no_gpu(directory):
         load(directory, accelerator="gpu")
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json"])
+def test_a_file_that_is_damaged_is_named(file, directory):
+    (directory / file).write_text("{")
+    with pytest.raises(UserError, match=file):
+        load(directory)
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
 def test_a_file_that_is_missing_is_named(file, directory):
     (directory / file).unlink()
@@ -135,7 +144,14 @@ def test_a_file_that_is_missing_is_named(file, directory):
 
 
 def test_numbers_out_of_range_are_named():
-    for settings in ({"max_new_tokens": 0}, {"top_k": -1}, {"top_p": 0.0}, {"min_p": 2.0}, {"temperature": -0.1}):
+    for settings in (
+        {"max_new_tokens": 0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"min_p": 2.0},
+        {"repetition_penalty": 0.0},
+        {"temperature": -0.1},
+    ):
         [name] = settings
         with pytest.raises(ValueError, match=name):
             GenerationConfig(**settings)
