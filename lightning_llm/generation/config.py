@@ -98,7 +98,7 @@ class GenerationConfig:
         does_sample = bool(defaults.get("do_sample"))
         of_model = {name: defaults.get(name) for name in (names if does_sample else ("repetition_penalty",))}
         of_user = {name: getattr(self, name) for name in names}
-        values = {"temperature": float(does_sample)}
+        values: dict[str, Any] = {"temperature": float(does_sample)}
         for given in (of_model, of_user):
             values |= {name: value for name, value in given.items() if value is not None}
         return Sampling(**values)
