@@ -8,6 +8,15 @@ from typing import Any
 from lightning_llm.settings import option
 
 
+@dataclass(frozen=True)
+class LayerAttention:
+    """What one layer asks of attention beside queries, keys and values; None: nothing of the kind, the usual scale."""
+
+    window: int | None = None  # tokens a query sees, itself included
+    softcap: float | None = None  # scores are held between -softcap and softcap
+    scale: float | None = None  # factor of the scores; none: 1 / sqrt(head size)
+
+
 @option("model", "transformer")
 @dataclass
 class ModelConfig:
@@ -62,7 +71,20 @@ class ModelConfig:
         """D: `head_dim`, or what it is by default."""
         return self.hidden_size // self.num_attention_heads if self.head_dim is None else self.head_dim
 
+    def layer_attention(self, layer: int) -> LayerAttention:
+        """What layer `layer`, counted from 0, asks of attention. All that computes attention asks here."""
+        return LayerAttention()
+
 
 def set_rope_theta(config: ModelConfig, theta: float) -> ModelConfig:
     """The same model with another RoPE base (Qwen 2's long-context stage: 1e4 -> 1e6); everything else as it is."""
     return replace(config, rope_parameters={**config.rope_parameters, "rope_theta": float(theta)})
+
+
+def set_rope_scaling(config: ModelConfig, scaling: dict[str, Any]) -> ModelConfig:
+    """The same model with its RoPE stretched otherwise: `scaling` takes the place of all but the base.
+
+    Raises:
+        ValueError: a key is missing or unknown.
+    """
+    return replace(config, rope_parameters={"rope_theta": config.rope_parameters["rope_theta"], **scaling})

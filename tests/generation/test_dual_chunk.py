@@ -12,10 +12,8 @@ from lightning_llm.generation.dual_chunk import DualChunk
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.rope import inverse_frequencies, rotate, rotation
-from lightning_llm.settings import UserError
 
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
-YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def distances(length: int, c: int, s: int) -> list[list[int]]:
@@ -67,7 +65,7 @@ def turned(x, positions, rope):
 
 @pytest.mark.parametrize("block", [2**24, 1], ids=["whole chunks", "blocks of 16"])
 @pytest.mark.parametrize(("c", "w"), [(10, 4), (8, 6), (40, 10), (25, 1)])
-@pytest.mark.parametrize(("softcap", "scale", "rope"), [(None, None, ROPE), (2.0, 0.4, YARN)], ids=["plain", "capped"])
+@pytest.mark.parametrize(("softcap", "scale", "rope"), [(None, None, ROPE), (2.0, 0.4, ROPE)], ids=["plain", "capped"])
 def test_prompts_and_steps_are_the_formula(block, c, w, softcap, scale, rope, monkeypatch):
     monkeypatch.setattr(dual_chunk, "SCORES", block)
     config = DualChunkConfig(c, w)
@@ -114,7 +112,7 @@ def build_model(rope):
     return model
 
 
-@pytest.fixture(scope="module", params=[ROPE, YARN], ids=["plain", "yarn"])
+@pytest.fixture(scope="module", params=[ROPE], ids=["plain"])
 def model(request):
     return build_model(request.param)
 
@@ -159,10 +157,3 @@ def test_settings_that_make_no_sense():
     for values in ((10, 10), (10, 0), (10, -1), (None, 5)):
         with pytest.raises(ValueError, match="local_size"):
             DualChunkConfig(*values)
-
-
-def test_windows_are_refused():
-    model = build_model(ROPE)
-    model.config.sliding_window, model.config.layer_types = 8, ["sliding_attention", "full_attention"]
-    with pytest.raises(UserError, match="sliding window"):
-        generate(model, PROMPTS, max_new_tokens=1, stop_ids=(), dual_chunk=DualChunkConfig(12))
