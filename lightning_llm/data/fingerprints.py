@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import importlib.metadata
 import json
@@ -12,21 +11,24 @@ import platform
 from pathlib import Path
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.embedded import CONTENTS, OPTIONS, REVISION
-from lightning_llm.settings import UserError
-
-SUFFIXES = {
-    ".jsonl": "jsonl",
-    ".json": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".md": "text",
-}
+from lightning_llm.data.embedded import CONTENTS, REVISION
+from lightning_llm.data.places import (
+    datasets_files,
+    datasets_folder,
+    file_kind,
+    prepared_source,
+    source_files,
+    split_path,
+    store_files,
+    visible_files,
+)
 
 
 def source_fingerprint(config: SourceConfig, where: str) -> str:
     """The content of a source: package versions of embedded text, sha256 of files, name and revision on a hub.
+
+    A folder that `datasets` wrote counts by its Arrow files, not by the fingerprint it was saved with: that one tells
+    how rows were made, and stays when a generator gives others or a file is exchanged.
 
     Args:
         where: the setting that names the source, for error messages.
@@ -38,49 +40,23 @@ def source_fingerprint(config: SourceConfig, where: str) -> str:
     if kind == "embedded":
         versions = {package: _version(package) for package in CONTENTS[rest][1]}
         return f"embedded:{rest} " + json.dumps({"revision": REVISION, **versions}, sort_keys=True)
-    if kind == "hub":
-        return f"hub:{rest}@{config.options.get('revision', 'main')}"  # pin a revision to make sure of the content
+    if kind == "hub" and Path(rest).is_dir():
+        return _of_files("folder", [f"{f.relative_to(rest)} {file_sha256(f)}" for f in visible_files(Path(rest))])
+    if kind == "hub":  # a pinned revision makes sure of the content; asking for its commit would need the hub each time
+        return f"hub:{rest}@{config.options.get('revision', 'main')}"
+    if kind == "datasets":
+        folder, _ = datasets_folder(rest, config.options.get("split"), where)
+        return _of_files("datasets", [file_sha256(file) for file in datasets_files(folder)])
+    if kind == "tokens":
+        folder, _ = prepared_source(rest, where)
+        return _of_files("tokens", [f"{f.relative_to(folder)} {file_sha256(f)}" for f in store_files(folder)])
     # its kind decides how a file is read, its name and place do not
-    hashes = [f"{SUFFIXES[path.suffix.lower()]} {file_sha256(path)}" for path in source_files(rest, where)]
-    return "files:" + hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+    kinds = [(".".join(filter(None, file_kind(file) or ())), file) for file in source_files(rest, where)]
+    return _of_files("files", [f"{kind} {file_sha256(file)}" for kind, file in kinds])
 
 
-def split_path(path: str | None, where: str) -> tuple[str, str]:
-    """("embedded", name), ("hub", org/name) or ("files", path or pattern)."""
-    if not path:
-        raise UserError(f"{where}.path", "names nothing", "Give a file, a pattern, hub:<org>/<name> or embedded:<name>")
-    kind, colon, rest = path.partition(":")
-    if colon and kind == "embedded" and rest not in CONTENTS:
-        raise UserError(f"{where}.path", f"there is no {path}", f"Embedded are {', '.join(CONTENTS)}")
-    return (kind, rest) if colon and kind in ("embedded", "hub") else ("files", path)
-
-
-def source_options(path: str, where: str) -> tuple[str, ...]:
-    """Names that `options` may hold for a path: a hub's split, config and revision, an embedded source's own."""
-    kind, rest = split_path(path, where)
-    if kind == "embedded":
-        return OPTIONS[CONTENTS[rest][0]]
-    return ("split", "config", "revision") if kind == "hub" else ()
-
-
-def source_files(pattern: str, where: str) -> list[Path]:
-    """The files of a path or glob pattern, sorted; of a folder all that can be read.
-
-    Raises:
-        UserError: there are none, or one is of a kind that cannot be read.
-    """
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in SUFFIXES)
-    else:
-        files = [path] if path.is_file() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-        files = [file for file in files if file.is_file()]
-    if not files:
-        raise UserError(f"{where}.path", f"there is no file {pattern}", "Name existing files")
-    for file in files:
-        if file.suffix.lower() not in SUFFIXES:
-            raise UserError(str(file), "is of an unknown kind", f"Give files ending in {', '.join(SUFFIXES)}")
-    return files
+def _of_files(kind: str, contents: list[str]) -> str:
+    return f"{kind}:" + hashlib.sha256("\n".join(contents).encode()).hexdigest()
 
 
 def file_sha256(path: Path, cache: Path | None = None) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -102,9 +104,10 @@ class TokenStoreWriter:
         self.directory, self.form = directory, form
         self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
         self.tokens = self.targets = 0
-        self._lengths: list[int] = []
-        self._counts: list[int] = []
+        self.rows = 0
         directory.mkdir(parents=True, exist_ok=True)
+        self._offsets, self._counts = (_GrowingArray(directory / f"{name}.npy") for name in ("offsets", "counts"))
+        self._offsets.append(0)
         self._ids = (directory / "tokens.bin").open("wb")
         self._mask = (directory / "targets.bin").open("wb") if form != "text" else None
         has_metadata = form in ("pairs", "questions")
@@ -123,31 +126,73 @@ class TokenStoreWriter:
             self._ids.write(np.asarray(ids, self.dtype).tobytes())
             if self._mask:
                 self._mask.write(mask.tobytes())
-            self._lengths.append(len(ids))
             self.tokens += len(ids)
+            self._offsets.append(self.tokens)
             count += int(mask.sum()) - int(i == 0 and mask[0])  # nothing predicts a row's first token
         self._counts.append(count)
         self.targets += count
+        self.rows += 1
         if self._rows:
             self._rows.write(json.dumps(metadata or {}, ensure_ascii=False) + "\n")
 
     def facts(self) -> dict[str, int]:
-        return {"rows": len(self._counts), "tokens": self.tokens, "targets": self.targets}
+        return {"rows": self.rows, "tokens": self.tokens, "targets": self.targets}
 
     def close(self) -> None:
         """Complete the store."""
+        self._offsets.complete()
+        self._counts.complete()
         self.abandon()
-        offsets = np.concatenate(([0], np.cumsum(np.asarray(self._lengths, np.int64))))
-        np.save(self.directory / "offsets.npy", offsets)
-        np.save(self.directory / "counts.npy", np.asarray(self._counts, np.int64))
         facts = {**self.facts(), "dtype": self.dtype.name, "form": self.form}
         (self.directory / "store.json").write_text(json.dumps(facts, indent=2), "utf-8")
 
     def abandon(self) -> None:
         """Close the files and leave no store."""
-        for file in (self._ids, self._mask, self._rows):
+        for file in (self._ids, self._mask, self._rows, self._offsets.file, self._counts.file):
             if file:
                 file.close()
+
+
+class _GrowingArray:
+    """A .npy file of int64 that is written number by number: a store of any size costs no memory.
+
+    numpy leaves room in the header for the length to grow, so that it can be said at the end.
+    """
+
+    def __init__(self, path: Path):
+        self.file = path.open("wb")
+        self.length = 0
+        self._write_header()
+
+    def append(self, number: int) -> None:
+        self.file.write(number.to_bytes(8, "little", signed=True))
+        self.length += 1
+
+    def complete(self) -> None:
+        """Say in the header how many there are."""
+        end = self.file.tell()
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() + 8 * self.length == end
+        self.file.seek(end)
+
+    def _write_header(self) -> None:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (self.length,)}
+        np.lib.format.write_array_header_1_0(self.file, header)
+
+
+def link_store(source: Path, target: Path) -> None:
+    """A store that is there once more, without copying it where the file system can: nobody changes a finished store.
+
+    Args:
+        target: a folder that is not there yet.
+    """
+    target.mkdir(parents=True)
+    for file in sorted(source.iterdir()):
+        try:
+            os.link(file.resolve(), target / file.name)
+        except OSError:  # on another disk, or a file system without links
+            shutil.copyfile(file, target / file.name)
 
 
 def map_file(path: Path, dtype: np.dtype) -> np.ndarray:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.places import is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
@@ -153,7 +154,8 @@ class _Expansion:
         config, first = recipe.tokenizer, self.first.data
         if not config.sources:
             # conversations too: spelt out letter by letter, the words of a chat would cost several tokens each
-            sources = {**recipe.scale.corpora, **first.sources}
+            own = {name: source for name, source in first.sources.items() if not is_prepared(source.path)}
+            sources = {**recipe.scale.corpora, **own}  # of tokens no merges can be learnt
             config = replace(config, sources={name: source for name, source in sources.items() if source.path})
         sources = {name: replace(source, weight=1.0) for name, source in config.sources.items()}
         return TokenizerSettings(replace(config, sources=sources), source, DATA_SEED, first.validation)

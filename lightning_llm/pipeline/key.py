@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.fingerprints import file_sha256, source_fingerprint, split_path
+from lightning_llm.data.fingerprints import file_sha256, source_fingerprint
+from lightning_llm.data.places import lies_here
 from lightning_llm.pipeline.expand import Node
 from lightning_llm.settings import AS_BEFORE
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
@@ -81,7 +82,7 @@ def _settings(node: Node) -> Any:
         del plain["model"]["name"]  # what it is called decides nothing
     mixture.pop("max_epochs", None)  # a permission: what it allows is in the other settings
     for source in mixture.get("sources", {}).values():
-        if source["path"] and split_path(source["path"], "path")[0] == "files":
+        if source["path"] and lies_here(source["path"]):
             source["path"] = "files"
     return plain
 

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig, TokenizerConfig
-from lightning_llm.data.fingerprints import source_options
+from lightning_llm.data.places import source_options
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from lightning_llm.data.sources import Row, Source, open_source
-from lightning_llm.data.token_store import TokenStore, TokenStoreWriter
-from lightning_llm.data.tokenizer import Tokenizer, train_tokenizer
+from lightning_llm.data.places import prepared_facts, prepared_source
+from lightning_llm.data.rows import Row
+from lightning_llm.data.sources import Source, open_source
+from lightning_llm.data.token_store import TokenStore, TokenStoreWriter, link_store
+from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
 from lightning_llm.stages.context import StageContext, StageResult
+from lightning_llm.stages.tokenizer import make_tokenizer
 
 TOGETHER = 512  # rows tokenised at a time: all cores are busy, and little waits in memory
 LISTED = 1000  # skipped or dropped rows named in prepare.json; all are counted
@@ -38,79 +41,8 @@ def run(context: StageContext) -> StageResult:
         UserError: a source or a row is not what it should be; the message names file and line.
     """
     if isinstance(context.settings, TokenizerSettings):
-        return _make_tokenizer(context, context.settings)
+        return make_tokenizer(context, context.settings)
     return _prepare_sources(context, context.settings)
-
-
-# ---- tokenizer ----
-
-
-def _make_tokenizer(context: StageContext, settings: TokenizerSettings) -> StageResult:
-    if settings.source == "train":
-        tokenizer = _train(context, settings)
-    elif Path(settings.source).expanduser().is_dir():
-        tokenizer = Tokenizer.load(Path(settings.source).expanduser())
-    else:
-        tokenizer = Tokenizer.load(_download(settings.source))
-    tokenizer.save(context.output / "tokenizer")
-    (context.output / "tokenizer_fingerprint").write_text(tokenizer.fingerprint, "utf-8")
-    return StageResult({"vocab_size": tokenizer.vocab_size})
-
-
-def _train(context: StageContext, settings: TokenizerSettings) -> Tokenizer:
-    config = settings.tokenizer
-    if not config.sources:
-        raise UserError("tokenizer.sources", "names no text", "Give it a source, as {code: {path: embedded:code}}")
-    texts: list[str] = []
-    for done, (name, source_config) in enumerate(config.sources.items()):
-        context.console.update(done, len(config.sources), "sources")
-        source = open_source(source_config, f"tokenizer.sources.{name}")
-        size = 0
-        malformed: UserError | None = None  # they are counted where they are prepared
-        for row in source.rows(["train"]):
-            if isinstance(row, UserError):
-                malformed = malformed or row
-            elif not row.is_held_out(settings.validation):
-                text = _plain_text(row)
-                texts.append(text)
-                size += len(text.encode("utf-8"))
-                if size >= config.sample_bytes:
-                    break
-        if malformed and not size:  # not one row can be read: its columns are named wrongly, say
-            raise malformed
-    try:
-        return train_tokenizer(texts, config.vocab_size)
-    except ValueError as error:
-        raise UserError("tokenizer.vocab_size", str(error), "Raise it") from error
-
-
-def _plain_text(row: Row) -> str:
-    """What the merges are learnt from: the words of a row in any form."""
-    content = row.content
-    if "text" in content:
-        return content["text"]
-    messages = content.get("messages") or content["prompt"]
-    turns = [line for message in messages for line in (message["role"], message["content"])]
-    return "\n".join([*turns, *(content[name] for name in ("chosen", "rejected") if name in content)])
-
-
-def _download(name: str) -> Path:
-    """The tokenizer files of a model on the Hugging Face hub."""
-    from huggingface_hub import snapshot_download
-
-    wanted = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    try:
-        return Path(snapshot_download(name, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            "model.tokenizer",
-            f"{name} is no directory here, and cannot be had from the hub ({reason})",
-            "Check the name and the connection, or give a directory with tokenizer.json",
-        ) from error
-
-
-# ---- sources ----
 
 
 @dataclass
@@ -119,10 +51,21 @@ class _Report:
 
     fingerprint: str
     form: str = ""
+    layouts: dict[str, int] = field(default_factory=dict)  # how the rows were kept -> rows
     skipped: int = 0  # malformed rows
     skipped_rows: list[dict[str, str]] = field(default_factory=list)
     dropped: dict[str, dict[str, Any]] = field(default_factory=dict)  # context -> rows that are longer than it
     splits: dict[str, dict[str, int]] = field(default_factory=dict)  # rows, tokens, targets
+    commit: str | None = None  # of a data set on the hub, as it was when it was read
+
+    def count_long(self, length: int, where: str, contexts: list[int], on_long: str) -> None:
+        """Count and list a row that needs a context of `length` under each context that is shorter."""
+        for context in contexts:
+            if length > context:
+                long = self.dropped.setdefault(str(context), {"rows": 0, "on_long": on_long, "where": []})
+                long["rows"] += 1
+                if len(long["where"]) < LISTED:
+                    long["where"].append(where)
 
 
 def _prepare_sources(context: StageContext, settings: PrepareSettings) -> StageResult:
@@ -138,7 +81,12 @@ def _prepare_sources(context: StageContext, settings: PrepareSettings) -> StageR
         raise UserError("data.sources", "is empty", "Name a source")
     reports: dict[str, _Report] = {}
     for done, (name, source) in enumerate(opened.items()):
-        reports[name] = _prepare_source(context, settings, name, source, tokenizer, (done, len(opened)))
+        report = reports[name] = _Report(source.fingerprint, commit=source.commit)
+        if source.kind == "tokens":
+            _take_tokens(context, settings, name, source, tokenizer, report)
+        else:
+            _prepare_source(context, settings, name, source, tokenizer, report, (done, len(opened)))
+        _check_report(context, settings, name, report)
     content = {
         "tokenizer": tokenizer.fingerprint,
         "validation": data.validation,
@@ -159,23 +107,23 @@ def _prepare_source(
     name: str,
     source: Source,
     tokenizer: Tokenizer,
+    report: _Report,
     place: tuple[int, int],  # index of the source, number of sources
-) -> _Report:
-    """Read a source once, and write the rows of each split that is wanted."""
-    data, report = settings.data, _Report(source.fingerprint)
+) -> None:
+    """Read a source once, and write the rows of each split that is wanted. Memory does not grow with the source."""
+    data = settings.data
     writers: dict[str, TokenStoreWriter] = {}
-    origins: dict[str, list[str]] = {split: [] for split in settings.splits}  # where each row came from
-    folder = context.output / "sources" / name
     count = 0
-    rows = _wanted_rows(source, name, settings, report)
+    rows = _wanted_rows(context, source, name, settings, report)
     try:
         while batch := list(islice(rows, TOGETHER)):
             for split in settings.splits:
                 chosen = [row for row in batch if row.is_held_out(data.validation) == (split == "validation")]
                 if split not in writers:
-                    writers[split] = TokenStoreWriter(folder / split, report.form, tokenizer.vocab_size)
-                appended = _append(writers[split], chosen, tokenizer, settings.data.on_error, report)
-                origins[split] += [row.where for row in appended]
+                    folder = context.output / "sources" / name / split
+                    writers[split] = TokenStoreWriter(folder, report.form, tokenizer.vocab_size)
+                for row, length in _append(writers[split], chosen, tokenizer, data.on_error, report):
+                    report.count_long(length, row.where, _contexts(settings, report), data.on_long)
             count += len(batch)
             done = sum(writer.tokens for writer in writers.values())
             context.console.update(count, source.config.max_rows, "rows", source=place[0] + 1, tokens=done)
@@ -183,11 +131,20 @@ def _prepare_source(
         for writer in writers.values():
             writer.abandon()
         raise
+    if not writers and report.skipped:
+        first = report.skipped_rows[0]
+        what = f"{source.config.path} has no row that can be used ({report.skipped} are malformed, the first: "
+        raise UserError(source.where, f"{what}{first['where']} {first['what']})", "Mend them, or name another source")
     if not writers:
         raise UserError(source.where, f"{source.config.path} has no rows", "Give it rows, or leave the source out")
     for split, writer in writers.items():
         writer.close()
         report.splits[split] = writer.facts()
+
+
+def _check_report(context: StageContext, settings: PrepareSettings, name: str, report: _Report) -> None:
+    """Tell what a source lacks, and refuse what cannot be trained on."""
+    data = settings.data
     if report.skipped:
         first = f"{report.skipped_rows[0]['where']} {report.skipped_rows[0]['what']}"
         context.console.note(
@@ -203,29 +160,50 @@ def _prepare_source(
         )
     if "validation" in empty and data.validation:
         context.console.note(f"{name} has no held-out row among {total}: no validation loss of it")
-    if report.form != "text":
-        _count_long(report, folder, origins, settings)
-    return report
+    shortest = min(report.dropped.items(), key=lambda entry: int(entry[0]), default=None)
+    if shortest is not None and data.on_long == "stop":
+        length, long = shortest
+        raise UserError(
+            long["where"][0],
+            f"is longer than the context of {length} ({long['rows']} such rows)",
+            "Raise the context, or set data.on_long to drop or truncate_left",
+        )
 
 
-def _wanted_rows(source: Source, name: str, settings: PrepareSettings, report: _Report) -> Iterator[Row]:
-    """Rows of the form that is asked for; malformed ones stop the stage or are counted and listed."""
-    data = settings.data
+def _contexts(settings: PrepareSettings, report: _Report) -> list[int]:
+    """The contexts that a row has to fit: documents are cut, and fit any."""
+    return [] if report.form == "text" else sorted(set(settings.contexts))
+
+
+def _asked(settings: PrepareSettings, name: str) -> str:
+    """The form that a source is asked for."""
     prefix, slash, _ = name.partition("/")
-    asked = FORM_OF_PREFIX.get(prefix, data.form) if slash else data.form
+    asked = FORM_OF_PREFIX.get(prefix, settings.data.form) if slash else settings.data.form
     if asked not in ACCEPTED:
         raise UserError("data.form", f"is {asked!r}", f"Choose one of {', '.join(ACCEPTED)}")
-    for row in source.rows(settings.splits):
+    return asked
+
+
+def _wanted_rows(
+    context: StageContext, source: Source, name: str, settings: PrepareSettings, report: _Report
+) -> Iterator[Row]:
+    """Rows of the form that is asked for; malformed ones stop the stage or are counted and listed."""
+    data, asked = settings.data, _asked(settings, name)
+    for row in source.rows(settings.splits, asked):
         if isinstance(row, Row) and row.form not in ACCEPTED[asked]:
             row = UserError(row.where, f"is of form {row.form}, {asked} is asked for", "Set data.form, or mend the row")
         if isinstance(row, Row) and report.form and row.form != report.form:
             what = f"is of form {row.form}, the rows before it are of form {report.form}"
             row = UserError(row.where, what, "Make two sources of them, or leave it out with data.on_error=skip")
-        if isinstance(row, Row):
-            report.form = row.form
-            yield row
-        else:
+        if isinstance(row, UserError):
             _stop_or_skip(row, data.on_error, report)
+            continue
+        report.form = row.form
+        if row.layout:
+            if row.layout not in report.layouts:
+                context.console.note(f"{name} is read as {row.form}: {row.layout}")
+            report.layouts[row.layout] = report.layouts.get(row.layout, 0) + 1
+        yield row
 
 
 def _stop_or_skip(row: UserError, on_error: str, report: _Report) -> None:
@@ -240,53 +218,92 @@ def _stop_or_skip(row: UserError, on_error: str, report: _Report) -> None:
 
 def _append(
     writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer, on_error: str, report: _Report
-) -> list[Row]:
-    """Tokenise rows of one form; those that a chat template refuses are malformed. Returns the others."""
+) -> list[tuple[Row, int]]:
+    """Tokenise rows of one form; those that a chat template refuses are malformed.
+
+    Returns:
+        The others, and the context that each of them needs.
+    """
     try:
-        _append_all(writer, rows, tokenizer)
-        return rows
+        return list(zip(rows, _append_all(writer, rows, tokenizer), strict=True))
     except UserError:  # of which row is not said: one by one, nothing has been written yet
         appended = []
         for row in rows:
             try:
-                _append_all(writer, [row], tokenizer)
-                appended.append(row)
+                appended += zip([row], _append_all(writer, [row], tokenizer), strict=True)
             except UserError as error:
                 _stop_or_skip(UserError(row.where, f"{error.where} {error.what}", error.remedy), on_error, report)
         return appended
 
 
-def _append_all(writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer) -> None:
+def _append_all(writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer) -> list[int]:
+    """Tokenise and write; returns the context that each row needs to stand uncut."""
     contents = [row.content for row in rows]
     if writer.form == "text":
-        for ids in tokenizer.encode_documents([content["text"] for content in contents]):
+        documents = tokenizer.encode_documents([content["text"] for content in contents])
+        for ids in documents:
             writer.append([ids])
-    elif writer.form == "conversations":
-        for rendered in tokenizer.render_many([content["messages"] for content in contents]):
+        return [len(ids) for ids in documents]
+    if writer.form == "conversations":
+        conversations = tokenizer.render_many([content["messages"] for content in contents])
+        for rendered in conversations:
             writer.append([rendered.ids], [rendered.mask])
-    elif writer.form == "questions":
+        return [len(rendered.ids) for rendered in conversations]
+    if writer.form == "questions":
         prompts = tokenizer.render_many([content["prompt"] for content in contents], add_generation_prompt=True)
         for content, prompt in zip(contents, prompts, strict=True):
             writer.append([prompt.ids], [[False] * len(prompt.ids)], content)
-    else:
-        pairs = tokenizer.render_pairs([(row["prompt"], [row["chosen"], row["rejected"]]) for row in contents])
-        for content, (prompt, chosen, rejected) in zip(contents, pairs, strict=True):
-            masks = [[False] * len(prompt), [True] * len(chosen), [True] * len(rejected)]
-            writer.append([prompt, chosen, rejected], masks, content)
+        return [len(prompt.ids) for prompt in prompts]
+    pairs = tokenizer.render_pairs([(row["prompt"], [row["chosen"], row["rejected"]]) for row in contents])
+    for content, (prompt, chosen, rejected) in zip(contents, pairs, strict=True):
+        masks = [[False] * len(prompt), [True] * len(chosen), [True] * len(rejected)]
+        writer.append([prompt, chosen, rejected], masks, content)
+    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
 
 
-def _count_long(report: _Report, folder: Path, origins: dict[str, list[str]], settings: PrepareSettings) -> None:
-    """List the conversations and pairs that are longer than a context; `on_long` says what becomes of them."""
-    for length in sorted(set(settings.contexts)):
-        long: list[str] = []
-        for split, where in origins.items():
-            rows = np.flatnonzero(TokenStore.open(folder / split).row_contexts > length)
-            long += [where[row] for row in rows.tolist()]
-        if long and settings.data.on_long == "stop":
-            raise UserError(
-                long[0],
-                f"is longer than the context of {length} ({len(long)} such rows)",
-                "Raise the context, or set data.on_long to drop or truncate_left",
-            )
-        if long:
-            report.dropped[str(length)] = {"rows": len(long), "on_long": settings.data.on_long, "where": long[:LISTED]}
+# ---- tokens that are there ----
+
+
+def _take_tokens(
+    context: StageContext, settings: PrepareSettings, name: str, source: Source, tokenizer: Tokenizer, report: _Report
+) -> None:
+    """A source that `prepare` made before, of this run or another: its stores are linked, nothing is tokenised."""
+    folder, known = prepared_source(source.config.path or "", source.where)
+    path = prepared_facts(folder)
+    assert path is not None, "the source is of the kind tokens"
+    facts = json.loads(path.read_text("utf-8"))
+    before, own = facts["sources"][known], settings.data.validation
+    if facts["tokenizer"] != tokenizer.fingerprint:
+        raise UserError(
+            source.where,
+            f"{source.config.path} was made with another tokenizer (sha {facts['tokenizer'][:8]}) than this run's "
+            f"(sha {tokenizer.fingerprint[:8]})",
+            f"Give the run that tokenizer ({_tokenizer_of(path.parent)}), or the rows that the tokens were made of",
+        )
+    if before["form"] not in ACCEPTED[asked := _asked(settings, name)]:
+        what = f"{source.config.path} holds {before['form']}, {asked} is asked for"
+        raise UserError(source.where, what, "Set data.form, or name another source")
+    if facts["validation"] < own and "train" in settings.splits:
+        what = f"of {source.config.path} {facts['validation']:g} of the rows were held out, {own:g} are asked for"
+        raise UserError(source.where, what, f"Set data.validation={facts['validation']:g}, or prepare its rows again")
+    report.form, report.layouts = before["form"], before.get("layouts", {})
+    for split in settings.splits:
+        if split not in before["splits"]:
+            what = f"{source.config.path} was made without the split {split}"
+            raise UserError(source.where, what, "Name another source, or prepare its rows again")
+        link_store(folder / split, context.output / "sources" / name / split)
+        report.splits[split] = before["splits"][split]
+        store = TokenStore.open(folder / split)
+        contexts = _contexts(settings, report)
+        for row in np.flatnonzero(store.row_contexts > min(contexts)).tolist() if contexts else []:
+            where = f"{source.config.path}: row {row + 1} of {split}"
+            report.count_long(int(store.row_contexts[row]), where, contexts, settings.data.on_long)
+    context.console.note(f"{name} is taken as tokens from {source.config.path}")
+
+
+def _tokenizer_of(artifact: Path) -> str:
+    """Where the tokenizer of prepared tokens lies, as the setting that would name it."""
+    record = artifact / "stage.json"
+    inputs = json.loads(record.read_text("utf-8")).get("inputs", {}) if record.is_file() else {}
+    path = inputs.get("tokenizer", {}).get("path")
+    return f"model.tokenizer={path}/tokenizer" if path else "model.tokenizer=<its folder>"

@@ -9,7 +9,8 @@ import os
 import pytest
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.fingerprints import file_sha256, source_files, source_fingerprint
+from lightning_llm.data.fingerprints import file_sha256, source_fingerprint
+from lightning_llm.data.places import source_files
 from lightning_llm.settings import UserError
 
 

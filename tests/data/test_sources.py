@@ -7,7 +7,8 @@ import json
 import pytest
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.sources import Row, open_source, read_row
+from lightning_llm.data.rows import Row, read_row
+from lightning_llm.data.sources import open_source
 from lightning_llm.settings import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
@@ -74,7 +75,7 @@ def test_jsonl_names_file_and_line(tmp_path):
     rows = list(open_source(SourceConfig(str(file)), "data.sources.mine").rows())
     assert [row.where.removeprefix(str(file)) for row in rows] == [":1", ":3", ":4", ":5", ":6"]
     assert [row.what for row in rows if isinstance(row, UserError)] == [
-        "is not JSON (Expecting ',' delimiter at column 1)",
+        "is not JSON (Expecting ',' delimiter at column 13)",
         "is not UTF-8",
         "is a list and not an object with fields",
     ]

@@ -89,7 +89,7 @@ def test_a_tokenizer_learns_from_renamed_columns_and_from_no_held_out_row(tmp_pa
         return train_tokenizer(found, size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_llm.stages.prepare.train_tokenizer", spy)
+        patch.setattr("lightning_llm.stages.tokenizer.train_tokenizer", spy)
         folder, _ = stage(tmp_path / "one", settings)
     trained = Tokenizer.load(folder / "tokenizer")
     assert len(trained.encode_documents(["zyzzyva"])[0]) < 5  # letters and the end mark: merges were learnt
