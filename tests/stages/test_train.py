@@ -87,9 +87,7 @@ def test_attention_that_cannot_learn_here_is_refused_before_the_first_step(
 ):
     inputs = {"data": prepared["text"], "tokenizer": tokenizer_artifact}
     compute = ComputeConfig(micro_batch_tokens=256, attention="flex")
-    with pytest.raises(
-        UserError, match="compute.attention: flex has no gradients on a CPU. Set compute.attention=auto"
-    ):
+    with pytest.raises(UserError, match=r"compute\.attention: flex has no gradients on a CPU\. Set compute"):
         train.run(context_of(settings(), inputs, compute=compute))
 
 

@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from lightning_llm.models.attention.blockwise import LONGEST_KEPT, blockwise_attention
 from lightning_llm.models.attention.request import Request
 from lightning_llm.models.attention.rows import Call, fill_calls
 from lightning_llm.models.attention.segments import Segments
-from lightning_llm.models.attention.softcapped import softcapped_attention
 
 
 class Sdpa:
     """Rows of like length are stacked, so that many short ones take few calls, and padded.
 
     On the right the padding lies in the causal future of all real queries and changes nothing; on the left, before a
-    row's keys, it is masked. Soft-capping is no option of torch's function; softcapped.py has its own.
+    row's keys, it is masked. Soft-capping, which torch's function has not, and short rows on a
+    CPU, where it is slower, are computed in blockwise.py.
     """
 
     def refuses(self, request: Request) -> str | None:
@@ -55,8 +56,9 @@ class Sdpa:
 def attend_rows(call: Call, q: Tensor, k: Tensor, v: Tensor, *, softcap: float | None, scale: float) -> Tensor:
     """One call: queries [rows * queries, H, D], keys and values [rows * keys, K, D] -> as the queries."""
     q, k, v = (x.unflatten(0, (call.rows, -1)).transpose(1, 2) for x in (q, k, v))  # [rows, heads, tokens, D]
-    if softcap is not None:
-        output = softcapped_attention(q, k, v, call.mask, softcap, scale)
+    is_short = q.is_cpu and q.dtype == torch.float32 and q.shape[2] <= LONGEST_KEPT
+    if softcap is not None or is_short:
+        output = blockwise_attention(q, k, v, call.mask, softcap, scale)
     else:
         output = scaled_dot_product_attention(
             q, k, v, attn_mask=call.mask, is_causal=call.mask is None, scale=scale, enable_gqa=True
