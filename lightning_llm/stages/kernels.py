@@ -17,12 +17,12 @@ def use_attention(model: Transformer, context: StageContext, *, precision: str, 
     """
     device = torch.device("cuda" if context.compute.accelerator == "gpu" else "cpu")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    request = Request(
-        device.type,
-        dtype,
-        model.config.head_size,
-        needs_gradient=needs_gradient,
-        capability=capability(device),
-    )
+    asked = dict.fromkeys(map(model.config.layer_attention, range(model.config.num_hidden_layers)))
+    requests = [
+        Request(
+            device.type, dtype, model.config.head_size, kind.window, kind.softcap, needs_gradient, capability(device)
+        )
+        for kind in asked
+    ]
     model.attention_backend = context.compute.attention
-    return explain(model.attention_backend, [request])
+    return explain(model.attention_backend, requests)

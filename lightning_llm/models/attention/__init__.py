@@ -40,5 +40,5 @@ def attention(
         UserError: the backend is unknown, cannot do what is asked, or is installed and broken.
     """
     name = choose_backend(backend, Request.of(q, k, v, window, softcap))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return BACKENDS[name](q, k, v, segments, window=window, softcap=softcap, scale=scale)
+    factor: float = q.shape[-1] ** -0.5 if scale is None else scale
+    return BACKENDS[name](q, k, v, segments, window=window, softcap=softcap, scale=factor)

@@ -77,7 +77,9 @@ class Blockwise(torch.autograd.Function):
                 seen = slice(block.keys)
                 v_gradient[:, seen].baddbmm_(probabilities.mT, g_block)
                 scores = torch.bmm(g_block, values[:, seen].mT)
-                scores = torch._softmax_backward_data(scores, probabilities, -1, scores.dtype)  # one pass, not three
+                scores = torch.ops.aten._softmax_backward_data(
+                    scores, probabilities, -1, scores.dtype
+                )  # one pass, not three
                 if capped is not None:
                     scores.addcmul_(scores * capped, capped, value=-1)
                 k_gradient[:, seen].baddbmm_(scores.mT, q_block, alpha=scale)
@@ -101,8 +103,9 @@ class Block:
         """Softmax over the keys, and tanh(score / softcap) if there is one, both [rows * K, H/K * queries, keys]."""
         factor = scale if softcap is None else scale / softcap
         scores = torch.baddbmm(q.new_zeros(()), q, k[:, : self.keys].mT, beta=0, alpha=factor)
-        capped = None if softcap is None else scores.tanh_()
-        if capped is not None and softcap is not None:
+        capped = None
+        if softcap is not None:
+            capped = scores.tanh_()
             scores = capped * softcap
         rows = self.mask.shape[0]
         by_row = scores.view(rows, len(scores) // rows, -1, self.size, self.keys)

@@ -99,12 +99,14 @@ def block_mask(segments: Segments, window: int | None, device: torch.device):
     of_token = [torch.from_numpy(x).to(device) for x in (segment, segments.prefixes[segment], positions)]
     own, prefix, position = of_token
 
+    nearest = window or 0  # a number, so that it is compiled in
+
     def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         related = (own[key] == own[query]) | (own[key] == prefix[query])
         return related & (position[key] <= position[query])
 
     def windowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return causal(row, head, query, key) & (position[query] - position[key] < window)
+        return causal(row, head, query, key) & (position[query] - position[key] < nearest)
 
     meets = tiles(segments, window)
     # each row's tiles that count, first

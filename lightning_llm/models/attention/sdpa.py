@@ -16,8 +16,8 @@ class Sdpa:
     """Rows of like length are stacked, so that many short ones take few calls, and padded.
 
     On the right the padding lies in the causal future of all real queries and changes nothing; on the left, before a
-    row's keys, it is masked. Soft-capping, which torch's function has not, and short rows on a
-    CPU, where it is slower, are computed in blockwise.py.
+    row's keys, it is masked. Soft-capping, which torch's function has not, and short rows on a CPU, where it is slower,
+    are computed in blockwise.py.
     """
 
     def refuses(self, request: Request) -> str | None:
