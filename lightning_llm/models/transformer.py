@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm
+from torch.utils.checkpoint import checkpoint
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import families
@@ -111,6 +113,7 @@ class Transformer(nn.Module):
         inverse_frequencies(config.rope_parameters, config.head_size)  # refuses kinds of RoPE that are not built
         self.config = config
         self.attention_backend = "auto"
+        self.activation_checkpointing = False  # keep a layer's input alone, and run it again in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -148,8 +151,11 @@ class Transformer(nn.Module):
             positions, inverse_frequencies(self.config.rope_parameters, self.config.head_size, positions.device)
         )
         x = self.embed_tokens(input_ids)
+        again = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+            inputs = x, cos, sin, functools.partial(attend, index)
+            # nothing in a layer is random: there is no state of a generator to keep
+            x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -209,7 +209,10 @@ def _activation_bytes(recipe: Recipe, settings: TrainSettings) -> float:
     if model.num_experts:
         wide = model.num_experts_per_tok * model.moe_intermediate_size + model.shared_expert_intermediate_size
     heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_size
-    per_token = model.num_hidden_layers * (8 * model.hidden_size + 4 * heads + 4 * wide)
+    layer, layers = 8 * model.hidden_size + 4 * heads + 4 * wide, model.num_hidden_layers
+    per_token = layers * layer
+    if recipe.compute.activation_checkpointing == "full":  # every layer's input, and the one that is run again
+        per_token = layers * model.hidden_size + layer
     longest = max(entry["value"] for entry in settings.context)
     tokens = min(max(recipe.compute.micro_batch_tokens, longest), ramp_value(settings.batch_tokens, settings.tokens))
     return (2 if settings.precision == "bf16" else 4) * per_token * tokens

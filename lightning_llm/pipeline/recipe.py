@@ -267,6 +267,7 @@ def check(recipe: Recipe) -> None:
     _one_of("compute.strategy", recipe.compute.strategy, ("single", "ddp"))
     _one_of("compute.accelerator", recipe.compute.accelerator, ("cpu", "gpu"))
     _one_of("compute.attention", recipe.compute.attention, ATTENTION)
+    _one_of("compute.activation_checkpointing", recipe.compute.activation_checkpointing, ("none", "full"))
     _in_range("compute.devices", recipe.compute.devices, low=1)
     if recipe.compute.devices > 1 and recipe.compute.strategy == "single":
         raise UserError(

@@ -204,6 +204,10 @@ def _refuse_absent_device(recipe: Recipe, nodes: Sequence[Node]) -> None:
                 f"wants {recipe.compute.devices} GPUs, torch sees {torch.cuda.device_count()}",
                 "Choose compute=cpu, or fewer devices",
             )
+    if recipe.compute.compile and any(node.kind == "train" for node in nodes):
+        from lightning_llm.models.compilation import refuse_absent_compiler
+
+        refuse_absent_compiler(recipe.compute.accelerator)
 
 
 def _refuse_unbuilt(nodes: Sequence[Node]) -> None:

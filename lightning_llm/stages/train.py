@@ -10,6 +10,7 @@ from typing import Any
 from lightning_llm.data.packing import StageData
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import ModelConfig, Transformer, set_rope_theta
+from lightning_llm.models.compilation import compile_parts
 from lightning_llm.models.size import training_flops
 from lightning_llm.objectives.base import Objective
 from lightning_llm.settings import UserError
@@ -90,6 +91,8 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
             context.console.note(f"{rows} rows of {source} are longer than the context and left out")
     model = build_model(context)
     objective = build_objective(context, model, tokenizer)
+    if compute.compile:
+        compile_parts(objective.model)
     journal = Journal(
         context.output / "metrics.jsonl",
         data,
@@ -119,6 +122,7 @@ def build_model(context: StageContext) -> Transformer:
     longest = max(int(entry["value"]) for entry in settings.context)
     model.config = replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))
     context.console.note(use_attention(model, context, precision=settings.precision, needs_gradient=True))
+    model.activation_checkpointing = context.compute.activation_checkpointing == "full"
     return model
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.models.compilation import refuse_absent_compiler
 from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
 from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
 from lightning_llm.settings import UserError
@@ -134,6 +136,35 @@ def test_the_same_settings_give_the_same_weights_for_any_micro_batch(pretrained,
         torch.testing.assert_close(weight, weights(small)[name], rtol=0, atol=1e-4)  # rounding, after 25 steps
 
 
+def test_checkpointing_gives_the_same_weights_to_the_bit(pretrained, settings, context_of):
+    compute = ComputeConfig(micro_batch_tokens=256, activation_checkpointing="full")
+    again = context_of(settings(), pretrained[0].inputs, compute=compute)
+    train.run(again)
+    for name, weight in weights(pretrained[0]).items():
+        assert torch.equal(weight, weights(again)[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's tracer's own
+def test_a_stage_of_compiled_parts_learns_the_same(settings, prepared, tokenizer_artifact, context_of):
+    try:
+        refuse_absent_compiler("cpu")
+    except UserError as error:
+        pytest.skip(str(error))
+    torch._dynamo.reset()
+    counters.clear()
+    losses = []
+    for compile in (False, True):
+        assert not counters["stats"]["unique_graphs"]
+        compute = ComputeConfig(micro_batch_tokens=256, compile=compile)
+        inputs = {"data": prepared["text"], "tokenizer": tokenizer_artifact}
+        losses.append(train.run(context_of(settings(tokens=3000), inputs, compute=compute)).metrics["validation/loss"])
+    torch._dynamo.reset()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    # a feed-forward and a norm, with a backward pass and without, for every shape of batch in training and validation
+    assert counters["stats"]["unique_graphs"] == 4
+
+
 def test_products_in_bf16_leave_weights_in_fp32(pretrained, settings, context_of):
     context = context_of(settings(precision="bf16"), pretrained[0].inputs)
     result = train.run(context)
@@ -185,14 +216,14 @@ def one_step(settings, form, **named):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("form", ["text", "pairs"])
+@pytest.mark.parametrize(("form", "keep"), [("text", "none"), ("text", "full"), ("pairs", "none")])
 def test_two_processes_make_the_same_update_as_one(
-    form, settings, prepared, tokenizer_artifact, pretrained, context_of
+    form, keep, settings, prepared, tokenizer_artifact, pretrained, context_of
 ):
     inputs = {"data": prepared[form], "tokenizer": tokenizer_artifact, "starts_from": pretrained[0].output}
     alone = context_of(one_step(settings, form), inputs)
     alone_result = train.run(alone)
-    compute = ComputeConfig(devices=2, strategy="ddp", micro_batch_tokens=256)
+    compute = ComputeConfig(devices=2, strategy="ddp", micro_batch_tokens=256, activation_checkpointing=keep)
     both = context_of(one_step(settings, form), inputs, compute=compute)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     both_result = train.run(both)
