@@ -7,7 +7,7 @@ import sys
 
 from lightning_llm.data.tokenizer import Message
 from lightning_llm.generation.prompts import Prompt, encode_prompt
-from lightning_llm.generation.replies import reply_to
+from lightning_llm.generation.replies import Reply, reply_to
 from lightning_llm.generation.speaker import Speaker
 from lightning_llm.settings import UserError
 
@@ -37,7 +37,7 @@ class Conversation:
         self.speaker.check("conversation", ids)
         said: list[str] = []
 
-        def hear(number: int, piece: str, is_last: bool) -> None:
+        def hear(number: int, piece: str, reply: Reply | None) -> None:
             said.append(piece)
             sys.stdout.write(piece)
             sys.stdout.flush()

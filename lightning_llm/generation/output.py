@@ -35,20 +35,19 @@ def write_replies(
     ids = [encode_prompt(prompt, speaker.tokenizer, template, speaker.config.system) for prompt in prompts]
     for prompt, tokens in zip(prompts, ids, strict=True):
         speaker.check(prompt.where, tokens)
-    writer = InOrder([prompt.where for prompt in prompts]) if output_format == "text" else None
+    several = output_format == "text" and len(prompts) > 1
+    writer = InOrder([f"==> {prompt.where} <==\n" if several else "" for prompt in prompts], "\n" if several else "")
+
+    def hear(number: int, piece: str, reply: Reply | None) -> None:
+        if output_format == "jsonl":
+            piece = "" if reply is None else json.dumps(as_row(prompts[number], reply), ensure_ascii=False)
+        writer.write(number, piece if reply is None else f"{piece}\n", is_last=reply is not None)
+
     start = time.perf_counter()
-    replies = reply_to(
-        speaker,
-        ids,
-        conversations=[is_conversation(prompt, template) for prompt in prompts],
-        batch_size=batch_size,
-        hear=writer.hear if writer is not None else lambda number, piece, is_last: None,
-    )
+    conversations = [is_conversation(prompt, template) for prompt in prompts]
+    replies = reply_to(speaker, ids, conversations=conversations, batch_size=batch_size, hear=hear)
     if sys.stderr.isatty():
         print(summary(speaker, ids, replies, time.perf_counter() - start), file=sys.stderr)
-    if writer is None:
-        for prompt, reply in zip(prompts, replies, strict=True):
-            print(json.dumps(as_row(prompt, reply), ensure_ascii=False))
 
 
 def summary(speaker: Speaker, prompts: Sequence[Sequence[int]], replies: Sequence[Reply], seconds: float) -> str:
@@ -70,22 +69,26 @@ def as_row(prompt: Prompt, reply: Reply) -> dict[str, Any]:
 
 
 class InOrder:
-    """Prints the reply whose turn it is as it grows; later ones wait, whole or in part, until theirs comes."""
+    """Prints the text whose turn it is as it grows; later ones wait, whole or in part, until theirs comes."""
 
-    def __init__(self, names: Sequence[str]):
-        count = len(names)
-        self.waiting = [f"==> {name} <==\n" if count > 1 else "" for name in names]
-        self.done = [False] * count
+    def __init__(self, headings: Sequence[str], between: str):
+        """
+        Args:
+            headings: what stands before each text.
+            between: what stands between two.
+        """
+        self.waiting, self.between = list(headings), between
+        self.is_whole = [False] * len(headings)
         self.turn = 0
 
-    def hear(self, number: int, piece: str, is_last: bool) -> None:
+    def write(self, number: int, piece: str, is_last: bool) -> None:
         self.waiting[number] += piece
-        self.done[number] = is_last
+        self.is_whole[number] = is_last
         while self.turn < len(self.waiting):
             sys.stdout.write(self.waiting[self.turn])
             self.waiting[self.turn] = ""
-            if not self.done[self.turn]:
+            if not self.is_whole[self.turn]:
                 break
             self.turn += 1
-            sys.stdout.write("\n" if self.turn == len(self.done) else "\n\n")
+            sys.stdout.write(self.between if self.turn < len(self.waiting) else "")
         sys.stdout.flush()

@@ -9,8 +9,6 @@ from lightning_llm.generation.engine import generate
 from lightning_llm.generation.speaker import Speaker
 from lightning_llm.generation.stream import TextStream
 
-Hear = Callable[[int, str, bool], None]  # prompt's number, what is new of its reply, whether that is all
-
 
 @dataclass(frozen=True)
 class Reply:
@@ -21,13 +19,18 @@ class Reply:
     ended_by: str  # token | string | length
 
 
+Hear = Callable[
+    [int, str, Reply | None], None
+]  # prompt's number, what is new of its reply, with the last of it the whole
+
+
 def reply_to(
     speaker: Speaker,
     prompts: Sequence[Sequence[int]],
     *,
     conversations: Sequence[bool],
     batch_size: int = 1,
-    hear: Hear = lambda number, piece, is_last: None,
+    hear: Hear = lambda number, piece, reply: None,
 ) -> list[Reply]:
     """A reply to each prompt, heard while it is said.
 
@@ -39,23 +42,26 @@ def reply_to(
     """
     stop_ids = [speaker.turn_stop_ids if is_such else speaker.stop_ids for is_such in conversations]
     streams = [TextStream(speaker.tokenizer.decode, speaker.config.stop) for _ in prompts]
-    ended_by = ["length"] * len(prompts)
+    ids: list[list[int]] = [[] for _ in prompts]
+    replies: dict[int, Reply] = {}
 
     def listen(number: int, token: int, is_last: bool) -> bool:
-        stream, piece = streams[number], ""
+        stream, ended_by = streams[number], "length"
+        ids[number].append(token)
         if token in stop_ids[number]:
-            ended_by[number], is_last = "token", True
+            piece, ended_by, is_last = stream.finish(), "token", True
         else:
             piece = stream.push(token)
-        if is_last:
-            piece += stream.finish()
+            piece += stream.finish() if is_last else ""
         if stream.is_stopped:
-            ended_by[number], is_last = "string", True
+            ended_by, is_last = "string", True
+        if is_last:
+            replies[number] = Reply(ids[number], stream.text, ended_by)
         if piece or is_last:
-            hear(number, piece, is_last)
+            hear(number, piece, replies.get(number))
         return is_last
 
-    responses = generate(
+    generate(
         speaker.model,
         prompts,
         max_new_tokens=speaker.config.max_new_tokens,
@@ -67,4 +73,4 @@ def reply_to(
         dual_chunk=speaker.config.dual_chunk,
         listen=listen,
     )
-    return [Reply(ids, stream.text, reason) for ids, stream, reason in zip(responses, streams, ended_by, strict=True)]
+    return [replies[number] for number in range(len(prompts))]

@@ -30,7 +30,7 @@ def test_pieces_are_the_reply_and_the_reply_is_the_engines(talker):
     for reply, pieces in zip(replies, heard, strict=True):
         said = reply.ids[:-1] if reply.ended_by == "token" else reply.ids
         assert reply.text == "".join(piece for piece, _ in pieces) == speaker.tokenizer.decode(said)
-        assert [is_last for _, is_last in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert [whole for _, whole in pieces] == [None] * (len(pieces) - 1) + [reply]
         assert (reply.ended_by == "token") == (reply.ids[-1] in speaker.stop_ids)
     assert {reply.ended_by for reply in replies} >= {"length"}
 
@@ -64,17 +64,13 @@ def test_only_conversations_end_with_a_turn(talker):
     assert all(reply.ids.index(end_of_turn) == len(reply.ids) - 1 and reply.ended_by == "token" for reply in turns)
 
 
-def test_replies_are_printed_in_the_order_of_their_prompts(capsys):
-    writer = InOrder(["one", "two", "three"])
+def test_texts_are_printed_in_order(capsys):
+    writer = InOrder(["1: ", "2: ", "3: "], "-")
     said = []
     for number, piece, is_last in [(1, "b", False), (0, "a", False), (1, "b", True), (0, "a", True), (2, "c", True)]:
-        writer.hear(number, piece, is_last)
+        writer.write(number, piece, is_last)
         said.append(capsys.readouterr().out)
-    assert said == ["==> one <==\n", "a", "", "a\n\n==> two <==\nbb\n\n==> three <==\n", "c\n"]
-    alone = InOrder(["one"])
-    alone.hear(0, "a", False)
-    alone.hear(0, "", True)
-    assert capsys.readouterr().out == "a\n"
+    assert said == ["1: ", "a", "", "a-2: bb-3: ", "c"]
 
 
 def test_a_conversation_remembers_and_forgets(talker, capsys):
