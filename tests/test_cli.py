@@ -23,8 +23,11 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from lightning_llm import __version__, cli
-from lightning_llm.generation.chat import COMMANDS
+from lightning_llm.generation.chat import COMMANDS, Conversation
+from lightning_llm.generation.config import GenerationConfig
+from lightning_llm.generation.speaker import load_speaker
 from lightning_llm.pipeline.config import ChatSettings, GenerateSettings
+from lightning_llm.stages.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
 PROGRAM = [sys.executable, "-c", "import sys; from lightning_llm.cli import main; sys.exit(main())"]
@@ -331,30 +334,33 @@ def test_generate_takes_the_artifacts_of_a_run(run_folder, command, tmp_path):
     assert "artifacts/sft" in err
 
 
-def test_chat_over_pipes(talker, tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    words = [*PROGRAM, "chat", f"model={talker}", "max_new_tokens=9"]
+@pytest.fixture
+def said(talker, capsys):
+    """`said(*lines)` -> what a chat of nine tokens a reply says to each line of one conversation."""
 
-    def replies(*lines):
-        done = subprocess.run(
-            words, input="".join(f"{line}\n" for line in lines), cwd=tmp_path, env=environment,
-            capture_output=True, encoding="utf-8",
-        )  # fmt: skip
-        assert done.returncode == 0
-        return done.stdout, done.stderr
+    def say(*lines: str) -> list[str]:
+        conversation = Conversation(load_speaker(talker, GenerationConfig(max_new_tokens=9), ComputeConfig()))
+        replies = []
+        for line in lines:
+            conversation.say(line)
+            replies.append(capsys.readouterr().out)
+        return replies
 
-    one, err = replies("hello")
-    assert err == ""
-    assert one.endswith("\n")
-    both, _ = replies("hello", "", "hello")
-    assert both.startswith(one)
-    assert both != one * 2  # the second is said to a conversation
-    out, err = replies("hello", "/reset", "hello", "/rest", "/exit", "hello")
-    assert out == one * 2
-    assert err.startswith("/rest is no command")
-    out, err = replies("fox " * 300, "hello")
-    assert out == one
-    assert err.startswith("error: conversation: has ")
+    return say
+
+
+def test_chat_over_pipes(talker, said, tmp_path):
+    first, second = said("hello", "hello")
+    assert first != second  # which is said to a conversation
+    lines = ["hello", "", "hello", "/reset", "hello", "/rest", "fox " * 300, "hello", "/exit", "hello"]
+    done = subprocess.run(
+        [*PROGRAM, "chat", f"model={talker}", "max_new_tokens=9"], input="\n".join(lines), cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8",
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, first + second + first + second)
+    unknown, too_long = done.stderr.splitlines()
+    assert unknown.startswith("/rest is no command")
+    assert too_long.startswith("error: conversation: has ")
 
 
 class Terminal:
@@ -412,16 +418,13 @@ def terminal(tmp_path):
         os.close(one.primary)
 
 
-def test_chat_on_a_terminal(talker, terminal, tmp_path):
+def test_chat_on_a_terminal(talker, terminal, said):
     """Replies appear while they are said; Ctrl-C stops one and not the chat; Ctrl-D ends it."""
-    pipes = subprocess.run(
-        [*PROGRAM, "chat", f"model={talker}", "max_new_tokens=9"], input="hello\n", cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8", check=True,
-    ).stdout  # fmt: skip
+    [reply] = said("hello")
     talk = terminal("chat", f"model={talker}", "max_new_tokens=9")
     assert talk.read_until("> ") == f"{COMMANDS}\n> "
     talk.type("hello\n")
-    assert talk.read_until("> ", more_than=len("hello\n> ")) == f"hello\n{pipes}> "
+    assert talk.read_until("> ", more_than=len("hello\n> ")) == f"hello\n{reply}> "
     talk.await_input()
     talk.type("half a line\x03")
     talk.read_until(f"{COMMANDS}\n> ")
