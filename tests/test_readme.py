@@ -98,7 +98,7 @@ def test_rows_shown_are_rows(tmp_path):
         [row] = open_source(SourceConfig(path=str(path)), "data.sources.mine").rows()
         assert not isinstance(row, Exception), row
         forms.append(row.form)
-    assert forms == ["text", "conversations", "conversations", "pairs"]
+    assert forms == ["text", *["conversations"] * 4, "pairs"]
 
 
 def test_links_lead_somewhere():

@@ -14,12 +14,16 @@ SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
 class SourceConfig:
     """One source of rows."""
 
-    # "embedded:<name>", a file or glob (jsonl, parquet, txt), "hub:<org>/<name>"; none: scale.corpora[<source>]
+    # A file, glob or folder (jsonl, .gz, .zst, parquet, txt), a folder of `datasets` or of prepared tokens,
+    # "hub:<org>/<name>" or "embedded:<name>"; none: scale.corpora[<source>]
     path: str | None = None
     weight: Any = 1.0  # share of the consumed tokens, or a ramp [{at: <share of the stage's tokens>, value: ...}]
-    columns: dict[str, str] = field(default_factory=dict)  # our field -> the file's column, where they differ
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # our field -> the file's column, where they differ; data.body is nested
     max_rows: int | None = None
-    options: dict[str, Any] = field(default_factory=dict)  # of an embedded source
+    # of a hub: split, config, revision; of `datasets`: split; of text files: documents (file | paragraph)
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @option("data", "mixture")

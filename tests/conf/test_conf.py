@@ -27,6 +27,8 @@ WITHIN = {
 PLACES = {
     "qwen2_sft": "sft",
     "qwen2_preferences": "dpo",
+    "own_conversations": "sft",
+    "own_pairs": "dpo",
     "dpo": "dpo",
     "ipo": "dpo",
 }  # option -> the stage that it suits

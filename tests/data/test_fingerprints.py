@@ -72,3 +72,43 @@ def test_files_of_a_pattern_and_of_a_folder(tmp_path):
     assert [file.name for file in source_files(f"{tmp_path}/*.jsonl", "s")] == ["b.jsonl"]
     with pytest.raises(UserError, match=r"c\.csv: is of an unknown kind"):
         source_files(f"{tmp_path}/*.csv", "s")
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_saved_data_counts_by_its_files(tmp_path):
+    """What it was saved with stays when a file is exchanged."""
+    import datasets
+
+    def saved(name, *texts):
+        datasets.Dataset.from_list([{"text": text} for text in texts]).save_to_disk(str(tmp_path / name))
+        return tmp_path / name
+
+    a, b, c = saved("a", "x", "y"), saved("b", "x", "y"), saved("c", "x", "z")
+    prints = {path.name: source_fingerprint(SourceConfig(str(path)), "s") for path in (a, b, c)}
+    assert prints["a"] == prints["b"] != prints["c"]
+    [file], [other] = a.glob("*.arrow"), c.glob("*.arrow")
+    file.write_bytes(other.read_bytes())
+    assert source_fingerprint(SourceConfig(str(a)), "s") == prints["c"]
+
+
+def test_a_repository_on_this_machine_counts_by_its_files(tmp_path):
+    folder = tmp_path / "repository"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "rows.jsonl").write_text("x")
+    source = SourceConfig(f"hub:{folder}")
+    before = source_fingerprint(source, "s")
+    (folder / ".cache" / "when").write_text("now")
+    assert source_fingerprint(source, "s") == before
+    (folder / "rows.jsonl").write_text("y!")
+    assert source_fingerprint(source, "s") != before
+
+
+def test_compression_is_part_of_how_a_file_is_read(tmp_path):
+    prints = set()
+    for name in ("a.jsonl", "a.jsonl.gz", "a.txt", "a.txt.zst"):
+        (tmp_path / name).write_text("x")
+        prints.add(source_fingerprint(SourceConfig(str(tmp_path / name)), "s"))
+    assert len(prints) == 4
+    # as it was before there were others: keys of artifacts hold it
+    plain = "jsonl " + hashlib.sha256(b"x").hexdigest()
+    assert "files:" + hashlib.sha256(plain.encode()).hexdigest() in prints

@@ -1,4 +1,4 @@
-"""Rows of every form come out in one shape, and a malformed one names its file and line."""
+"""Rows come out of every kind of source, and a malformed one names its file and line."""
 
 from __future__ import annotations
 
@@ -7,66 +7,12 @@ import json
 import pytest
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.rows import Row, read_row
+from lightning_llm.data.places import source_options
+from lightning_llm.data.rows import Row
 from lightning_llm.data.sources import open_source
 from lightning_llm.settings import UserError
 
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}
-GOOD = {
-    "text": ({"text": "abc"}, "text", {"text": "abc"}),
-    "messages": ({"messages": [USER, ASSISTANT]}, "conversations", {"messages": [USER, ASSISTANT]}),
-    "prompt and completion": ({"prompt": "hi", "completion": "ho"}, "conversations", {"messages": [USER, ASSISTANT]}),
-    "messages and completion": (
-        {"prompt": [USER], "completion": [ASSISTANT]},
-        "conversations",
-        {"messages": [USER, ASSISTANT]},
-    ),
-    "pair": (
-        {"prompt": "hi", "chosen": "ho", "rejected": "hu", "answer": "ho"},
-        "pairs",
-        {"prompt": [USER], "chosen": "ho", "rejected": "hu", "answer": "ho"},
-    ),
-    "pair of conversations": (
-        {"chosen": [USER, ASSISTANT], "rejected": [USER, {**ASSISTANT, "content": "hu"}]},
-        "pairs",
-        {"prompt": [USER], "chosen": "ho", "rejected": "hu"},
-    ),
-    "question": (
-        {"prompt": "hi", "answer": "ho", "task": "greet"},
-        "questions",
-        {"prompt": [USER], "answer": "ho", "task": "greet"},
-    ),
-    "empty columns of a table": ({"text": "abc", "messages": None}, "text", {"text": "abc"}),
-}
-BAD = {
-    "no field": ({"prompt": "hi", "chosen": "ho"}, 'no field "rejected" (found: prompt, chosen)'),
-    "nothing known": ({"body": "x"}, 'no field "text" (found: body)'),
-    "prompt alone": ({"prompt": "hi"}, 'no field "completion"'),
-    "a list": (["text"], "is a list and not an object"),
-    "number as text": ({"text": 3}, '"text" is a number and not text'),
-    "empty": ({"text": " \n"}, '"text" is empty'),
-    "messages as object": ({"messages": {}}, '"messages" is an object and not text or a list'),
-    "no role": ({"messages": [{"content": "x"}]}, 'turn 1 of "messages" has no role'),
-    "unknown role": ({"messages": [USER, {**ASSISTANT, "role": "bot"}]}, "turn 2 of \"messages\" has the role 'bot'"),
-    "content of parts": ({"messages": [{**USER, "content": []}]}, "has a list as content"),
-    "nobody answers": ({"messages": [USER]}, "the assistant says nothing"),
-    "answer by the user": ({"prompt": "hi", "chosen": [USER], "rejected": "x"}, '"chosen" does not end in a turn'),
-    "different prompts": ({"chosen": [USER, ASSISTANT], "rejected": [ASSISTANT, ASSISTANT]}, 'has no "prompt"'),
-}
-
-
-@pytest.mark.parametrize(("fields", "form", "content"), GOOD.values(), ids=GOOD.keys())
-def test_rows_come_out_in_one_shape(fields, form, content):
-    assert read_row(fields, {}, "f:1") == Row("f:1", form, content)
-
-
-@pytest.mark.parametrize(("fields", "message"), BAD.values(), ids=BAD.keys())
-def test_a_malformed_row_says_what_is_wrong(fields, message):
-    with pytest.raises(UserError) as error:
-        read_row(fields, {}, "pairs.jsonl:1374")
-    assert str(error.value).startswith("pairs.jsonl:1374: ")
-    assert message in str(error.value)
-    assert "data.on_error=skip" in str(error.value)
 
 
 def test_jsonl_names_file_and_line(tmp_path):
@@ -88,16 +34,6 @@ def test_lines_that_json_takes_and_nothing_else_does_are_malformed_rows(tmp_path
     assert [isinstance(row, UserError) for row in found] == [True, True, True, False]
     assert [row.where for row in found] == [f"{file}:{line}" for line in (1, 2, 3, 4)]
     assert "half a character" in str(found[0])
-
-
-def test_a_pair_may_repeat_its_prompt_and_nothing_else():
-    prompt = [{"role": "user", "content": "hi"}]
-    answer = {"role": "assistant", "content": "yes"}
-    row = {"prompt": "hi", "chosen": [*prompt, answer], "rejected": [answer]}
-    assert read_row(row, {}, "x:1").content == {"prompt": prompt, "chosen": "yes", "rejected": "yes"}
-    other = [{"role": "user", "content": "ho"}, answer]
-    with pytest.raises(UserError, match='x:1: "chosen" has turns before its answer'):
-        read_row({**row, "chosen": other}, {}, "x:1")
 
 
 def test_columns_are_renamed_and_rows_are_counted(tmp_path):
@@ -156,11 +92,83 @@ def test_embedded_sources_make_what_is_asked():
         list(open_source(SourceConfig("embedded:tasks", options={"task": "sing"}), "s").rows())
 
 
-def test_the_split_is_one_for_all_and_goes_by_the_prompt():
-    rows = [read_row({"prompt": str(i), "chosen": "a", "rejected": "b"}, {}, "f") for i in range(2000)]
-    others = [read_row({"prompt": str(i), "chosen": "c", "rejected": "d"}, {}, "g") for i in range(2000)]
-    few = {i for i, row in enumerate(rows) if row.is_held_out(0.02)}
-    many = {i for i, row in enumerate(others) if row.is_held_out(0.1)}
-    assert 20 < len(few) < 70
-    assert few < many
-    assert not any(row.is_held_out(0.0) for row in rows)
+def test_a_folder_gives_its_rows_and_not_what_tells_about_them(tmp_path):
+    for name in ("README.md", "data/a.jsonl", "data/.cache/b.jsonl", ".git/c.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text('{"text": "row"}')
+    rows = list(open_source(SourceConfig(str(tmp_path)), "s").rows())
+    assert [row.where for row in rows] == [f"{tmp_path}/data/a.jsonl:1"]
+    (tmp_path / "data" / "a.jsonl").unlink()
+    assert [row.where for row in open_source(SourceConfig(str(tmp_path)), "s").rows()] == [f"{tmp_path}/README.md"]
+    (tmp_path / "README.md").unlink()
+    with pytest.raises(UserError, match=r"s\.path: .* holds no file that can be read"):
+        open_source(SourceConfig(str(tmp_path)), "s")
+
+
+def test_options_that_do_not_fit_are_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "row"}')
+    for documents, message in (("page", "is 'page'. Choose one of file, paragraph"), ("file", "has no text files")):
+        with pytest.raises(UserError, match=message):
+            open_source(SourceConfig(str(tmp_path), options={"documents": documents}), "s")
+    assert source_options(str(tmp_path), "s") == ("documents",)
+    assert source_options("hub:a/b", "s") == ("split", "config", "revision")
+    assert "split" in source_options("nothing/here", "s")  # what is missing is named later, and not its options
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_a_hub_is_read_from_the_commit_that_its_revision_is(monkeypatch):
+    """The commit is asked for once and handed on; without a connection the revision is read as it is named."""
+    import datasets
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *words, **named: asked.append((words, named)) or [])
+    monkeypatch.setattr(
+        huggingface_hub.HfApi,
+        "dataset_info",
+        lambda *words, **named: huggingface_hub.hf_api.DatasetInfo(id="a/b", sha="c0"),
+    )
+    config = SourceConfig("hub:a/b", options={"config": "small", "split": "test", "revision": "v1"})
+    source = open_source(config, "s")
+    assert source.commit == "c0"
+    assert list(source.rows()) == []
+    assert asked == [(("a/b", "small"), {"split": "test", "revision": "c0", "streaming": True})]
+    assert source.fingerprint == "hub:a/b@v1"  # a key does not depend on who can be reached
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert open_source(config, "s").commit is None
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_a_split_of_saved_data_is_named(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "row"}])
+    datasets.DatasetDict({"one": rows, "two": rows}).save_to_disk(str(tmp_path / "both"))
+    with pytest.raises(UserError, match=r"s\.options\.split: there is no split train in .*\. Take one, two"):
+        open_source(SourceConfig(str(tmp_path / "both")), "s")
+    two = open_source(SourceConfig(str(tmp_path / "both"), options={"split": "two"}), "s")
+    assert [row.where for row in two.rows()] == [f"{tmp_path}/both/two two: row 1"]
+    datasets.DatasetDict({"only": rows}).save_to_disk(str(tmp_path / "only"))
+    assert len(list(open_source(SourceConfig(str(tmp_path / "only")), "s").rows())) == 1
+
+
+def test_an_array_of_large_rows_is_read_piece_by_piece(tmp_path):
+    texts = [f"{number}" * length for number, length in enumerate((3, 300_000, 5, 70_000))]
+    file = tmp_path / "rows.json"
+    file.write_text("\ufeff\n [\n" + ",\n".join(json.dumps({"text": text}) for text in texts) + "\n]\n", "utf-8")
+    rows = list(open_source(SourceConfig(str(file)), "s").rows())
+    assert [row.content["text"] for row in rows if isinstance(row, Row)] == texts
+    assert [row.where for row in rows] == [f"{file}:{line}" for line in (3, 4, 5, 6)]
+
+
+def test_text_of_a_table_that_is_no_text_is_one_malformed_row(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    broken = pa.array([b"one", b"\xff", b"three"]).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "rows.parquet")
+    first, second, third = open_source(SourceConfig(str(tmp_path)), "s").rows()
+    assert isinstance(second, UserError)
+    assert "rows.parquet: row 2: cannot be read" in str(second)
+    assert [row.content["text"] for row in (first, third) if isinstance(row, Row)] == ["one", "three"]

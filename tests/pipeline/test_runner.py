@@ -20,6 +20,7 @@ from lightning_llm.objectives.config import DPOConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline import Recipe, StageFailed
 from lightning_llm.pipeline.config import LimitsConfig, StoreConfig
+from lightning_llm.pipeline.runner import check_run
 from lightning_llm.pipeline.store import Store
 from lightning_llm.settings import UserError
 
@@ -148,6 +149,29 @@ def test_the_users_own_data_and_its_mistakes(place):
         place.run(place.changed("sft", data=mine), only="sft")
     record = place.run(place.changed("sft", data=replace(mine, on_error="skip")), only="sft")
     assert made(record) == {"sft.prepare", "sft", "sft.evaluate"}
+
+
+def test_tokens_of_another_run_are_taken(place, words):
+    """With the tokens of its own sources a stage learns from the same rows as before, and nothing is tokenised."""
+    tokens = place.artifact("prepare-sft.prepare")
+    assert (tokens / "sources" / "instructions" / "train" / "store.json").is_file()
+    data = place.recipe.stages["sft"].data
+    stored = {name: replace(source, path=str(tokens / "sources" / name)) for name, source in data.sources.items()
+              if (tokens / "sources" / name).is_dir()}  # fmt: skip
+    record = place.run(place.changed("sft", data=replace(data, sources=stored, validation=0.05)), only="sft")
+    assert "sft.prepare" in made(record)
+    for file in (tokens / "sources").rglob("*.bin"):
+        again = record.artifact("sft.prepare") / file.relative_to(tokens)
+        assert again.read_bytes() == file.read_bytes()
+        assert again.stat().st_ino == file.stat().st_ino  # and nothing is copied
+    before = place.run(only="sft").stages["sft"]["metrics"]
+    for metric in ("loss", "validation/loss", "perplexity/web"):
+        assert record.stages["sft"]["metrics"][metric] == before[metric]
+    web = place.artifact("prepare-pretrain.prepare") / "sources" / "web"
+    words = [*words, f"stages.pretrain.data.sources.web.path={web}", f"store.root={place.folder}/artifacts"]
+    checked = check_run(compose("qwen2", overrides=words))
+    assert checked.keys["tokenizer"] == record.stages["tokenizer"]["key"]  # of tokens no merges are learnt
+    assert checked.there["pretrain.prepare"] is None
 
 
 def test_a_model_of_elsewhere(place):
