@@ -7,13 +7,28 @@ from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import generate
 from lightning_llm.generation.speaker import read_stop_ids
 from lightning_llm.models import Transformer
+from lightning_llm.settings import UserError
 
 COMMON = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 4, "num_attention_heads": 6,
     "num_key_value_heads": 2, "max_position_embeddings": 128, "bos_token_id": None, "pad_token_id": 0,
     "eos_token_id": [7, 19],
 }  # fmt: skip
-FAMILIES = {"Qwen2": {"tie_word_embeddings": True}}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES = {
+    "Qwen2": {"tie_word_embeddings": True},
+    "Qwen2, yarn": {"rope_parameters": YARN},
+    "Qwen2Moe": {
+        "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 20,
+    },
+    "Qwen3": {"head_dim": 6, "tie_word_embeddings": True},
+    "Gemma2": {
+        "head_dim": 6, "sliding_window": 8, "query_pre_attn_scalar": 9, "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 5.0,
+    },
+    "Llama": {"rope_parameters": {**LLAMA3, "original_max_position_embeddings": 64}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -43,7 +58,12 @@ def theirs(request, tmp_path_factory):
 def test_greedy(theirs):
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(8, 61, (n,), generator=generator).tolist() for n in (3, 1, 17, 4, 30, 9, 2, 12)]
-    ours = Transformer.from_pretrained(theirs.directory)
+    try:
+        ours = Transformer.from_pretrained(theirs.directory)
+    except UserError as error:
+        if "not built yet" in str(error):
+            pytest.skip(str(error))
+        raise
     stop_ids = read_stop_ids(theirs.directory, {})
     assert stop_ids == {7, 19}
     responses = generate(ours, prompts, max_new_tokens=40, stop_ids=stop_ids, batch_size=5)

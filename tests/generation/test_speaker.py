@@ -91,6 +91,23 @@ def test_a_reply_ends_where_the_context_does(directory):
     assert {reply.ended_by for reply in replies} == {"length"}
 
 
+def test_positions_stretched_at_inference(directory):
+    """The same as a directory that says so itself."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    prompt = [[260, 261, 262] * 100]
+    try:
+        stretched = reply_to(load(directory, rope_scaling=yarn, max_new_tokens=20), prompt, conversations=[False])
+    except UserError as error:
+        if "not built yet" in str(error):
+            pytest.skip(str(error))
+        raise
+    config = json.loads((directory / "config.json").read_text())
+    theta = config["rope_theta"]
+    changed = {"rope_parameters": yarn | {"rope_theta": theta}, "rope_scaling": None, "max_position_embeddings": 1024}
+    say(directory, config | changed, "config.json")
+    assert reply_to(load(directory, max_new_tokens=20), prompt, conversations=[False]) == stretched
+
+
 def test_half_precision_is_half_the_memory(directory):
     weights = [load(directory, precision=name).model.embed_tokens.weight for name in ("fp32", "bf16")]
     assert [weight.dtype for weight in weights] == [torch.float32, torch.bfloat16]
