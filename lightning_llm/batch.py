@@ -155,6 +155,12 @@ class SegmentBatch:
     def num_segments(self) -> int:
         return len(self.lengths)
 
+    @property
+    def extents(self) -> list[tuple[int, int]]:
+        """(tokens, tokens of its prefix) of every segment: what attention costs."""
+        prefixes = (self.lengths[prefix] if prefix >= 0 else 0 for prefix in self.prefixes)
+        return list(zip(self.lengths, prefixes, strict=True))
+
     def to(self, device: torch.device | str) -> SegmentBatch:
         """The same batch with its tensors on `device`."""
         moved = {

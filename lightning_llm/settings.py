@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import pkgutil
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
 Settings = TypeVar("Settings", bound=type)
-AS_BEFORE = "as_before"  # metadata of a field that came later: the value with which it stays out of keys
+AS_BEFORE = "as_before"  # in a field's metadata: the value with which everything is as it was without the field
 OPTIONS: dict[tuple[str, str], type] = {}  # (group, name) -> dataclass; the command line hands them to Hydra
 
 
@@ -32,6 +33,14 @@ def option(group: str, name: str) -> Callable[[Settings], Settings]:
         return schema
 
     return register
+
+
+def came_later(default: Any) -> Any:
+    """A field that was added to settings in use: as long as it has its default, keys of artifacts stay what they were."""
+    metadata = {AS_BEFORE: default}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass

@@ -20,7 +20,6 @@ from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig
 from lightning_llm.data.mixture import Mixture, SourceStream
 from lightning_llm.data.token_store import TokenStore, map_file
-from lightning_llm.models.size import attended_pairs
 from lightning_llm.schedules import BatchPlan, Progress, Ramp, as_ramp
 from lightning_llm.settings import UserError
 
@@ -59,7 +58,7 @@ class Window:
     target_tokens: int  # over all ranks; 0 is possible where a step is smaller than a piece
     pairs: int  # over all ranks
     consumed: dict[str, int]  # source -> tokens of this window, over all ranks
-    attended: int  # pairs of query and key that attention meets in each layer and head, over all ranks
+    segments: list[tuple[int, int]]  # tokens, and of the prefix, of each over all ranks: what attention costs
     samples: int  # units that begin in this window: conversations, pairs, documents' parts of a context's length
     context: int
 
@@ -170,12 +169,12 @@ class Feed:
             return int(self.store.is_target[first + piece.begin + 1 : first + piece.end].sum())
         return int(self.store.target_counts[piece.row])
 
-    def attended(self, piece: Piece) -> int:
-        """Pairs of query and key in a piece: of a pair of responses each sees the prompt, not the other."""
-        first, *responses = [end - begin for begin, end in self.spans(piece)] if self.store.form == "pairs" else [
-            piece.length
-        ]  # fmt: skip
-        return attended_pairs(first) + sum(attended_pairs(length, first) for length in responses)
+    def segments(self, piece: Piece) -> list[tuple[int, int]]:
+        """(tokens, tokens of its prefix) of a piece's segments: two responses each see the prompt, not the other."""
+        if self.store.form != "pairs":
+            return [(piece.length, 0)]
+        first, *responses = [end - begin for begin, end in self.spans(piece)]
+        return [(first, 0), *((length, first) for length in responses)]
 
     def spans(self, piece: Piece) -> list[tuple[int, int]]:
         """Where the piece's segments lie in tokens.bin."""
@@ -377,7 +376,7 @@ class StageData:
             target_tokens=sum(self.feeds[piece.source].targets(piece) for piece in pieces),
             pairs=sum(self.feeds[piece.source].store.form == "pairs" for piece in pieces),
             consumed=consumed,
-            attended=sum(self.feeds[piece.source].attended(piece) for piece in pieces),
+            segments=[segment for piece in pieces for segment in self.feeds[piece.source].segments(piece)],
             samples=after.samples - sum(self._units_before(step)),
             context=self.context(step),
         )

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_llm.models.config import ModelConfig, set_rope_theta
+from lightning_llm.models.config import ModelConfig, set_rope_scaling, set_rope_theta
 
-__all__ = ["ModelConfig", "Transformer", "set_rope_theta"]
+__all__ = ["ModelConfig", "Transformer", "set_rope_scaling", "set_rope_theta"]
 
 if TYPE_CHECKING:
     from lightning_llm.models.transformer import Transformer

@@ -1,11 +1,20 @@
-"""The shape of a model: one dataclass whose fields are spelt as in config.json."""
+"""The shape of a model: one dataclass whose fields are spelt as in config.json, and what each layer asks of attention."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lightning_llm.settings import option
+from lightning_llm.settings import came_later, option
+
+SLIDING, FULL = "sliding_attention", "full_attention"  # transformers' words, in `layer_types`
+# rope_type -> the keys of rope_parameters beside rope_type and rope_theta: those it needs, those it may have
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "attention_factor")),
+}
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class ModelConfig:
     num_attention_heads: int = 28
     num_key_value_heads: int = 4
     head_dim: int | None = None  # none: hidden_size / num_attention_heads
-    hidden_act: str = "silu"
+    hidden_act: str = "silu"  # silu (SwiGLU) | gelu_pytorch_tanh (GeGLU)
     attention_bias: bool = True  # bias on the query, key and value projections (Qwen 2)
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
@@ -39,6 +48,16 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     initializer_range: float = 0.02
     tokenizer: str = "train"  # "train": on the recipe's own text; else a directory or hub name with tokenizer.json
+    # what some families have; the defaults are a model without it
+    qk_norm: bool = came_later(False)  # a norm of each head's query and key, before they are turned (AFM, Qwen 3)
+    post_norms: bool = came_later(False)  # norms also of what attention and feed-forward add (Gemma 2)
+    norms_add_one: bool = came_later(False)  # norms multiply by 1 + weight; the weight starts at 0 (Gemma 2)
+    scale_embeddings: bool = came_later(False)  # embeddings are multiplied by sqrt(hidden_size) (Gemma 2)
+    sliding_window: int | None = came_later(None)  # tokens that a query sees in layers of sliding attention
+    layer_types: list[str] = came_later([FULL])  # sliding_attention | full_attention, repeated over the layers
+    attn_logit_softcapping: float | None = came_later(None)  # scores of attention are held within +- this (Gemma 2)
+    final_logit_softcapping: float | None = came_later(None)  # and logits (Gemma 2)
+    query_pre_attn_scalar: int | None = came_later(None)  # scores are divided by its root; none: by that of head_dim
     # mixture of experts (Qwen2-57B-A14B); num_experts 0 is a dense model
     num_experts: int = 0
     num_experts_per_tok: int = 0
@@ -65,6 +84,15 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"the head size ({self.head_size}) must be even: rotary embeddings turn pairs of values")
+        for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}; null leaves it out")
+        if not self.layer_types or not {SLIDING, FULL}.issuperset(self.layer_types):
+            raise ValueError(f"layer_types must be a list of {SLIDING} and {FULL}, got {self.layer_types}")
+        if SLIDING in self.layer_types and self.sliding_window is None:
+            raise ValueError(f"layer_types names {SLIDING}, so sliding_window must have a value")
+        check_rope(self.rope_parameters)
 
     @property
     def head_size(self) -> int:
@@ -73,7 +101,31 @@ class ModelConfig:
 
     def layer_attention(self, layer: int) -> LayerAttention:
         """What layer `layer`, counted from 0, asks of attention. All that computes attention asks here."""
-        return LayerAttention()
+        slides = self.layer_types[layer % len(self.layer_types)] == SLIDING
+        return LayerAttention(
+            window=self.sliding_window if slides else None,
+            softcap=self.attn_logit_softcapping,
+            scale=None if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar**-0.5,
+        )
+
+
+def check_rope(parameters: dict[str, Any]) -> None:
+    """Raises ValueError where a key of rope_parameters is missing, unknown, or no positive number."""
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type not in ROPE_KEYS:
+        raise ValueError(f"rope_parameters.rope_type {rope_type!r} is not built yet; built are {', '.join(ROPE_KEYS)}")
+    needed, optional = ROPE_KEYS[rope_type]
+    for name in ("rope_theta", *needed):
+        if name not in parameters:
+            raise ValueError(f"rope_parameters.{name} has no value, and rope_type {rope_type} needs one")
+    for name, value in parameters.items():
+        if name != "rope_type" and name not in ("rope_theta", *needed, *optional):
+            raise ValueError(f"rope_parameters.{name} means nothing to rope_type {rope_type}")
+        if name != "rope_type" and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise ValueError(f"rope_parameters.{name} must be a positive number, got {value!r}")
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        if low in parameters and high in parameters and parameters[low] >= parameters[high]:
+            raise ValueError(f"rope_parameters.{low} must be below {high}")
 
 
 def set_rope_theta(config: ModelConfig, theta: float) -> ModelConfig:

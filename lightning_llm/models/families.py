@@ -14,11 +14,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.config import FULL, ROPE_KEYS, SLIDING, ModelConfig
 from lightning_llm.settings import UserError
 
 SHARD_BYTES = 5_000_000_000  # of one safetensors file; also what writing needs in memory beside the model
-COPIED = {  # fields spelt alike in config.json: what they are if it does not say (None: it has to)
+COPIED = {  # fields spelt alike in all config.json: what they are if it does not say (None: it has to)
     "vocab_size": None,
     "hidden_size": None,
     "intermediate_size": None,
@@ -31,6 +31,20 @@ COPIED = {  # fields spelt alike in config.json: what they are if it does not sa
     "tie_word_embeddings": False,
     "initializer_range": 0.02,
 }
+PLAIN = {  # fields of which a family spells some in config.json, has others always, and lacks the rest
+    "attention_bias": False,
+    "qk_norm": False,
+    "post_norms": False,
+    "norms_add_one": False,
+    "scale_embeddings": False,
+    "sliding_window": None,
+    "layer_types": [FULL],
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "query_pre_attn_scalar": None,
+    "num_experts": 0,
+}
+NEUTRAL = {"truncate": True, "partial_rotary_factor": 1.0}  # entries of rope_parameters that change nothing
 
 
 @dataclass(frozen=True)
@@ -39,17 +53,60 @@ class Family:
 
     model_type: str
     architecture: str
-    implies: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that config.json does not spell
+    implies: dict[str, Any] = field(default_factory=dict)  # fields of ModelConfig that it always has, unlike PLAIN
     constants: dict[str, Any] = field(default_factory=dict)  # keys of config.json that have one value with us
+    defaults: dict[str, Any] = field(default_factory=dict)  # of fields that it spells, where not those of COPIED
+    renamed: dict[str, str] = field(default_factory=dict)  # field -> key of config.json
+    windows: str = "none"  # none | switched (by use_sliding_window) | alternating (unless layer_types says otherwise)
+    heads_share_width: bool = False  # transformers wants hidden_size to be a multiple of num_attention_heads
+
+    @property
+    def spelt(self) -> dict[str, Any]:
+        """Fields that stand in its config.json as they are: what they are if it does not say."""
+        return COPIED | self.defaults
+
+    @property
+    def implied(self) -> dict[str, Any]:
+        """Fields that its config.json does not spell, since the class leaves no choice."""
+        chosen = self.spelt.keys() | ({"sliding_window", "layer_types"} if self.windows != "none" else set())
+        return {name: value for name, value in (PLAIN | self.implies).items() if name not in chosen}
 
 
 FAMILIES = {
-    "qwen2": Family(
-        model_type="qwen2",
-        architecture="Qwen2ForCausalLM",
-        implies={"attention_bias": True, "num_experts": 0},
-        constants={"use_sliding_window": False},
-    )
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", implies={"attention_bias": True}, windows="switched"),
+    "qwen3": Family(  # AFM, too, is written as it
+        "qwen3",
+        "Qwen3ForCausalLM",
+        implies={"qk_norm": True},
+        constants={"attention_bias": False},
+        defaults={"head_dim": 128},
+        windows="switched",
+    ),
+    "llama": Family(
+        "llama",
+        "LlamaForCausalLM",
+        constants={"attention_bias": False, "mlp_bias": False},
+        defaults={"max_position_embeddings": 2048},
+        heads_share_width=True,
+    ),
+    "gemma2": Family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        implies={"post_norms": True, "norms_add_one": True, "scale_embeddings": True},
+        constants={"attention_bias": False, "use_bidirectional_attention": False},
+        defaults={
+            "head_dim": 256,
+            "hidden_act": "gelu_pytorch_tanh",
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "query_pre_attn_scalar": 256,
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+        },
+        renamed={"hidden_act": "hidden_activation"},
+        windows="alternating",
+        heads_share_width=True,
+    ),
 }
 
 
@@ -61,10 +118,13 @@ def check_family(config: ModelConfig) -> None:
     if config.family not in FAMILIES:
         raise UserError(f"{where}: family", f"{config.family!r} is not built yet", f"Built are: {', '.join(FAMILIES)}")
     family = FAMILIES[config.family]
-    for key, value in family.implies.items():
+    for key, value in family.implied.items():
         if getattr(config, key) != value:
             fact = f"is {getattr(config, key)}, but {family.architecture} always has {value}"
             raise UserError(f"{where}: {key}", fact, f"Set it to {value}, or choose another family")
+    if family.heads_share_width and config.hidden_size % config.num_attention_heads:
+        fact = f"{config.hidden_size} is no multiple of num_attention_heads, as {family.architecture} wants it"
+        raise UserError(f"{where}: hidden_size", fact, "Change one of them, or choose another family")
 
 
 # ---- config.json ----
@@ -84,23 +144,25 @@ def read_config(directory: str | Path) -> ModelConfig:
         raise UserError(f"{path}: model_type", f"{stored.get('model_type')!r} is not built yet", f"Built are: {known}")
     if stored.get("quantization_config"):
         raise UserError(f"{path}: quantization_config", "quantised weights cannot be read", "Use the plain checkpoint")
-    for key, value in FAMILIES[name].constants.items():
-        if stored.get(key, value) != value:
+    family = FAMILIES[name]
+    for key, value in family.constants.items():
+        if stored.get(key) not in (None, value):
             raise UserError(f"{path}: {key}", f"{stored[key]!r} is not built yet", f"Only {json.dumps(value)} is read")
-    values = {key: stored.get(key, default) for key, default in COPIED.items()}
-    if stored.get("head_dim") is not None:
-        values["head_dim"] = stored["head_dim"]
+    keys = {name: family.renamed.get(name, name) for name in (*family.spelt, "head_dim")}
+    values = {name: stored.get(key, family.spelt.get(name)) for name, key in keys.items()}
+    values |= read_windows(stored, family)
     kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(ModelConfig)}
-    for key, value in values.items():
-        if not is_kind(value, kinds[key]):
-            raise UserError(f"{path}: {key}", f"should be of type {kinds[key]}, is {value!r}", "Mend the file")
+    for field_name, value in values.items():
+        if not is_kind(value, kinds[field_name]):
+            fact = f"should be of type {kinds[field_name]}, is {value!r}"
+            raise UserError(f"{path}: {keys.get(field_name, field_name)}", fact, "Mend the file")
+    values["layer_types"] = shortest_cycle(values.get("layer_types", [FULL]))
     try:
         return ModelConfig(
             name=Path(directory).resolve().name,
             family=name,
-            rope_parameters=read_rope(stored, path),
-            **values,
-            **FAMILIES[name].implies,
+            rope_parameters=read_rope(stored, values["max_position_embeddings"], path),
+            **(family.implied | values),
         )
     except ValueError as error:
         raise UserError(str(path), str(error), "Mend the file") from error
@@ -108,19 +170,68 @@ def read_config(directory: str | Path) -> ModelConfig:
 
 def is_kind(value: Any, kind: str) -> bool:
     """Whether a value from JSON fits a field's annotation; a whole number is a float too, true is no number."""
+    kind, _, none = kind.partition(" | ")
+    if value is None:
+        return none == "None"
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     kinds: dict[str, type | tuple[type, ...]] = {"bool": bool, "str": str, "float": (float, int)}
     return isinstance(value, kinds.get(kind, int)) and isinstance(value, bool) == (kind == "bool")
 
 
-def read_rope(stored: dict[str, Any], path: Path) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4)."""
+def read_windows(stored: dict[str, Any], family: Family) -> dict[str, Any]:
+    """`sliding_window` and `layer_types`, from the list of all layers or from what older files say in its place."""
+    if family.windows == "none":
+        return {}
+    if family.windows == "switched" and not stored.get("use_sliding_window"):
+        return {"sliding_window": None, "layer_types": [FULL]}
+    types = stored.get("layer_types")
+    if types is None and family.windows == "alternating":
+        types = [SLIDING, FULL]
+    elif types is None:
+        full = stored.get("max_window_layers", 28)
+        types = [FULL if layer < full else SLIDING for layer in range(stored["num_hidden_layers"])]
+    return {"sliding_window": stored.get("sliding_window", 4096), "layer_types": types}
+
+
+def write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
+    """The same, for every layer; `switched` also as older readers want it, though they know no other order of layers
+    than full ones first."""
+    if family.windows == "none":
+        return {}
+    repeats = -(-config.num_hidden_layers // len(config.layer_types))
+    types = (config.layer_types * repeats)[: config.num_hidden_layers]
+    values = {"sliding_window": config.sliding_window, "layer_types": types}
+    if family.windows == "switched":
+        values["use_sliding_window"] = SLIDING in types
+        values["max_window_layers"] = types.index(SLIDING) if SLIDING in types else len(types)
+    return values
+
+
+def shortest_cycle(types: list[str]) -> list[str]:
+    """The shortest beginning that, repeated, is the whole list."""
+    for length in range(1, len(types)):
+        if all(entry == types[layer % length] for layer, entry in enumerate(types)):
+            return types[:length]
+    return types
+
+
+def read_rope(stored: dict[str, Any], longest: int, path: Path) -> dict[str, Any]:
+    """`rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (transformers 4).
+
+    Args:
+        longest: max_position_embeddings, the original length where the file does not say it.
+    """
     new, old = stored.get("rope_parameters") or {}, stored.get("rope_scaling") or {}
     if not isinstance(new, dict) or not isinstance(old, dict):
         raise UserError(f"{path}: rope_parameters, rope_scaling", "should be JSON objects", "Mend the file")
     parameters = {"rope_theta": stored.get("rope_theta", 10_000.0), **(new or old)}
     if not is_kind(parameters["rope_theta"], "float"):
         raise UserError(f"{path}: rope_theta", f"should be a number, is {parameters['rope_theta']!r}", "Mend the file")
-    return {"rope_type": parameters.pop("type", "default"), **parameters}  # "type" is the oldest spelling
+    parameters = {"rope_type": parameters.pop("type", "default"), **parameters}  # "type" is the oldest spelling
+    if "original_max_position_embeddings" in ROPE_KEYS.get(parameters["rope_type"], ((), ()))[0]:
+        parameters.setdefault("original_max_position_embeddings", longest)
+    return {key: value for key, value in parameters.items() if value is not None and NEUTRAL.get(key) != value}
 
 
 def write_config(directory: Path, config: ModelConfig, dtype: torch.dtype, eos_token_ids: list[int] | None) -> None:
@@ -129,21 +240,25 @@ def write_config(directory: Path, config: ModelConfig, dtype: torch.dtype, eos_t
     rope = config.rope_parameters
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     type_name = str(dtype).removeprefix("torch.")
-    content = {
+    content: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{key: getattr(config, key) for key in COPIED},
-        **({} if config.head_dim is None else {"head_dim": config.head_dim}),
+        **{family.renamed.get(name, name): getattr(config, name) for name in family.spelt},
+        **({} if config.head_dim is None and "head_dim" not in family.spelt else {"head_dim": config.head_size}),
+        **write_windows(config, family),
         **family.constants,
         "rope_parameters": rope,
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if scaling["rope_type"] == "default" else {**scaling, "type": scaling["rope_type"]},
         "use_cache": True,
         "bos_token_id": None,
+        "pad_token_id": None,  # a family's own default would leave that row of the embedding without a gradient
         "eos_token_id": eos_token_ids[0] if eos_token_ids else None,
         "dtype": type_name,
         "torch_dtype": type_name,
     }
+    if "query_pre_attn_scalar" in content and config.query_pre_attn_scalar is None:
+        content["query_pre_attn_scalar"] = config.head_size
     write_json(directory / "config.json", content)
     generation = {"eos_token_id": eos_token_ids, "pad_token_id": eos_token_ids[-1]} if eos_token_ids else {}
     write_json(directory / "generation_config.json", generation)

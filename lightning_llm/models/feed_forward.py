@@ -1,24 +1,30 @@
-"""The feed-forward half of a layer: SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+"""The feed-forward half of a layer: gated linear units (Shazeer 2020, arXiv 2002.05202)."""
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.settings import UserError
 
+ACTIVATIONS = {"silu": silu, "gelu_pytorch_tanh": partial(gelu, approximate="tanh")}  # SwiGLU; GeGLU as Gemma 2 has it
+
 
 class FeedForward(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """down(act(gate x) * up x)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        if config.hidden_act != "silu":
-            raise UserError("model.hidden_act", f"{config.hidden_act!r} is not built yet", "Use silu")
+        if config.hidden_act not in ACTIVATIONS:
+            known = " or ".join(ACTIVATIONS)
+            raise UserError("model.hidden_act", f"{config.hidden_act!r} is not built yet", f"Use {known}")
+        self.act = ACTIVATIONS[config.hidden_act]
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

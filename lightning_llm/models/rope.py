@@ -2,27 +2,82 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_llm.settings import UserError
-
 
 def inverse_frequencies(rope_parameters: dict[str, Any], head_size: int, device: torch.device | None = None) -> Tensor:
-    """theta^(-2i/D) for i = 0 .. D/2-1 (Su et al. 2021, arXiv 2104.09864), float32 [D/2], radians per token."""
-    rope_type = rope_parameters.get("rope_type", "default")
-    if rope_type != "default":
-        raise UserError("model.rope_parameters.rope_type", f"{rope_type!r} is not built yet", "Use default")
+    """theta^(-2i/D) for i = 0 .. D/2-1 (Su et al. 2021, arXiv 2104.09864), stretched as `rope_type` says.
+
+    default: as it is. linear: divided by `factor` (position interpolation, Chen et al. 2023, arXiv 2306.15595).
+    llama3, yarn: slow frequencies divided by it, fast ones kept; see below.
+
+    Returns:
+        float32 [D/2], radians per token.
+    """
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
-    return 1.0 / rope_parameters["rope_theta"] ** exponents
+    frequencies = 1.0 / rope_parameters["rope_theta"] ** exponents
+    rope_type = rope_parameters.get("rope_type", "default")
+    if rope_type == "default":
+        return frequencies
+    if rope_type == "linear":
+        return frequencies / rope_parameters["factor"]
+    kept = (kept_by_wavelength if rope_type == "llama3" else kept_by_yarn)(rope_parameters, frequencies)
+    return frequencies * (kept + (1 - kept) / rope_parameters["factor"])
 
 
-def rotation(positions: Tensor, inverse_frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and signed sine of every token's angles, float32 [T, 1, D] each; the same for all layers and heads."""
+def kept_by_wavelength(rope_parameters: dict[str, Any], frequencies: Tensor) -> Tensor:
+    """Which share of each frequency Llama 3.1 leaves unstretched [D/2] (released code; the report does not describe it).
+
+    With w = 2 pi / frequency and T the original length: 1 where w < T / high_freq_factor, 0 where
+    w > T / low_freq_factor, in between linear in T / w.
+    """
+    low, high = rope_parameters["low_freq_factor"], rope_parameters["high_freq_factor"]
+    turns = rope_parameters["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # T / w
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def kept_by_yarn(rope_parameters: dict[str, Any], frequencies: Tensor) -> Tensor:
+    """Which share of each frequency YaRN leaves unstretched [D/2] (Peng et al. 2023, arXiv 2309.00071, section 3.2).
+
+    1 where a pair turns more than beta_fast times over the original length T, 0 where fewer than beta_slow times, in
+    between linear in the pair's index. The index with n turns is D ln(T / (2 pi n)) / (2 ln theta).
+    """
+    head_size, theta = 2 * len(frequencies), rope_parameters["rope_theta"]
+
+    def index_of(turns: float) -> float:
+        length = rope_parameters["original_max_position_embeddings"]
+        return head_size * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    first = max(math.floor(index_of(rope_parameters.get("beta_fast", 32.0))), 0)
+    last = min(math.ceil(index_of(rope_parameters.get("beta_slow", 1.0))), head_size - 1)
+    indices = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
+    # on short lengths the two coincide: then a step, as in the released code
+    return 1 - ((indices - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+
+
+def attention_factor(rope_parameters: dict[str, Any]) -> float:
+    """What YaRN multiplies cosines and sines with, 0.1 ln(factor) + 1 (section 3.4); 1 for other types.
+
+    Scores grow with its square: a softmax over a stretched context stays as sharp as it was.
+    """
+    if rope_parameters.get("rope_type") != "yarn":
+        return 1.0
+    stretch = max(rope_parameters["factor"], 1.0)
+    return rope_parameters.get("attention_factor", 0.1 * math.log(stretch) + 1.0)
+
+
+def rotation(positions: Tensor, inverse_frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cosine and signed sine of every token's angles times `factor`, the same for all layers and heads.
+
+    Returns:
+        float32 [T, 1, D] each.
+    """
     angles = positions[:, None, None] * inverse_frequencies  # [T, 1, D/2]
-    cos, sin = angles.cos(), angles.sin()
+    cos, sin = angles.cos() * factor, angles.sin() * factor
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 

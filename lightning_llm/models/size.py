@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lightning_llm.models.config import ModelConfig
+
+Lengths = Iterable[tuple[int, int]]  # of segments: tokens of its own, tokens of the prefix that it sees
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
@@ -16,7 +20,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     width, layers = config.hidden_size, config.num_hidden_layers
     tables = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
     biases = _qkv_size(config) if config.attention_bias else 0
-    norms = 2 * width
+    norms = (4 if config.post_norms else 2) * width + (2 * config.head_size if config.qk_norm else 0)
     rest = tables + layers * (biases + norms) + width
     return {
         "total": rest + layers * _products_per_layer(config, config.num_experts),
@@ -25,39 +29,51 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def forward_flops(config: ModelConfig, tokens: float, attended: float) -> float:
-    """2 N for each token and 4 L d_attn for each pair of a query and a key that it sees.
+def forward_flops(config: ModelConfig, segments: Lengths) -> float:
+    """2 N for each token and 4 d_attn for each pair of a query and a key that it sees in a layer.
 
     N counts the weights in matrix products, the output head included, the embedding's look-up not. A multiplication and
-    an addition are two FLOPs.
-
-    Args:
-        attended: pairs of query and key in one layer and head, without the upper triangle (`attended_pairs`).
+    an addition are two FLOPs. Pairs that causality or a window hides are not counted.
     """
+    segments = list(segments)
+    tokens = sum(length for length, _ in segments)
+    windows = [config.layer_attention(layer).window for layer in range(config.num_hidden_layers)]
+    pairs = sum(
+        windows.count(window) * sum(attended_pairs(length, prefix, window) for length, prefix in segments)
+        for window in set(windows)
+    )  # of all layers
     head = config.vocab_size * config.hidden_size
     weights = head + config.num_hidden_layers * _products_per_layer(config, config.num_experts_per_tok)
-    attention_width = config.num_attention_heads * config.head_size
-    return 2.0 * weights * tokens + 4.0 * config.num_hidden_layers * attention_width * attended
+    return 2.0 * weights * tokens + 4.0 * config.num_attention_heads * config.head_size * pairs
 
 
-def attended_pairs(length: int, prefix: int = 0) -> int:
-    """Pairs of query and key in a segment of `length` tokens that also sees a prefix."""
-    return length * (length + 1) // 2 + length * prefix
+def attended_pairs(length: int, prefix: int = 0, window: int | None = None) -> int:
+    """Pairs of query and key in a segment of `length` tokens that also sees a prefix, in one layer and head."""
+    return _pairs_before(prefix + length, window) - _pairs_before(prefix, window)
+
+
+def _pairs_before(length: int, window: int | None) -> int:
+    """Of the first `length` queries: the query at position p sees p + 1 keys, or a window's."""
+    growing = length if window is None else min(length, window)
+    return growing * (growing + 1) // 2 + (length - growing) * growing
 
 
 def forward_flops_per_token(config: ModelConfig, context: int) -> float:
-    """2 N + 4 L d_attn (T + 1) / 2 of a token in a segment of `context` tokens, averaged over its positions."""
-    return forward_flops(config, 1, (context + 1) / 2)
+    """Of a token in a segment of `context` tokens, averaged over its positions.
+
+    2 N + 4 L d_attn K, where K is (T + 1) / 2, in layers with a window w < T only w - w (w - 1) / (2 T).
+    """
+    return forward_flops(config, [(context, 0)]) / context
 
 
 def training_flops_per_token(config: ModelConfig, context: int) -> float:
-    """Forward and backward: 6 N + 12 L d_attn (T + 1) / 2, three times the forward pass."""
+    """Forward and backward, three times the forward pass: 6 N + 12 L d_attn K."""
     return 3 * forward_flops_per_token(config, context)
 
 
-def training_flops(config: ModelConfig, tokens: float, attended: float) -> float:
+def training_flops(config: ModelConfig, segments: Lengths) -> float:
     """Forward and backward, three times the forward pass."""
-    return 3 * forward_flops(config, tokens, attended)
+    return 3 * forward_flops(config, segments)
 
 
 def _products_per_layer(config: ModelConfig, experts: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,12 @@ from torch.nn.functional import linear, rms_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import families
 from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.feed_forward import FeedForward
-from lightning_llm.models.rope import inverse_frequencies, rotate, rotation
+from lightning_llm.models.rope import attention_factor, inverse_frequencies, rotate, rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, K, D] -> [T, H, D]
 
@@ -38,19 +40,25 @@ class ScaledToUnit(torch.autograd.Function):
         unit, inverse, weight = ctx.saved_tensors
         product = gradient * unit
         mean = (product @ weight).unsqueeze(-1).div_(unit.shape[-1])
-        return (gradient * weight).addcmul_(unit, mean, value=-1).mul_(inverse), product.sum(0), None
+        grad_weight = product.flatten(0, -2).sum(0)
+        return (gradient * weight).addcmul_(unit, mean, value=-1).mul_(inverse), grad_weight, None
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight (Zhang and Sennrich 2019, arXiv 1910.07467), in float32."""
+    """x / rms(x) * (offset + weight) over the last axis (Zhang and Sennrich 2019, arXiv 1910.07467), in float32.
 
-    def __init__(self, size: int, eps: float):
+    The offset is 0, or 1 for Gemma 2: decay would then draw the norm to 1, not to 0.
+    """
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+        self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
         exact, weight = x.float(), self.weight.float()
+        if self.offset:
+            weight = weight + self.offset
         if x.is_cpu:
             return ScaledToUnit.apply(exact, weight, self.eps).to(x.dtype)
         return rms_norm(exact, weight.shape, weight, self.eps).to(x.dtype)
@@ -64,6 +72,11 @@ class FusedLinear(nn.Linear):
         self.parts = parts  # outputs of each: an optimizer of whole matrices takes them apart
 
 
+def build_norm(config: ModelConfig, size: int) -> RMSNorm:
+    """A norm over `size` values as the family has it."""
+    return RMSNorm(size, config.rms_norm_eps, offset=float(config.norms_add_one))
+
+
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions; queries, keys and values come from one product."""
 
@@ -74,62 +87,76 @@ class Attention(nn.Module):
         parts = tuple(heads * self.head_size for heads in (self.heads, self.key_value_heads, self.key_value_heads))
         self.qkv_proj = FusedLinear(config.hidden_size, parts, bias=config.attention_bias)
         self.o_proj = nn.Linear(self.heads * self.head_size, config.hidden_size, bias=False)
+        self.q_norm = build_norm(config, self.head_size) if config.qk_norm else None
+        self.k_norm = build_norm(config, self.head_size) if config.qk_norm else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_size))  # [T, H + 2K, D]
         qk, v = qkv.split((self.heads + self.key_value_heads, self.key_value_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = qk.split((self.heads, self.key_value_heads), dim=1)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)
         q, k = rotate(qk, cos, sin).split((self.heads, self.key_value_heads), dim=1)
         return self.o_proj(attend(q, k, v).flatten(1))
 
 
 class Layer(nn.Module):
-    """x + attention(norm x), then x + feed-forward(norm x)."""
+    """x + attention(norm x), then x + feed-forward(norm x); with `post_norms` what is added is normed as well.
+
+    Norms are called as in the files, so `post_attention_layernorm` is the feed-forward's own norm, or with
+    `post_norms` that of what attention returns.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = build_norm(config, config.hidden_size)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = build_norm(config, config.hidden_size)
+        self.pre_feedforward_layernorm = build_norm(config, config.hidden_size) if config.post_norms else None
         self.mlp = FeedForward(config)
+        self.post_feedforward_layernorm = build_norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
 class Transformer(nn.Module):
-    """Tokens in, hidden states out. The vocabulary is met in losses/likelihood.py, through `head_weight`.
+    """Tokens in, hidden states out. The vocabulary is met in losses/likelihood.py, through `log_likelihood`.
 
-    `config` may be exchanged for one with another RoPE base between stages; angles are made anew in each pass.
+    `config` may be exchanged for one with another RoPE between stages; angles are made anew in each pass.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         families.check_family(config)
-        inverse_frequencies(config.rope_parameters, config.head_size)  # refuses kinds of RoPE that are not built
         self.config = config
         self.attention_backend = "auto"
         self.activation_checkpointing = False  # keep a layer's input alone, and run it again in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = build_norm(config, config.hidden_size)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
 
     @torch.no_grad()
     def reset_parameters(self, seed: int) -> None:
-        """Random weights that depend on the seed alone: matrices normal(0, initializer_range), norms 1, biases 0."""
+        """Random weights that depend on the seed alone: matrices normal(0, initializer_range), biases 0, norms one."""
         generator = torch.Generator(self.embed_tokens.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
             if parameter.ndim >= 2:
                 parameter.normal_(0.0, self.config.initializer_range, generator=generator)
             else:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                parameter.fill_(0.0 if name.endswith("bias") or self.config.norms_add_one else 1.0)
 
     @property
     def head_weight(self) -> Tensor:
@@ -141,16 +168,28 @@ class Transformer(nn.Module):
         segments = Segments(batch.lengths, batch.prefixes)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attention(q, k, v, segments, backend=self.attention_backend)
+            asks = self.config.layer_attention(layer)
+            return attention(
+                q,
+                k,
+                v,
+                segments,
+                window=asks.window,
+                softcap=asks.softcap,
+                scale=asks.scale,
+                backend=self.attention_backend,
+            )
 
         return self.run(batch.input_ids, batch.positions, attend)
 
     def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Hidden states [T, d] of tokens at given positions, with `attend` in the place of attention (a cache's)."""
-        cos, sin = rotation(
-            positions, inverse_frequencies(self.config.rope_parameters, self.config.head_size, positions.device)
-        )
+        rope = self.config.rope_parameters
+        frequencies = inverse_frequencies(rope, self.config.head_size, positions.device)
+        cos, sin = rotation(positions, frequencies, attention_factor(rope))
         x = self.embed_tokens(input_ids)
+        if self.config.scale_embeddings:  # the factor in the type of the weights, as the family was trained
+            x = x * torch.tensor(self.config.hidden_size**0.5, dtype=x.dtype)
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             inputs = x, cos, sin, functools.partial(attend, index)
@@ -159,8 +198,18 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[.., V] of hidden states [.., d]."""
-        return linear(hidden, self.head_weight)
+        """[.., V] of hidden states [.., d], soft-capped where the family is."""
+        logits, cap = linear(hidden, self.head_weight), self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def log_likelihood(self, hidden: Tensor, target_ids: Tensor, **options: Any) -> Tensor:
+        """`losses.likelihood.token_log_likelihood` under this model's head and soft-cap: [N] of hidden states [N, d].
+
+        Args:
+            options: its other arguments, as `token_weights`.
+        """
+        cap = self.config.final_logit_softcapping
+        return token_log_likelihood(hidden, self.head_weight, target_ids, softcap=cap, **options)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:

@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.packing import Window
-from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
@@ -94,5 +93,5 @@ def token_logps(model: Transformer, batch: SegmentBatch) -> Tensor:
     """Log-likelihood of every target that counts, in nats, 0 for the others [N]; each may get its own gradient."""
     hidden = model(batch)  # [T, d]
     counted = batch.target_mask.nonzero().squeeze(1)
-    logps = token_log_likelihood(hidden[batch.predictors[counted]], model.head_weight, batch.target_ids[counted])
+    logps = model.log_likelihood(hidden[batch.predictors[counted]], batch.target_ids[counted])
     return logps.new_zeros(len(batch.target_ids)).index_copy(0, counted, logps)

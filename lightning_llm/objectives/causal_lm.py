@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from lightning_llm.batch import SegmentBatch
-from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.objectives.base import Objective
 from lightning_llm.optimization.window import LossSum
 
@@ -13,9 +12,8 @@ class CausalLM(Objective):
 
     def loss(self, batch: SegmentBatch) -> LossSum:
         hidden = self.model(batch)  # [T, d]
-        logps = token_log_likelihood(
+        logps = self.model.log_likelihood(
             hidden[batch.predictors],
-            self.model.head_weight,
             batch.target_ids,
             token_weights=batch.target_mask.float(),  # gradients are made on the way: the cheap mode
         )  # [N]

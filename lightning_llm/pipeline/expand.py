@@ -194,6 +194,7 @@ class _Expansion:
             context=context,
             batch_tokens=batch,
             rope_theta=stage.rope_theta,
+            rope_scaling=stage.rope_scaling,
             precision=self.recipe.compute.precision,
             seed=self.recipe.seed,
         )

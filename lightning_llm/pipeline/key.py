@@ -1,8 +1,8 @@
 """The key of a node: what decides its artifact, as a hash. Same key, same artifact, wherever and whenever it was made.
 
 In it: settings, keys of the inputs, fingerprints of data and of models from elsewhere, the contract's version.
-Not in it: names of nodes, devices, kernels, logging, where files lie. A field that came later says in its metadata
-which value means 'as before' (`field(default=0.0, metadata={AS_BEFORE: 0.0})`) and stays out while it has that value.
+Not in it: names of nodes, devices, kernels, logging, where files lie. A field that came later says which value means
+'as before' (`settings.came_later(0.0)`) and stays out while it has that value.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.data.places import source_options
 from lightning_llm.evaluation.config import EvaluationConfig
-from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.config import ROPE_KEYS, ModelConfig, check_rope
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.mistakes import COMMAND_LINE, name_nearest, unknown_entry, unknown_setting
 from lightning_llm.schedules import as_ramp
@@ -33,8 +33,7 @@ if TYPE_CHECKING:
 
 # Mappings whose keys are not fields of a dataclass, but not free either.
 ROW_FIELDS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "answer", "task")
-ROPE = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow",
-        "low_freq_factor", "high_freq_factor", "attention_factor")  # fmt: skip
+STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
 ROLES = ("policy",)  # of scale.shapes
 PHASES = ("pretrain", "sft", "preference")
 ATTENTION = ("auto", "sdpa", "varlen", "flex", "flash")  # compute.attention
@@ -169,7 +168,9 @@ class _Reader:
         if path == "model.published":  # a figure is known if something refers to it, or a model of ours states it
             named = set(re.findall(r"\$\{model\.published\.(\w+)\}", OmegaConf.to_yaml(self.composition.config)))
             return sorted(named | _figures_of_our_models())
-        closed = {"model.rope_parameters": ROPE, "scale.shapes": ROLES, "scale.phases": PHASES}
+        if path.startswith("stages.") and path.endswith(".rope_scaling"):
+            return STRETCH
+        closed = {"model.rope_parameters": ["rope_theta", *STRETCH], "scale.shapes": ROLES, "scale.phases": PHASES}
         return closed.get(path, ROW_FIELDS if path.endswith(".columns") else None)
 
     def build(self, node: Any, path: str) -> Any:
@@ -330,6 +331,12 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
         _in_range(f"{key}.lr.final", stage.lr.final, low=0)
     if stage.evaluate_every is not None:
         _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
+    if stage.rope_scaling is not None:
+        try:
+            check_rope({"rope_theta": stage.rope_theta or 1e4, **stage.rope_scaling})
+        except ValueError as error:
+            what = str(error).replace("rope_parameters.", "")
+            raise UserError(f"{key}.rope_scaling", what, "Give {rope_type: linear, factor: ...} or another") from error
     objective = stage.objective
     if objective.needs_pairs != (stage.data.form == "pairs"):
         raise UserError(

@@ -41,7 +41,7 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
     for part in ("text", "tasks", "pairs"):
         data = _located(recipe, scale, f"evaluation.{part}", getattr(evaluation, part))
         evaluation = replace(evaluation, **{part: data})
-    model, tokenizer = _scaled_model(recipe, scale, stages)
+    model, tokenizer = _scaled_model(recipe, scale, stages, _context_factor(scale, original))
     return replace(
         recipe,
         scale=scale,
@@ -90,8 +90,11 @@ def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[
         data = replace(data, tokens_per_example=phase.tokens_per_example)
     stage = replace(stage, data=data)
     context, batch = as_ramp(stage.context), as_ramp(stage.batch_tokens)
+    factor = _context_factor(scale, original)
+    if stage.rope_scaling is not None and free("rope_scaling.original_max_position_embeddings"):
+        stage = replace(stage, rope_scaling=_shortened(stage.rope_scaling, factor))
     if free("context") and scale.context is not None:
-        context = _times(context, scale.context / next(iter(original.values())).context[0]["value"])
+        context = _times(context, factor)
     if free("batch_tokens") and phase.batch_tokens is not None:
         first = next(other for other in original.values() if other.phase == own.phase)
         batch = _times(batch, phase.batch_tokens / first.batch[0]["value"])
@@ -215,8 +218,32 @@ def _plain(ramp: Ramp) -> Any:
 # ---- model, data, evaluation ----
 
 
+def _context_factor(scale: ScaleConfig, original: dict[str, _Published]) -> float:
+    """What the scale multiplies every length of context with, so that the recipe's first becomes its own."""
+    return 1.0 if scale.context is None else scale.context / next(iter(original.values())).context[0]["value"]
+
+
+def _shortened(rope: dict[str, Any], factor: float) -> dict[str, Any]:
+    """RoPE stretched by as much as before, from a length that is `factor` times its own."""
+    lengths = {key: max(round(value * factor), 1) for key, value in rope.items() if key.startswith("original_max")}
+    return rope | lengths
+
+
+def _with_features(recipe: Recipe, model: ModelConfig, factor: float) -> ModelConfig:
+    """A model of the scale's shape with what of the family's features is a length of context or goes with a width."""
+    changes: dict[str, Any] = {}
+    if model.sliding_window is not None and not recipe.is_pinned("model.sliding_window"):
+        changes["sliding_window"] = max(round(model.sliding_window * factor), 1)
+    if not recipe.is_pinned("model.rope_parameters.original_max_position_embeddings"):
+        changes["rope_parameters"] = _shortened(model.rope_parameters, factor)
+    if model.query_pre_attn_scalar is not None and not recipe.is_pinned("model.query_pre_attn_scalar"):
+        narrower = model.head_size / recipe.model.head_size
+        changes["query_pre_attn_scalar"] = max(round(model.query_pre_attn_scalar * narrower), 1)
+    return replace(model, **changes)
+
+
 def _scaled_model(
-    recipe: Recipe, scale: ScaleConfig, stages: dict[str, TrainStage]
+    recipe: Recipe, scale: ScaleConfig, stages: dict[str, TrainStage], context_factor: float
 ) -> tuple[ModelConfig, TokenizerConfig]:
     """The shape of the scale with the family's features, and the tokenizer that goes with it."""
     shape = dict(scale.shapes.get("policy", {}))
@@ -227,7 +254,8 @@ def _scaled_model(
         shape.setdefault("max_position_embeddings", int(longest))
     if scale.vocabulary is not None:
         shape["tokenizer"] = "train"
-    model, tokenizer = _overlaid(recipe, "model", recipe.model, shape), recipe.tokenizer
+    model = _with_features(recipe, _overlaid(recipe, "model", recipe.model, shape), context_factor)
+    tokenizer = recipe.tokenizer
     if model.tokenizer != "train":
         return model, tokenizer
     entries = model.vocab_size if scale.vocabulary is None else scale.vocabulary

@@ -10,7 +10,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
-from lightning_llm.settings import option
+from lightning_llm.settings import came_later, option
 
 
 @option("stage", "train")
@@ -28,6 +28,9 @@ class TrainStage:
     context: Any = 4096  # tokens, or a ramp [{at: <tokens>, value: ...}]
     batch_tokens: Any = None  # tokens of one optimizer step, or a ramp
     rope_theta: float | None = None  # the RoPE base from this stage on; none: as before
+    rope_scaling: dict[str, Any] | None = (
+        None  # from this stage on {rope_type: linear | llama3 | yarn, factor: ..., ...}
+    )
     evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -106,6 +109,7 @@ class TrainSettings:
     rope_theta: float | None
     precision: str
     seed: int
+    rope_scaling: dict[str, Any] | None = came_later(None)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 from lightning_llm.data.packing import Feed, iterate_batches
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.models import Transformer
-from lightning_llm.models.size import attended_pairs, forward_flops
+from lightning_llm.models.size import forward_flops
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.stages.config import ScoreSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
@@ -41,8 +41,8 @@ def score(context: StageContext) -> StageResult:
         for split in settings.split
     }
     total = sum(store.tokens for store in stores.values())
-    tokens = targets = attended = 0
-    logp_sum = 0.0
+    tokens = targets = 0
+    logp_sum = flops = 0.0
     ledger: dict[str, int] = {}
     for (source, split), store in stores.items():
         logps = np.zeros(store.tokens, np.float32)
@@ -53,17 +53,11 @@ def score(context: StageContext) -> StageResult:
             logps[origins[batch.target_positions.numpy()]] = values
             logp_sum += float(values.sum(dtype=np.float64))
             tokens, targets = tokens + batch.num_tokens, targets + sum(batch.target_counts)
-            attended += sum(
-                attended_pairs(length, batch.lengths[prefix] if prefix >= 0 else 0)
-                for length, prefix in zip(batch.lengths, batch.prefixes, strict=True)
-            )
+            flops += forward_flops(model.config, batch.extents)
             context.console.update(tokens, total, "tok")
         path = context.output / source / split / "logps.bin"
         path.parent.mkdir(parents=True)
         logps.tofile(path)
         ledger[source] = ledger.get(source, 0) + store.tokens
-    return StageResult(
-        {"tokens": tokens, "targets": targets, "logps/mean": logp_sum / max(targets, 1)},
-        ledger,
-        forward_flops(model.config, tokens, attended),
-    )
+    metrics = {"tokens": tokens, "targets": targets, "logps/mean": logp_sum / max(targets, 1)}
+    return StageResult(metrics, ledger, flops)

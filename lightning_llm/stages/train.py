@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_llm.data.packing import StageData
 from lightning_llm.data.tokenizer import Tokenizer
-from lightning_llm.models import ModelConfig, Transformer, set_rope_theta
+from lightning_llm.models import ModelConfig, Transformer, set_rope_scaling, set_rope_theta
 from lightning_llm.models.compilation import compile_parts
 from lightning_llm.models.size import training_flops
 from lightning_llm.objectives.base import Objective
@@ -109,7 +109,7 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
 
 
 def build_model(context: StageContext) -> Transformer:
-    """Random weights from the seed, or those of `starts_from`; with this stage's RoPE base and room for its context."""
+    """Random weights from the seed, or those of `starts_from`; with this stage's RoPE and room for its context."""
     settings: TrainSettings = context.settings
     if "starts_from" in context.inputs:
         model = Transformer.from_pretrained(model_directory(context.inputs["starts_from"]))
@@ -119,6 +119,8 @@ def build_model(context: StageContext) -> Transformer:
     config: ModelConfig = model.config
     if settings.rope_theta is not None:
         config = set_rope_theta(config, settings.rope_theta)
+    if settings.rope_scaling is not None:
+        config = set_rope_scaling(config, settings.rope_scaling)
     longest = max(int(entry["value"]) for entry in settings.context)
     model.config = replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))
     context.console.note(use_attention(model, context, precision=settings.precision, needs_gradient=True))

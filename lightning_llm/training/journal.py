@@ -38,14 +38,14 @@ class Journal(Callback):
         total_tokens: int,
         evaluate_every: float | None,
         validation: Callable[[], Iterable[tuple[str, SegmentBatch]]],
-        training_flops: Callable[[int, int], float],
+        training_flops: Callable[[list[tuple[int, int]]], float],
         flops_per_second: float,
     ):
         """
         Args:
             evaluate_every: tokens between validation losses; none: a tenth of the total.
             validation: makes (source, batch) of held-out rows, the same at every validation of the stage.
-            training_flops: of so many tokens and pairs of query and key.
+            training_flops: of segments, given as (tokens, tokens of the prefix).
             flops_per_second: of all devices together, for the utilisation.
         """
         self.path, self.data, self.console, self.total_tokens = path, data, console, total_tokens
@@ -72,7 +72,7 @@ class Journal(Callback):
         consumed = sum(window.consumed.values())
         self.tokens += consumed
         self.interval_tokens += consumed
-        flops = self.training_flops(consumed, window.attended)
+        flops = self.training_flops(window.segments)
         self.flops += flops
         self.interval_flops += flops
         if steps % self.every == 0 or steps == self.data.steps:

@@ -11,7 +11,7 @@ from lightning_llm.models.size import training_flops
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "dpo"])
-def test_a_stage_counts_the_pairs_that_its_batches_attend(run_folder, name):
+def test_a_stage_counts_the_segments_that_its_batches_attend(run_folder, name):
     folder = run_folder / "artifacts" / name
     record = json.loads((folder / "stage.json").read_text())
     settings = record["settings"]
@@ -25,16 +25,17 @@ def test_a_stage_counts_the_pairs_that_its_batches_attend(run_folder, name):
         seed=settings["seed"],
         token_columns={"reference_logps": run_folder / "artifacts" / "dpo.reference"} if name == "dpo" else {},
     )
-    tokens = attended = 0
+    tokens, segments = 0, []
     for step in range(data.steps):
         window = data.window(step, micro_batch_tokens=10**9)
-        seen = 0
-        for batch in window.mine:
-            for length, prefix in zip(batch.lengths, batch.prefixes, strict=True):
-                before = batch.lengths[prefix] if prefix >= 0 else 0
-                seen += sum(before + 1 + position for position in range(length))
         if sum(window.consumed.values()):  # a step smaller than a document may have none
-            assert window.attended == seen
-            tokens, attended = tokens + sum(window.consumed.values()), attended + seen
-    expected = training_flops(read_config(folder / "model"), tokens, attended)
+            seen = [
+                (length, batch.lengths[prefix] if prefix >= 0 else 0)
+                for batch in window.mine
+                for length, prefix in zip(batch.lengths, batch.prefixes, strict=True)
+            ]
+            assert sorted(window.segments) == sorted(seen)
+            tokens, segments = tokens + sum(window.consumed.values()), segments + seen
+    assert sum(length for length, _ in segments) == tokens
+    expected = training_flops(read_config(folder / "model"), segments)
     assert record["flops"] == pytest.approx(expected, rel=1e-9)

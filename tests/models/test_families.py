@@ -79,8 +79,10 @@ def test_both_spellings_are_written_and_each_alone_is_read(saved, spelling):
 def test_scaled_rope_of_the_old_spelling_is_read_as_such(saved):
     edit(saved / "config.json", rope_parameters="gone", rope_scaling={"type": "yarn", "factor": 4.0})
     rope = families.read_config(saved).rope_parameters
-    assert rope == {"rope_type": "yarn", "rope_theta": 54_321.0, "factor": 4.0}
-    with pytest.raises(UserError, match="'yarn' is not built yet"):
+    known = {"rope_type": "yarn", "rope_theta": 54_321.0, "factor": 4.0}
+    assert rope == known | {"original_max_position_embeddings": 77}  # as transformers takes it
+    edit(saved / "config.json", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(UserError, match="config.json: rope_parameters.rope_type 'dynamic' is not built yet"):
         Transformer.from_pretrained(saved)
 
 
@@ -167,7 +169,18 @@ DAMAGE = {
     "size as text": (config(vocab_size="31"), r"config.json: vocab_size: should be of type int, is '31'"),
     "size as truth": (config(vocab_size=True), r"config.json: vocab_size: should be of type int, is True"),
     "impossible heads": (config(num_key_value_heads=2), r"config.json: num_attention_heads \(3\) must be a multiple"),
-    "window": (config(use_sliding_window=True), r"config.json: use_sliding_window: True is not built yet"),
+    "window": (
+        config(use_sliding_window=True, sliding_window="4k"),
+        r"config.json: sliding_window: should be of type int \| None, is '4k'",
+    ),
+    "layer types": (
+        config(use_sliding_window=True, sliding_window=4, layer_types="full_attention"),
+        r"config.json: layer_types: should be of type list\[str\], is 'full_attention'",
+    ),
+    "bias": (
+        config(model_type="llama", attention_bias=True),
+        r"config.json: attention_bias: True is not built yet. Only false is read",
+    ),
     "quantised": (config(quantization_config={"bits": 4}), r"config.json: quantization_config: quantised weights"),
     "rope as text": (config(rope_parameters="x"), r"config.json: rope_parameters, rope_scaling: should be JSON obj"),
     "theta as text": (config(rope_parameters={"rope_theta": "x"}), r"config.json: rope_theta: should be a number"),

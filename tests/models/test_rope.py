@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from lightning_llm.models.config import ModelConfig, set_rope_theta
-from lightning_llm.models.rope import inverse_frequencies, rotate, rotation
-from lightning_llm.settings import UserError
+from lightning_llm.models.config import ModelConfig, set_rope_scaling, set_rope_theta
+from lightning_llm.models.rope import attention_factor, inverse_frequencies, rotate, rotation
 
 
 def turned(x: torch.Tensor, positions: list[int], theta: float = 100.0) -> torch.Tensor:
@@ -41,6 +40,59 @@ def test_a_larger_base_leaves_the_rest_of_the_model():
     assert before.rope_parameters["rope_theta"] == 1e4
 
 
-def test_types_that_are_not_built_are_refused():
-    with pytest.raises(UserError, match="'yarn' is not built yet"):
-        inverse_frequencies({"rope_type": "yarn", "rope_theta": 1e4}, 8)
+def test_interpolation_is_a_slower_walk():
+    """Position interpolation: position 12 stretched by 4 is position 3."""
+    x = torch.randn(1, 1, 8)
+    linear = inverse_frequencies({"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}, 8)
+    torch.testing.assert_close(rotate(x, *rotation(torch.tensor([12]), linear)), turned(x, [3]))
+
+
+def test_llama3_is_the_formula_by_wavelength():
+    settings = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "original_max_position_embeddings": 8192}
+    got = inverse_frequencies(settings | {"low_freq_factor": 1.0, "high_freq_factor": 4.0}, 128)
+    between = 0
+    for i in range(64):
+        frequency = 5e5 ** (-2 * i / 128)
+        wavelength = 2 * math.pi / frequency
+        expected = frequency / 8
+        if wavelength < 8192 / 4:
+            expected = frequency
+        elif wavelength < 8192:
+            share = (8192 / wavelength - 1) / (4 - 1)
+            expected = (1 - share) * frequency / 8 + share * frequency
+            between += 1
+        assert got[i].item() == pytest.approx(expected, rel=1e-5)
+    assert between == 7  # known by hand: wavelengths from 2,048 to 8,192 lie 6.8 pairs apart
+
+
+@pytest.mark.parametrize(("theta", "length", "factor"), [(1e6, 32_768, 4.0), (1e4, 128, 8.0)], ids=["qwen 2", "short"])
+def test_yarn_is_the_published_ramp(theta, length, factor):
+    settings = {"rope_type": "yarn", "rope_theta": theta, "factor": factor, "original_max_position_embeddings": length}
+    got = inverse_frequencies(settings, 64)
+    corner = [64 * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta)) for turns in (32, 1)]
+    low, high = max(math.floor(corner[0]), 0), min(math.ceil(corner[1]), 63)
+    for i in range(32):
+        ramp = min(max((i - low) / (high - low), 0.0), 1.0)
+        expected = theta ** (-2 * i / 64) * ((1 - ramp) + ramp / factor)
+        assert got[i].item() == pytest.approx(expected, rel=1e-5)
+    assert attention_factor(settings) == pytest.approx(0.1 * math.log(factor) + 1)
+    assert attention_factor(settings | {"attention_factor": 2.0}) == 2.0
+    cos, sin = rotation(torch.tensor([3]), got, attention_factor(settings))
+    assert (cos**2 + sin**2).mean().item() == pytest.approx(attention_factor(settings) ** 2, rel=1e-5)
+
+
+def test_yarn_on_a_length_too_short_for_a_ramp_is_a_step():
+    settings = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 6}
+    plain = inverse_frequencies({"rope_theta": 1e4}, 64)
+    stretch = plain / inverse_frequencies(settings, 64)
+    torch.testing.assert_close(stretch, torch.tensor([1.0] + [8.0] * 31))
+
+
+def test_a_stretch_leaves_the_base():
+    before = ModelConfig(name="m", rope_parameters={"rope_type": "default", "rope_theta": 3e4})
+    after = set_rope_scaling(before, {"rope_type": "linear", "factor": 8.0})
+    assert after.rope_parameters == {"rope_type": "linear", "rope_theta": 3e4, "factor": 8.0}
+    assert set_rope_theta(after, 7.0).rope_parameters["factor"] == 8.0
+    with pytest.raises(ValueError, match="low_freq_factor must be below high_freq_factor"):
+        set_rope_scaling(before, {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0,
+                                  "original_max_position_embeddings": 64})  # fmt: skip

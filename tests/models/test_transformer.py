@@ -1,4 +1,4 @@
-"""The backbone against transformers' Qwen2, through files in both directions, and against itself packed otherwise."""
+"""The backbone's own promises: its norm, its initial weights, its types, and what it refuses."""
 
 import os
 import subprocess
@@ -6,26 +6,12 @@ import sys
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, rms_norm
+from torch.nn.functional import rms_norm
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.transformer import RMSNorm
 from lightning_llm.settings import UserError
-
-SHAPES = {
-    "grouped, untied": dict(num_attention_heads=6, num_key_value_heads=2),
-    "grouped, tied": dict(num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True),
-    "one head of keys, large base": dict(
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        hidden_size=40,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-    ),
-    "heads of their own size": dict(
-        num_attention_heads=3, num_key_value_heads=3, hidden_size=20, head_dim=14, tie_word_embeddings=True
-    ),
-}
 
 
 def tiny(**changes) -> ModelConfig:
@@ -43,82 +29,14 @@ def random_model(config: ModelConfig, seed: int = 0) -> Transformer:
     return model
 
 
-def documents(*lengths: int) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(0, 101, (n,), generator=generator).tolist() for n in lengths]
-
-
-@pytest.fixture(scope="module")
-def peer():
-    from transformers import Qwen2ForCausalLM, logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return Qwen2ForCausalLM
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-def test_logits_and_one_training_step_equal_transformers_through_files(shape, peer, tmp_path):
-    model = random_model(tiny(**shape))
-    model.save_pretrained(tmp_path / "ours", eos_token_ids=[5, 6])
-    theirs = peer.from_pretrained(tmp_path / "ours", dtype=torch.float32, attn_implementation="eager")
-    batch = SegmentBatch.from_documents(documents(13, 1, 29, 7))
-    segments = [batch.input_ids[a:b] for a, b in zip(batch.cu_seqlens, batch.cu_seqlens[1:], strict=False)]
-
-    def expected_logits() -> torch.Tensor:
-        return torch.cat([theirs(segment[None]).logits[0] for segment in segments])
-
-    torch.testing.assert_close(model.logits(model(batch)), expected_logits(), rtol=1e-4, atol=1e-4)
-
-    for parameters, logits in (
-        (model.parameters(), model.logits(model(batch))),
-        (theirs.parameters(), expected_logits()),
-    ):
-        optimizer = torch.optim.SGD(parameters, lr=0.1)
-        cross_entropy(logits[batch.predictors], batch.target_ids).backward()
-        optimizer.step()
-    torch.testing.assert_close(model.logits(model(batch)), expected_logits(), rtol=1e-4, atol=1e-4)
-
-    theirs.save_pretrained(tmp_path / "theirs")
-    back = Transformer.from_pretrained(tmp_path / "theirs")
-    for (name, ours), (_, read) in zip(model.named_parameters(), back.named_parameters(), strict=True):
-        torch.testing.assert_close(read, ours, rtol=1e-4, atol=1e-5, msg=name)
-    torch.testing.assert_close(back.logits(back(batch)), expected_logits(), rtol=1e-4, atol=1e-4)
-
-
-def test_a_packed_segment_is_a_segment_alone():
-    model, alone = random_model(tiny()), documents(5, 40, 1, 17, 18)
-    packed = model(SegmentBatch.from_documents(alone)).split([len(document) for document in alone])
-    for document, hidden in zip(alone, packed, strict=True):
-        torch.testing.assert_close(model(SegmentBatch.from_documents([document])), hidden, rtol=1e-5, atol=1e-5)
-
-
-def test_shared_prompts_equal_copied_prompts_and_so_do_gradients():
-    prompts, responses = documents(11, 4), [documents(3, 8), documents(1, 5, 6)]
-    shared = SegmentBatch.from_groups(prompts, responses)
-    copied = SegmentBatch.from_documents(
-        [prompt + response for prompt, group in zip(prompts, responses, strict=True) for response in group],
-        masks=[
-            [False] * len(prompt) + [True] * len(response)
-            for prompt, group in zip(prompts, responses, strict=True)
-            for response in group
-        ],
-    )
-    results = []
-    for batch in (shared, copied):
-        model = random_model(tiny())
-        logits = model.logits(model(batch)[batch.predictors[batch.target_mask]])
-        cross_entropy(logits, batch.target_ids[batch.target_mask], reduction="sum").backward()
-        results.append((logits, [parameter.grad for parameter in model.parameters()]))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
-
-
-def test_norm_is_torchs_forward_and_backward():
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(9, 37), (9, 4, 37)], ids=["tokens", "heads"])
+def test_norm_is_torchs_forward_and_backward(shape, offset):
     torch.manual_seed(0)
-    norm, x = RMSNorm(37, 1e-5), (torch.randn(9, 37) * 3).requires_grad_()
+    norm, x = RMSNorm(37, 1e-5, offset), (torch.randn(shape) * 3).requires_grad_()
     torch.nn.init.normal_(norm.weight)
     exact, weight = (tensor.detach().double().requires_grad_() for tensor in (x, norm.weight))
-    out, expected = norm(x), rms_norm(exact, (37,), weight, 1e-5)
+    out, expected = norm(x), rms_norm(exact, (37,), offset + weight, 1e-5)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
     upstream = torch.randn_like(out)
     out.backward(upstream)
@@ -141,6 +59,19 @@ def test_weights_depend_on_the_seed_alone():
     assert first.norm.weight.min() == first.norm.weight.max() == 1
 
 
+def test_norms_that_add_one_begin_as_the_identity_of_others():
+    shape = dict(family="gemma2", attention_bias=False, post_norms=True, norms_add_one=True, scale_embeddings=True)
+    model = Transformer(tiny(**shape))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, 7.0)
+    model.reset_parameters(0)
+    norms = [module for module in model.modules() if isinstance(module, RMSNorm)]
+    assert len(norms) == 4 * 3 + 1
+    x = torch.randn(5, 48)
+    for norm in norms:
+        torch.testing.assert_close(norm(x), rms_norm(x, (48,), eps=1e-6))
+
+
 def test_half_precision_products_keep_float32_weights_and_residuals():
     model, batch = random_model(tiny()), SegmentBatch.from_groups([[1, 2, 3]], [[[4, 5], [6]]])
     with torch.autocast("cpu", torch.bfloat16):
@@ -160,17 +91,35 @@ def test_what_is_not_built_is_refused_before_it_is_trained():
         Transformer(tiny(attention_bias=False))
     with pytest.raises(UserError, match="'gelu' is not built yet"):
         Transformer(tiny(hidden_act="gelu"))
-    with pytest.raises(UserError, match="'yarn' is not built yet"):
-        Transformer(tiny(rope_parameters={"rope_type": "yarn", "rope_theta": 1e4}))
+    with pytest.raises(UserError, match="qk_norm: is True, but LlamaForCausalLM always has False"):
+        Transformer(tiny(family="llama", attention_bias=False, qk_norm=True))
+    with pytest.raises(UserError, match="hidden_size: 48 is no multiple of num_attention_heads"):
+        Transformer(
+            tiny(family="llama", attention_bias=False, num_attention_heads=5, num_key_value_heads=1, head_dim=4)
+        )
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 
 
 @pytest.mark.parametrize(
-    "shape",
-    [dict(num_key_value_heads=4), dict(hidden_size=50), dict(hidden_size=54), dict(vocab_size=0)],
-    ids=["groups", "width", "odd head", "empty vocabulary"],
+    ("shape", "message"),
+    [
+        (dict(num_key_value_heads=4), r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
+        (dict(hidden_size=50), "hidden_size"),
+        (dict(hidden_size=54), "head size"),
+        (dict(vocab_size=0), "vocab_size"),
+        (dict(layer_types=["sliding_attention"]), "sliding_window must have a value"),
+        (dict(layer_types=["linear_attention"]), "layer_types must be a list of sliding_attention and full_attention"),
+        (dict(attn_logit_softcapping=0.0), "attn_logit_softcapping must be positive, got 0.0"),
+        (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "'longrope' is not built yet; built are"),
+        (dict(rope_parameters=YARN), "rope_parameters.original_max_position_embeddings has no value"),
+        (dict(rope_parameters={"rope_theta": 1e4, "factor": 2.0}), "factor means nothing to rope_type default"),
+        (dict(rope_parameters={"rope_theta": "large"}), "rope_theta must be a positive number, got 'large'"),
+    ],
 )
-def test_impossible_shapes_are_refused_by_name(shape):
-    with pytest.raises(ValueError, match=r"num_key_value_heads|hidden_size|head size|vocab_size"):
+def test_impossible_shapes_are_refused_by_name(shape, message):
+    with pytest.raises(ValueError, match=message):
         tiny(**shape)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +17,9 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import CausalLMConfig, DPOConfig, IPOConfig
 from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
 from lightning_llm.pipeline.expand import Node
-from lightning_llm.pipeline.key import AS_BEFORE, canonical, digest, node_keys
+from lightning_llm.pipeline.key import canonical, digest, node_keys
 from lightning_llm.pipeline.scaling import scaled
+from lightning_llm.settings import came_later
 from lightning_llm.stages.config import (
     EvaluateSettings,
     PrepareSettings,
@@ -129,13 +130,16 @@ class Old:
 @dataclass
 class New:
     size: int = 3
-    added: float = field(default=0.0, metadata={AS_BEFORE: 0.0})
+    added: float = came_later(0.0)
+    listed: list[str] = came_later(["one"])
 
 
 def test_a_field_that_came_later_stays_out_while_it_is_as_before():
     assert digest(canonical(New())) == digest(canonical(Old()))
     assert digest(canonical(New(added=0))) == digest(canonical(Old()))
     assert digest(canonical(New(added=0.1))) != digest(canonical(Old()))
+    assert digest(canonical(New(listed=["one", "two"]))) != digest(canonical(Old()))
+    assert New().listed is not New().listed
 
 
 @given(st.integers(-(2**53) + 1, 2**53 - 1))
