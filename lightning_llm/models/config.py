@@ -63,7 +63,10 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
-    norm_topk_prob: bool = False
+    norm_topk_prob: bool = False  # divide the weights of a token's experts by their sum
+    router_aux_loss_coef: float = came_later(0.001)  # weight of the load-balancing loss beside the objective's
+    decoder_sparse_step: int = came_later(1)  # one layer in so many has experts: the last of them
+    mlp_only_layers: list[int] = came_later([])  # layers, counted from 0, that are dense in any case
     # figures of the report that vary with the size; the recipe refers to them as ${model.published.<key>}
     published: dict[str, Any] = field(default_factory=dict)
 
@@ -93,6 +96,18 @@ class ModelConfig:
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError(f"layer_types names {SLIDING}, so sliding_window must have a value")
         check_rope(self.rope_parameters)
+        if self.num_experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        for name in ("moe_intermediate_size", "shared_expert_intermediate_size", "decoder_sparse_step"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 in a mixture of experts, got {getattr(self, name)}")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            chosen = f"{self.num_experts_per_tok} of {self.num_experts}"
+            raise ValueError(f"num_experts_per_tok must lie in [1, num_experts], got {chosen}")
+        if self.router_aux_loss_coef < 0:
+            raise ValueError(f"router_aux_loss_coef must not be negative, got {self.router_aux_loss_coef}")
 
     @property
     def head_size(self) -> int:
@@ -106,6 +121,12 @@ class ModelConfig:
             window=self.sliding_window if slides else None,
             softcap=self.attn_logit_softcapping,
             scale=None if self.query_pre_attn_scalar is None else self.query_pre_attn_scalar**-0.5,
+        )
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether the feed-forward half of a layer, counted from 0, is a mixture of experts."""
+        return (
+            bool(self.num_experts) and layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
         )
 
 

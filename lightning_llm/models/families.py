@@ -107,14 +107,28 @@ FAMILIES = {
         windows="alternating",
         heads_share_width=True,
     ),
+    "qwen2_moe": Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        implies={"attention_bias": True},
+        constants={"qkv_bias": True, "use_sliding_window": False},
+        defaults={
+            "num_experts": None,
+            "num_experts_per_tok": None,
+            "moe_intermediate_size": None,
+            "shared_expert_intermediate_size": None,
+            "norm_topk_prob": False,
+            "router_aux_loss_coef": 0.001,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        },
+    ),
 }
 
 
 def check_family(config: ModelConfig) -> None:
     """Raises UserError where no Hugging Face class has room for a model: none is trained that cannot be kept."""
     where = f"model {config.name}"
-    if config.num_experts:
-        raise UserError(where, "mixture-of-experts layers are not built yet", "Plan it, or run a dense size")
     if config.family not in FAMILIES:
         raise UserError(f"{where}: family", f"{config.family!r} is not built yet", f"Built are: {', '.join(FAMILIES)}")
     family = FAMILIES[config.family]
@@ -125,6 +139,8 @@ def check_family(config: ModelConfig) -> None:
     if family.heads_share_width and config.hidden_size % config.num_attention_heads:
         fact = f"{config.hidden_size} is no multiple of num_attention_heads, as {family.architecture} wants it"
         raise UserError(f"{where}: hidden_size", fact, "Change one of them, or choose another family")
+    if "num_experts" in family.spelt and not config.num_experts:
+        raise UserError(f"{where}: num_experts", f"is 0 in family {config.family}", "Give it, or choose a dense family")
 
 
 # ---- config.json ----
@@ -173,8 +189,8 @@ def is_kind(value: Any, kind: str) -> bool:
     kind, _, none = kind.partition(" | ")
     if value is None:
         return none == "None"
-    if kind == "list[str]":
-        return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+    if kind.startswith("list"):
+        return isinstance(value, list) and all(is_kind(entry, kind[5:-1]) for entry in value)
     kinds: dict[str, type | tuple[type, ...]] = {"bool": bool, "str": str, "float": (float, int)}
     return isinstance(value, kinds.get(kind, int)) and isinstance(value, bool) == (kind == "bool")
 
@@ -268,13 +284,22 @@ def write_config(directory: Path, config: ModelConfig, dtype: torch.dtype, eos_t
 
 
 def stored_parts(config: ModelConfig, parameters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(key on disk, view of a parameter): names are alike, but on disk queries, keys and values are kept apart."""
+    """(key on disk, view of a parameter): names are alike, but on disk queries, keys and values are kept apart.
+
+    So are experts, and each one's gate and up.
+    """
     heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
     for name, parameter in parameters.items():
         name = name if name.startswith("lm_head.") else f"model.{name}"
         if ".qkv_proj." in name:
             views = parameter.split([count * config.head_size for count in heads])
             yield from zip((name.replace("qkv", x) for x in "qkv"), views, strict=True)
+        elif ".experts." in name:
+            block, _, projection = name.partition(".experts.")
+            parts = ("gate_proj", "up_proj") if projection == "gate_up_proj.weight" else ("down_proj",)
+            for expert, matrix in enumerate(parameter.unbind()):
+                for part, view in zip(parts, matrix.chunk(len(parts)), strict=True):
+                    yield f"{block}.experts.{expert}.{part}.weight", view
         else:
             yield name, parameter
 

@@ -16,15 +16,20 @@ ACTIVATIONS = {"silu": silu, "gelu_pytorch_tanh": partial(gelu, approximate="tan
 class FeedForward(nn.Module):
     """down(act(gate x) * up x)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, size: int | None = None):
+        """
+        Args:
+            size: of the inner vectors; none: `config.intermediate_size`.
+        """
         super().__init__()
+        size = config.intermediate_size if size is None else size
         if config.hidden_act not in ACTIVATIONS:
             known = " or ".join(ACTIVATIONS)
             raise UserError("model.hidden_act", f"{config.hidden_act!r} is not built yet", f"Use {known}")
         self.act = ACTIVATIONS[config.hidden_act]
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.down_proj = nn.Linear(size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))

@@ -23,9 +23,9 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     norms = (4 if config.post_norms else 2) * width + (2 * config.head_size if config.qk_norm else 0)
     rest = tables + layers * (biases + norms) + width
     return {
-        "total": rest + layers * _products_per_layer(config, config.num_experts),
+        "total": rest + _products(config, config.num_experts),
         "embedding": tables,
-        "active": rest + layers * _products_per_layer(config, config.num_experts_per_tok),
+        "active": rest + _products(config, config.num_experts_per_tok),
     }
 
 
@@ -43,7 +43,7 @@ def forward_flops(config: ModelConfig, segments: Lengths) -> float:
         for window in set(windows)
     )  # of all layers
     head = config.vocab_size * config.hidden_size
-    weights = head + config.num_hidden_layers * _products_per_layer(config, config.num_experts_per_tok)
+    weights = head + _products(config, config.num_experts_per_tok)
     return 2.0 * weights * tokens + 4.0 * config.num_attention_heads * config.head_size * pairs
 
 
@@ -76,18 +76,15 @@ def training_flops(config: ModelConfig, segments: Lengths) -> float:
     return 3 * forward_flops(config, segments)
 
 
-def _products_per_layer(config: ModelConfig, experts: int) -> int:
-    """Weights of one layer that a matrix product uses, with this many routed experts."""
-    width = config.hidden_size
+def _products(config: ModelConfig, experts: int) -> int:
+    """Weights of all layers that a matrix product uses, with this many routed experts."""
+    width, layers = config.hidden_size, config.num_hidden_layers
     attention = width * (_qkv_size(config) + config.num_attention_heads * config.head_size)
-    if not config.num_experts:
-        return attention + 3 * width * config.intermediate_size
     router = width * config.num_experts + width  # and the gate of the shared expert
-    return (
-        attention
-        + router
-        + 3 * width * (experts * config.moe_intermediate_size + config.shared_expert_intermediate_size)
-    )
+    inner = experts * config.moe_intermediate_size + config.shared_expert_intermediate_size
+    mixtures = sum(config.has_experts(layer) for layer in range(layers))
+    dense = 3 * width * config.intermediate_size
+    return layers * attention + mixtures * (router + 3 * width * inner) + (layers - mixtures) * dense
 
 
 def _qkv_size(config: ModelConfig) -> int:

@@ -17,6 +17,7 @@ from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import families
 from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.experts import MixtureOfExperts, Routed
 from lightning_llm.models.feed_forward import FeedForward
 from lightning_llm.models.rope import attention_factor, inverse_frequencies, rotate, rotation
 
@@ -109,13 +110,13 @@ class Layer(nn.Module):
     `post_norms` that of what attention returns.
     """
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.input_layernorm = build_norm(config, config.hidden_size)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = build_norm(config, config.hidden_size)
         self.pre_feedforward_layernorm = build_norm(config, config.hidden_size) if config.post_norms else None
-        self.mlp = FeedForward(config)
+        self.mlp = MixtureOfExperts(config) if config.has_experts(index) else FeedForward(config)
         self.post_feedforward_layernorm = build_norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(
@@ -142,7 +143,7 @@ class Transformer(nn.Module):
         self.attention_backend = "auto"
         self.activation_checkpointing = False  # keep a layer's input alone, and run it again in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_hidden_layers))
         self.norm = build_norm(config, config.hidden_size)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -196,6 +197,14 @@ class Transformer(nn.Module):
             # nothing in a layer is random: there is no state of a generator to keep
             x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
         return self.norm(x)
+
+    def take_routed(self) -> list[Routed]:
+        """What each router did in the last pass, to be had once; nothing of a dense model."""
+        routers = [layer.mlp for layer in self.layers if isinstance(layer.mlp, MixtureOfExperts)]
+        routed = [router.routed for router in routers if router.routed is not None]
+        for router in routers:
+            router.routed = None
+        return routed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., V] of hidden states [.., d], soft-capped where the family is."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.packing import Window
+from lightning_llm.losses.load_balance import load_balancing_loss, load_imbalance
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
@@ -56,6 +58,25 @@ class Objective(LightningModule):
         """Sum of the loss over the batch's units, their count, and sums of what the field logs beside it."""
         raise NotImplementedError
 
+    def trained_loss(self, batch: SegmentBatch) -> LossSum:
+        """The loss, and what the routers of a mixture of experts pay for sending tokens unevenly.
+
+        Logs `router/aux_loss` (before its weight) and `router/imbalance`, means over tokens.
+        """
+        part = self.loss(batch)
+        routed = self.model.take_routed()
+        if not routed:
+            return part
+        tokens = routed[0].tokens if part.count else 0  # a batch that only fills up counts nothing
+        load = torch.stack([layer.load for layer in routed])  # [L, E]
+        balance = load_balancing_loss(torch.stack([layer.probability for layer in routed]), load, routed[0].tokens)
+        metrics = {
+            "router/aux_loss": (balance.detach() * tokens, tokens),
+            "router/imbalance": (load_imbalance(load) * tokens, tokens),
+        }
+        weight = self.model.config.router_aux_loss_coef * tokens
+        return replace(part, per_token=balance * weight, metrics={**part.metrics, **metrics})
+
     def optimised_by(self, optimizer: OptimizerConfig, schedule: LearningRateConfig, total_tokens: int) -> Objective:
         """Set what `fit` needs beyond the loss; returns the objective itself."""
         self.optimizer_config, self.schedule, self.total_tokens = optimizer, schedule, total_tokens
@@ -75,10 +96,11 @@ class Objective(LightningModule):
         wrapped = self.trainer.strategy.model
         self.learning_rate = learning_rate(self.schedule, window.progress.tokens, self.total_tokens)
         step = optimizer_step(
-            lambda batch: self.loss(batch.to(self.device)),
+            lambda batch: self.trained_loss(batch.to(self.device)),
             window.mine,
             self.optimizers(),  # pyright: ignore[reportArgumentType]  # Lightning's wrapper: stepping it counts the step
             units=getattr(window, self.unit),
+            tokens=sum(window.consumed.values()),
             learning_rate=self.learning_rate,
             schedule=self.learning_rate / self.schedule.peak if self.schedule.peak else 0.0,
             clip_norm=self.optimizer_config.clip_norm,

@@ -23,6 +23,7 @@ class LossSum:
     loss: Tensor  # [], summed over units (target tokens, pairs), differentiable
     count: Count  # units in it
     metrics: Mapping[str, tuple[Tensor, Count]] = field(default_factory=dict)  # name -> (sum, what it is a sum over)
+    per_token: Tensor | None = None  # [], added loss of the batch's tokens as such, summed over them, differentiable
 
 
 class Totals:
@@ -66,6 +67,7 @@ def optimizer_step(
     optimizer: torch.optim.Optimizer,
     *,
     units: int,
+    tokens: int = 0,
     learning_rate: float,
     schedule: float = 1.0,
     clip_norm: float = 0.0,
@@ -76,12 +78,15 @@ def optimizer_step(
     """One update with the mean over a whole window of units, however they are split into micro-batches and over ranks.
 
     With n units in the window, w ranks and gradients that the strategy averages over ranks, each micro-batch's summed
-    loss goes backward times w / n. A micro-batch without units adds zero.
+    loss goes backward times w / n. A micro-batch without units adds zero. What it adds per token goes backward times
+    w / t, with the window's t tokens. If that is not additive over tokens (a mixture of experts' load balance is a
+    product of two means), it is the mean over the micro-batches, weighted by their tokens, and depends on the split.
 
     Args:
         loss: an objective's sum over a micro-batch.
         micro_batches: this rank's; every rank has equally many.
         units: n, over all micro-batches of all ranks; 0: the weights stay as they are.
+        tokens: t, over all micro-batches of all ranks; needed where the loss adds something per token.
         learning_rate: of this step; a parameter group's own `lr_scale` multiplies it.
         schedule: it as a share of its peak, for optimizers whose decay does not follow the rate itself.
         clip_norm: upper bound of the norm of the whole gradient; 0: none.
@@ -95,7 +100,10 @@ def optimizer_step(
     for index, batch in enumerate(micro_batches):
         with nullcontext() if index == len(micro_batches) - 1 else no_sync():
             part = loss(batch)
-            backward(part.loss * (world_size / max(units, 1)))
+            total = part.loss * (world_size / max(units, 1))
+            if part.per_token is not None:
+                total = total + part.per_token * (world_size / max(tokens, 1))
+            backward(total)
         totals.add_loss(part)
     if not units:  # decay and momentum would move the weights without a word of the data
         return totals

@@ -26,7 +26,7 @@ PUBLISHED = {
     "qwen2_1_5b": (1_543_714_304, 1.310e9),
     "qwen2_7b": (7_615_616_512, 6.526e9),
     "qwen2_72b": (72_706_203_648, 70.21e9),
-    "qwen2_57b_a14b": (57.41e9, None),
+    "qwen2_57b_a14b": (57_408_658_944, None),
     "afm_on_device": (2.73e9, 2.58e9),
     "afm_parent": (6.4e9, None),
     "gemma2_2b": (2_024_517_888 + 590_118_912, 2_024_517_888),
@@ -58,11 +58,27 @@ def test_sizes_have_the_published_parameters_and_so_has_the_built_model(name):
             assert got == pytest.approx(wanted, rel=5e-3)
     if config.num_experts:
         assert counts["active"] == pytest.approx(14.25e9, rel=5e-4)
-        return
-    assert counts["active"] == counts["total"]
+    else:
+        assert counts["active"] == counts["total"]
     with torch.device("meta"):
         model = Transformer(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == counts["total"]
+
+
+def test_counts_are_those_of_the_built_model():
+    experts = dict(family="qwen2_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=7,
+                   shared_expert_intermediate_size=11)  # fmt: skip
+    for other in ({}, {"tie_word_embeddings": True}, experts, experts | {"decoder_sparse_step": 2},
+                  experts | {"mlp_only_layers": [0, 1]}):  # fmt: skip
+        config = ModelConfig(
+            name="odd", vocab_size=51, hidden_size=24, intermediate_size=37, num_hidden_layers=3, num_attention_heads=3,
+            num_key_value_heads=1, head_dim=10, **other,
+        )  # fmt: skip
+        parameters = dict(Transformer(config).named_parameters())
+        counts = parameter_counts(config)
+        assert counts["total"] == sum(p.numel() for p in parameters.values())
+        unused = sum(p.numel() * 3 // 5 for name, p in parameters.items() if ".experts." in name)
+        assert counts["total"] - counts["active"] == unused
 
 
 def test_flops_are_six_per_weight_and_the_causal_half_of_attention():

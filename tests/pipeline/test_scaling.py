@@ -158,11 +158,19 @@ def test_post_training_comes_from_budgets():
     assert train_nodes["dpo"].tokens == 300 * 80
 
 
+EXPERTS = {
+    "num_experts": 64,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 8,
+}
+
+
 def test_the_familys_features_are_kept():
     model = scaled(recipe(), NANO).model
     assert (model.hidden_size, model.vocab_size, model.tokenizer) == (64, 500, "train")
     assert (model.attention_bias, model.tie_word_embeddings, model.num_experts) == (True, True, 0)
-    mixture = replace(recipe(), model=ModelConfig(name="moe", num_experts=64))
+    mixture = replace(recipe(), model=ModelConfig(name="moe", **EXPERTS))
     assert scaled(mixture, NANO).model.num_experts == 4
 
 
