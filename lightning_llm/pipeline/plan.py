@@ -208,6 +208,7 @@ def _activation_bytes(recipe: Recipe, settings: TrainSettings) -> float:
     wide = model.intermediate_size
     if model.num_experts:
         wide = model.num_experts_per_tok * model.moe_intermediate_size + model.shared_expert_intermediate_size
+        wide += model.num_experts_per_tok * model.hidden_size // 4  # a token's copies, one for each of its experts
     heads = (model.num_attention_heads + model.num_key_value_heads) * model.head_size
     layer, layers = 8 * model.hidden_size + 4 * heads + 4 * wide, model.num_hidden_layers
     per_token = layers * layer
