@@ -63,8 +63,8 @@ def gathered(rows: Tensor, places: Tensor) -> Tensor:
 def grouped_product(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x W_e^T for the rows of each expert, without a bound on their number and without padding: dropless.
 
-    Torch's grouped product where it runs: in one kernel on a GPU, and on a CPU as fast as anything tried. It wants
-    aligned rows; odd sizes are multiplied expert by expert.
+    Torch's grouped product where it runs: one kernel in bf16 on a GPU from Hopper on; elsewhere a loop without Python's
+    overhead, on a CPU as fast as anything tried. It wants aligned rows; odd sizes are multiplied expert by expert.
 
     Args:
         x: [n, c], sorted by expert.

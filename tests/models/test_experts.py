@@ -103,16 +103,19 @@ def test_the_layer_is_the_formula_for_every_token_and_in_every_gradient(shape, t
     assert layer.routed.load.sum() == tokens * layer.chosen  # none is dropped
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", [16, 13], ids=["aligned", "odd"])
-def test_an_expert_without_tokens_has_a_gradient_of_zero(size):
-    weight = torch.randn(4, size, 8, requires_grad=True)
-    x = torch.randn(9, 8, requires_grad=True)
-    out = grouped_product(x, weight, torch.tensor([0, 5, 5, 9], dtype=torch.int32))
-    torch.testing.assert_close(out, torch.cat([x[:5] @ weight[1].T, x[5:] @ weight[3].T]))
-    out.square().sum().backward()
+def test_an_expert_without_tokens_has_a_gradient_of_zero(size, dtype, device):
+    weight = torch.randn(4, size, 8, device=device, dtype=dtype, requires_grad=True)
+    x = torch.randn(9, 8, device=device, dtype=dtype)
+    out = grouped_product(x, weight, torch.tensor([0, 5, 5, 9], dtype=torch.int32, device=device))
+    torch.testing.assert_close(out, torch.cat([x[:5] @ weight[1].T, x[5:] @ weight[3].T]), rtol=1e-2, atol=1e-2)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
     assert weight.grad[0].eq(0).all()
     assert weight.grad[2].eq(0).all()
-    assert weight.grad[1].abs().min() > 0
+    torch.testing.assert_close(weight.grad[1], upstream[:5].T @ x[:5], rtol=2e-2, atol=2e-2)
 
 
 def test_all_tokens_may_choose_the_same_experts():
