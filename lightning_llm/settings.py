@@ -36,7 +36,7 @@ def option(group: str, name: str) -> Callable[[Settings], Settings]:
 
 
 def came_later(default: Any) -> Any:
-    """A field that was added to settings in use: as long as it has its default, keys of artifacts stay what they were."""
+    """A field added to settings in use: while it has its default, keys of artifacts stay what they were."""
     metadata = {AS_BEFORE: default}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)

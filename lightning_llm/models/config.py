@@ -1,4 +1,4 @@
-"""The shape of a model: one dataclass whose fields are spelt as in config.json, and what each layer asks of attention."""
+"""The shape of a model, one dataclass with fields spelt as in config.json; and what each layer asks of attention."""
 
 from __future__ import annotations
 

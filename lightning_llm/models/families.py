@@ -165,7 +165,7 @@ def read_config(directory: str | Path) -> ModelConfig:
         if stored.get(key) not in (None, value):
             raise UserError(f"{path}: {key}", f"{stored[key]!r} is not built yet", f"Only {json.dumps(value)} is read")
     keys = {name: family.renamed.get(name, name) for name in (*family.spelt, "head_dim")}
-    values = {name: stored.get(key, family.spelt.get(name)) for name, key in keys.items()}
+    values: dict[str, Any] = {name: stored.get(key, family.spelt.get(name)) for name, key in keys.items()}
     values |= read_windows(stored, family)
     kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(ModelConfig)}
     for field_name, value in values.items():

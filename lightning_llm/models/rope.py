@@ -30,7 +30,7 @@ def inverse_frequencies(rope_parameters: dict[str, Any], head_size: int, device:
 
 
 def kept_by_wavelength(rope_parameters: dict[str, Any], frequencies: Tensor) -> Tensor:
-    """Which share of each frequency Llama 3.1 leaves unstretched [D/2] (released code; the report does not describe it).
+    """Which share of each frequency Llama 3.1 leaves unstretched [D/2] (released code; the report is silent on it).
 
     With w = 2 pi / frequency and T the original length: 1 where w < T / high_freq_factor, 0 where
     w > T / low_freq_factor, in between linear in T / w.

@@ -82,7 +82,7 @@ def test_scaled_rope_of_the_old_spelling_is_read_as_such(saved):
     known = {"rope_type": "yarn", "rope_theta": 54_321.0, "factor": 4.0}
     assert rope == known | {"original_max_position_embeddings": 77}  # as transformers takes it
     edit(saved / "config.json", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
-    with pytest.raises(UserError, match="config.json: rope_parameters.rope_type 'dynamic' is not built yet"):
+    with pytest.raises(UserError, match=r"config.json: rope_parameters.rope_type 'dynamic' is not built yet"):
         Transformer.from_pretrained(saved)
 
 

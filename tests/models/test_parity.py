@@ -76,7 +76,7 @@ def tiny(**changes) -> ModelConfig:
 
 
 def random_model(config: ModelConfig) -> Transformer:
-    """No parameter keeps a value, as a bias of 0, that would hide its being left out; scores are large enough to cap."""
+    """No parameter keeps a value, as a bias of 0, that would hide its being left out."""
     model = Transformer(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

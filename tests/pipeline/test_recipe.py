@@ -63,6 +63,10 @@ COMMAND_LINE = {
     "stages.last.tokens=1,2": ["stages.last.tokens", "-m"],
     "~stages.last.lr": ["stages.last.lr", "taken away"],
     "+model.rope_parameters.rope_thet=1": ["model.rope_parameters.rope_thet", "rope_theta"],
+    "stages.last.rope_scaling={rope_type: yarn, factor: 4}": [
+        "stages.last.rope_scaling: original_max_position_embeddings has no value, and rope_type yarn needs one"
+    ],
+    "stages.last.rope_scaling={rope_type: linear, facter: 4}": ["stages.last.rope_scaling.facter", "factor"],
     "+model.published.tokns=1": ["model.published.tokns", "tokens"],
     "+stages.base.data.sources.wbe.weight=1": ["stages.base.data.sources.wbe"],
     "+hydra.job.nam=x": ["hydra.job.nam", "name"],

@@ -174,6 +174,61 @@ def test_the_familys_features_are_kept():
     assert scaled(mixture, NANO).model.num_experts == 4
 
 
+GEMMA2 = ModelConfig(
+    name="gemma2",
+    family="gemma2",
+    hidden_size=4608,
+    num_attention_heads=32,
+    num_key_value_heads=16,
+    head_dim=128,
+    attention_bias=False,
+    post_norms=True,
+    norms_add_one=True,
+    scale_embeddings=True,
+    sliding_window=4096,
+    layer_types=["sliding_attention", "full_attention"],
+    attn_logit_softcapping=50.0,
+    final_logit_softcapping=30.0,
+    query_pre_attn_scalar=144,
+)
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+
+
+@given(first=st.sampled_from([2048, 4096, 8192]), context=st.sampled_from([64, 128, 1024]))
+def test_windows_and_stretched_positions_keep_their_ratio_to_the_context(first, context):
+    made = replace(recipe(contexts=(first, 8 * first)), model=replace(GEMMA2, rope_parameters=LLAMA3))
+    model = scaled(made, replace(NANO, context=context)).model
+    assert model.sliding_window / context == 4096 / first
+    assert model.rope_parameters == LLAMA3 | {"original_max_position_embeddings": 8192 * context // first}
+
+
+def test_what_is_no_length_stays_and_the_scale_of_queries_follows_the_head():
+    shape = NANO.shapes["policy"] | {"head_dim": None}  # 64 / 4
+    model = scaled(replace(recipe(), model=GEMMA2), replace(NANO, shapes={"policy": shape})).model
+    assert (model.head_size, model.query_pre_attn_scalar) == (16, 144 * 16 // 128)
+    kept = ("post_norms", "norms_add_one", "scale_embeddings", "layer_types", "attn_logit_softcapping")
+    for name in (*kept, "final_logit_softcapping", "family", "attention_bias"):
+        assert getattr(model, name) == getattr(GEMMA2, name)
+    assert [model.layer_attention(layer).window for layer in range(4)] == [128, None, 128, None]
+
+
+def test_a_window_and_a_length_of_the_users_are_final():
+    keys = ("model.sliding_window", "model.rope_parameters.original_max_position_embeddings")
+    made = replace(recipe(pinned=frozenset(keys)), model=replace(GEMMA2, sliding_window=7, rope_parameters=LLAMA3))
+    model = scaled(made, NANO).model
+    assert (model.sliding_window, model.rope_parameters) == (7, LLAMA3)
+
+
+def test_a_stage_stretches_positions_from_a_scaled_length():
+    made = recipe()
+    stretch = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+    made.stages["second"].rope_scaling = stretch
+    stages = {node.name: node.settings for node in expand(scaled(made, NANO)) if node.kind == "train"}
+    assert stages["second"].rope_scaling == stretch | {"original_max_position_embeddings": 128}
+    assert stages["first"].rope_scaling is None
+
+
 def test_the_reports_own_scale_changes_no_figure():
     made = recipe()
     same = scaled(made, PAPER)

@@ -175,10 +175,12 @@ def test_products_in_bf16_leave_weights_in_fp32(pretrained, settings, context_of
 
 def test_sft_and_dpo_follow(pretrained, settings, prepared, tokenizer_artifact, context_of):
     inputs = {"tokenizer": tokenizer_artifact, "starts_from": pretrained[0].output}
-    sft = context_of(settings("conversations", rope_theta=1e6), inputs | {"data": prepared["conversations"]})
+    stretch = {"rope_type": "linear", "factor": 2.0}
+    stretched = settings("conversations", rope_theta=1e6, rope_scaling=stretch)
+    sft = context_of(stretched, inputs | {"data": prepared["conversations"]})
     train.run(sft)
     config = Transformer.from_pretrained(sft.output / "model").config
-    assert config.rope_parameters["rope_theta"] == 1e6
+    assert config.rope_parameters == {"rope_theta": 1e6} | stretch
     tokenizer = Tokenizer.load(sft.output / "model")
     stops = json.loads((sft.output / "model" / "generation_config.json").read_text())["eos_token_id"]
     assert stops == [tokenizer.end_of_turn_id, tokenizer.eos_id]
