@@ -331,7 +331,7 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
         _in_range(f"{key}.lr.final", stage.lr.final, low=0)
     if stage.evaluate_every is not None:
         _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
-    if stage.rope_scaling is not None:
+    if stage.rope_scaling:
         try:
             check_rope({"rope_theta": stage.rope_theta or 1e4, **stage.rope_scaling})
         except ValueError as error:

@@ -91,7 +91,7 @@ def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[
     stage = replace(stage, data=data)
     context, batch = as_ramp(stage.context), as_ramp(stage.batch_tokens)
     factor = _context_factor(scale, original)
-    if stage.rope_scaling is not None and free("rope_scaling.original_max_position_embeddings"):
+    if stage.rope_scaling and free("rope_scaling.original_max_position_embeddings"):
         stage = replace(stage, rope_scaling=_shortened(stage.rope_scaling, factor))
     if free("context") and scale.context is not None:
         context = _times(context, factor)

@@ -28,9 +28,7 @@ class TrainStage:
     context: Any = 4096  # tokens, or a ramp [{at: <tokens>, value: ...}]
     batch_tokens: Any = None  # tokens of one optimizer step, or a ramp
     rope_theta: float | None = None  # the RoPE base from this stage on; none: as before
-    rope_scaling: dict[str, Any] | None = (
-        None  # from this stage on {rope_type: linear | llama3 | yarn, factor: ..., ...}
-    )
+    rope_scaling: Any = None  # from this stage on, as {rope_type: linear | llama3 | yarn, factor: ..., ...}
     evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
     lr: LearningRateConfig = field(default_factory=LearningRateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -119,7 +119,7 @@ def build_model(context: StageContext) -> Transformer:
     config: ModelConfig = model.config
     if settings.rope_theta is not None:
         config = set_rope_theta(config, settings.rope_theta)
-    if settings.rope_scaling is not None:
+    if settings.rope_scaling:
         config = set_rope_scaling(config, settings.rope_scaling)
     longest = max(int(entry["value"]) for entry in settings.context)
     model.config = replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))

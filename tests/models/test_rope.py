@@ -62,7 +62,7 @@ def test_llama3_is_the_formula_by_wavelength():
             expected = (1 - share) * frequency / 8 + share * frequency
             between += 1
         assert got[i].item() == pytest.approx(expected, rel=1e-5)
-    assert between == 7  # known by hand: wavelengths from 2,048 to 8,192 lie 6.8 pairs apart
+    assert between == 6  # known by hand: wavelengths from 2,048 to 8,192 are those of i = 28.2 to 35.0
 
 
 @pytest.mark.parametrize(("theta", "length", "factor"), [(1e6, 32_768, 4.0), (1e4, 128, 8.0)], ids=["qwen 2", "short"])
