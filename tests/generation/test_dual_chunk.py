@@ -12,7 +12,6 @@ from lightning_llm.generation.dual_chunk import DualChunk
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.rope import inverse_frequencies, rotate, rotation
-from lightning_llm.settings import UserError
 
 ROPE = {"rope_type": "default", "rope_theta": 100.0}
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
@@ -116,12 +115,7 @@ def build_model(rope):
 
 @pytest.fixture(scope="module", params=[ROPE, YARN], ids=["plain", "yarn"])
 def model(request):
-    try:
-        return build_model(request.param)
-    except UserError as error:
-        if "not built yet" in str(error):
-            pytest.skip(str(error))
-        raise
+    return build_model(request.param)
 
 
 PROMPTS = [[5, 6, 7], list(range(1, 41)), [3] * 20, list(range(30, 2, -1))]

@@ -95,12 +95,7 @@ def test_positions_stretched_at_inference(directory):
     """The same as a directory that says so itself."""
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     prompt = [[260, 261, 262] * 100]
-    try:
-        stretched = reply_to(load(directory, rope_scaling=yarn, max_new_tokens=20), prompt, conversations=[False])
-    except UserError as error:
-        if "not built yet" in str(error):
-            pytest.skip(str(error))
-        raise
+    stretched = reply_to(load(directory, rope_scaling=yarn, max_new_tokens=20), prompt, conversations=[False])
     config = json.loads((directory / "config.json").read_text())
     theta = config["rope_theta"]
     changed = {"rope_parameters": yarn | {"rope_theta": theta}, "rope_scaling": None, "max_position_embeddings": 1024}
@@ -119,6 +114,8 @@ def test_half_precision_is_half_the_memory(directory):
     ("settings", "said"),
     [
         ({"precision": "fp8"}, "compute.precision: is 'fp8'"),
+        ({"rope_scaling": {"rope_type": "spiral"}}, "rope_scaling: .*spiral"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: .*original_max_position_embeddings"),
     ],
 )
 def test_settings_that_cannot_be(settings, said, directory):
