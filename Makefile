@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu lint bench format
+.PHONY: help demo test test-fast test-gpu lint bench bench-peers format
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -31,9 +31,17 @@ lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(BIN)/.demo ## make the figures of benchmarks/results again: three seeds, half an hour on two calm cores
+bench: $(BIN)/.bench bench-peers ## make all figures of benchmarks/results and docs/performance.md again: an hour on two calm cores
 	$(BIN)/python benchmarks/learning.py
 	$(BIN)/python benchmarks/demo.py --clone
+	-$(BIN)/python benchmarks/vocabulary.py
+	-$(BIN)/python benchmarks/pretrain.py
+	-$(BIN)/python benchmarks/sft.py
+	-$(BIN)/python benchmarks/dpo.py
+	$(BIN)/python benchmarks/page.py
+
+bench-peers: $(BIN)/.demo ## install what we are compared with, each in an environment of its own (build/peers)
+	$(BIN)/python benchmarks/peers/environments.py
 
 format: $(BIN)/.dev ## format and mend what can be mended
 	$(BIN)/ruff check --fix .
@@ -50,4 +58,8 @@ $(BIN)/.demo: pyproject.toml | $(BIN)/python
 
 $(BIN)/.dev: pyproject.toml | $(BIN)/python
 	$(INSTALL) '.[dev,loggers,notebooks]'
+	@touch $@ $(BIN)/.demo
+
+$(BIN)/.bench: pyproject.toml | $(BIN)/python
+	$(INSTALL) '.[bench]'
 	@touch $@ $(BIN)/.demo

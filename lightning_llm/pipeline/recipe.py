@@ -18,7 +18,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig, TokenizerConfig
-from lightning_llm.data.places import source_options
+from lightning_llm.data.places import is_prepared, source_options
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ROPE_KEYS, ModelConfig, check_rope
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
@@ -380,6 +380,10 @@ def _check_source(key: str, source: SourceConfig) -> None:
         for name in source.options:
             if name not in known:
                 raise unknown_entry(f"{key}.options.{name}", known, source.path)
+        for name in ("columns", "max_rows"):
+            if getattr(source, name) and is_prepared(source.path):
+                what = f"is given, and {source.path} holds tokens, no rows any more"
+                raise UserError(f"{key}.{name}", what, "Take it away, or name the rows that the tokens were made of")
     try:
         ramp = as_ramp(source.weight)
     except (ValueError, TypeError, AttributeError) as error:

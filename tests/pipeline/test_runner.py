@@ -172,6 +172,9 @@ def test_tokens_of_another_run_are_taken(place, words):
     checked = check_run(compose("qwen2", overrides=words))
     assert checked.keys["tokenizer"] == record.stages["tokenizer"]["key"]  # of tokens no merges are learnt
     assert checked.there["pretrain.prepare"] is None
+    for setting in ("stages.pretrain.data.sources.web.max_rows=5", "+stages.pretrain.data.sources.web.columns.text=x"):
+        with pytest.raises(UserError, match=r"sources\.web\.(max_rows|columns): is given, and .* holds tokens"):
+            compose("qwen2", overrides=[*words, setting])
 
 
 def test_a_model_of_elsewhere(place):
