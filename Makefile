@@ -31,16 +31,13 @@ lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(BIN)/.bench bench-peers ## make all figures of benchmarks/results and docs/performance.md again: an hour on two calm cores
-	$(BIN)/python benchmarks/learning.py
-	$(BIN)/python benchmarks/demo.py --clone
-	-$(BIN)/python benchmarks/vocabulary.py
-	-$(BIN)/python benchmarks/pretrain.py
-	-$(BIN)/python benchmarks/sft.py
-	-$(BIN)/python benchmarks/dpo.py
+bench: $(BIN)/.bench bench-peers ## make the figures of benchmarks/results and docs/performance.md again: an hour and a half on two calm cores
+	-$(BIN)/python benchmarks/learning.py
+	-$(BIN)/python benchmarks/demo.py --clone
+	-for name in pretrain sft dpo vocabulary; do $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/page.py
 
-bench-peers: $(BIN)/.demo ## install what we are compared with, each in an environment of its own (build/peers)
+bench-peers: $(BIN)/python ## an environment for each library that the benchmarks compare with, in build/peers
 	$(BIN)/python benchmarks/peers/environments.py
 
 format: $(BIN)/.dev ## format and mend what can be mended

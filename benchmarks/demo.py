@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+from claims import claim
 
 RESULT = Path(__file__).resolve().parent / "results" / "demo.json"
 
@@ -49,10 +50,6 @@ def timed(line: list[str], folder: Path, *, python_path: str | None = str(machin
     return Timing(wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
 
 
-def claim(says: str, value: float, below: float, **figures: Any) -> dict[str, Any]:
-    return {"claim": says, "value": round(value, 3), "below": below, "holds": value < below, **figures}
-
-
 def measure(overrides: list[str], repeats: int, clone: bool) -> list[dict[str, Any]]:
     """All claims, cheapest first: a mistake shows before the long run."""
     recipe = ["recipe=qwen2", "scale=nano", *overrides]
@@ -66,15 +63,21 @@ def measure(overrides: list[str], repeats: int, clone: bool) -> list[dict[str, A
             line = machine.command(*arguments)
             timed(line, folder)  # fills the file cache
             seconds = [timed(line, folder).cpu for _ in range(repeats)]
-            claims.append(claim(says, statistics.median(seconds), below, values=[round(s, 3) for s in seconds]))
+            claims.append(
+                claim(says, statistics.median(seconds), {"values": [round(s, 3) for s in seconds]}, below=below)
+            )
         line = machine.command("run", *recipe)
         first, second = timed(line, folder), timed(line, folder)
-        claims.append(claim("The job itself, wall seconds", first.wall, 360.0, cpu_seconds=round(first.cpu, 1)))
-        claims.append(claim("The second run, wall seconds", second.wall, 15.0, cpu_seconds=round(second.cpu, 1)))
+        claims.append(
+            claim("The job itself, wall seconds", first.wall, {"cpu_seconds": round(first.cpu, 1)}, below=360.0)
+        )
+        claims.append(
+            claim("The second run, wall seconds", second.wall, {"cpu_seconds": round(second.cpu, 1)}, below=15.0)
+        )
         if clone:
             timed(["git", "clone", "--quiet", "--no-hardlinks", str(machine.REPOSITORY), "clone"], folder)
             demo = timed(["make", "demo"], folder / "clone", python_path=None)
-            claims.append(claim("make demo from a fresh clone, wall seconds", demo.wall, 720.0))
+            claims.append(claim("make demo from a fresh clone, wall seconds", demo.wall, below=720.0))
     return claims
 
 

@@ -1,41 +1,46 @@
-"""DPO against TRL's trainer, call by call; writes results/dpo.json.
+"""Direct preference optimisation against TRL's DPOTrainer; writes results/dpo.json.
 
-    python benchmarks/dpo.py [--calls 20]
+    python benchmarks/dpo.py [online precomputed]
 
-Both by their trainers, in float32 on one thread, 8 pairs a step, with the reference asked in each step and with its
-log-probabilities made before. Needs the peers' environments: make bench-peers.
+Prompts of 64 to 256 tokens, responses of 16 to 128. Both ask the reference in each step, or both have asked it before.
 """
 
 from __future__ import annotations
 
+import argparse
+import tempfile
 from pathlib import Path
 
-import comparison
-import llama
-from comparison import Measured, claim
-from interleave import Task, interleaved, require_equal_losses
+import claims
+import post_training as common
+import workload
+
+PARTS = {"online": (False, 3.0), "precomputed": (True, 2.5)}  # the reference's log-probabilities; times TRL's rate
 
 
-def measure(folder: Path, calls: int) -> Measured:
-    common = {
-        "model": llama.write_model(folder / "model", seed=0),
-        "reference": llama.write_model(folder / "reference", seed=1),  # another: equal ones would all lose log 2
-        "learning_rate": 1e-4,
-        "beta": 0.1,
-        "pairs": llama.pairs(calls + comparison.WARM_UP),
-    }
-    tasks = {"ours": Task("ours", "dpo"), "trl": Task("in_trl", "dpo", "transformers")}
-    asked = interleaved(tasks, common, folder, calls=calls)
-    before = interleaved(tasks, {**common, "precomputed": True}, folder, calls=calls)
-    for measured in (asked, before):
-        require_equal_losses(measured)
-    claims = [
-        claim("TRL's CPU-seconds over ours, median", asked.ratios("ours", "trl")["median"], at_least=3.0),
-        claim("The same, references precomputed", before.ratios("ours", "trl")["median"], at_least=2.5),
-        claim("Our peak memory over TRL's", asked.memory_share("ours", "trl"), at_most=0.4),
-    ]
-    return {"reference asked": comparison.figures(asked), "precomputed": comparison.figures(before)}, claims
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(PARTS))
+    verdicts = []
+    for name in parser.parse_args().parts or PARTS:
+        precomputed, bound = PARTS[name]
+        settings = {
+            "pairs": workload.pairs(common.CALLS + common.WARM_UP),
+            "beta": 0.1,
+            "precomputed": precomputed,
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            found = common.measure("dpo", settings, Path(folder))
+        ratio = found.ratios("ours", "trl")["median"]
+        judged = [
+            claims.claim(f"DPO, reference {name}: times TRL's pairs per CPU-second, median", ratio, at_least=bound),
+            claims.claim(
+                f"DPO, reference {name}: share of TRL's peak memory", found.memory_share("ours", "trl"), at_most=0.4
+            ),
+        ]
+        verdicts.append(claims.write_part("dpo", name, common.report(found, judged)))
+    claims.finish(verdicts)
 
 
 if __name__ == "__main__":
-    comparison.main("dpo", str(__doc__), measure)
+    main()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import operator
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import claims
 import machine
 import torch
 
@@ -49,8 +49,7 @@ class Claim:
         return {name: bound for name, bound in named.items() if bound is not None}
 
     def holds(self, value: float) -> bool:
-        keeps = {"above": operator.gt, "at_least": operator.ge, "at_most": operator.le, "below": operator.lt}
-        return all(keeps[name](round(value, 9), bound) for name, bound in self.bounds.items())  # .65 - .68 is -.03
+        return claims.keeps(value, self.bounds)
 
 
 def domains(metrics: Metrics) -> list[str]:
@@ -165,11 +164,11 @@ def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
         stage: {name: spread([m[stage][name] for m in per_seed]) for name in sorted(per_seed[0][stage])}
         for stage in ("start", *STAGES)
     }
-    claims = []
+    judged = []
     for claim in CLAIMS:
         values = [claim.value(metrics) for metrics in per_seed]
-        claims.append({"claim": claim.says, **claim.bounds, **spread(values), "holds": all(map(claim.holds, values))})
-    return {"claims": claims, "stages": stages}
+        judged.append({"claim": claim.says, **claim.bounds, **spread(values), "holds": all(map(claim.holds, values))})
+    return {"claims": judged, "stages": stages}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""docs/performance.md and its pictures out of results/*.json: no figure is typed by hand.
+"""docs/performance.md and its pictures, from benchmarks/results/*.json alone: no figure is typed.
 
 python benchmarks/page.py
 """
@@ -6,127 +6,242 @@ python benchmarks/page.py
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import machine
+from claims import RESULTS
 
-RESULTS = Path(__file__).resolve().parent / "results"
 DOCS = machine.REPOSITORY / "docs"
-TITLES = {  # result -> heading
-    "pretrain": "Pre-training, against LitGPT and transformers",
-    "sft": "Supervised fine-tuning, against TRL",
-    "dpo": "DPO, against TRL",
-    "vocabulary": "The vocabulary function",
+NAMES = {
+    "ours": "ours",
+    "litgpt": "LitGPT",
+    "transformers": "transformers",
+    "trl": "TRL",
+    "lightning": "ours, Lightning's loop",
+    "ours_in_backward": "ours, in the backward pass",
+    "dense": "dense",
+    "torch_fused": "torch, linear_cross_entropy",
+    "liger": "Liger",
+    "limit": "matrix products alone",
 }
-HEAD = """# Performance
+PARTS = {
+    ("pretrain", "full_rows"): "Pre-training, 4 x 512 tokens",
+    ("pretrain", "compiled"): "Pre-training, 4 x 512 tokens, compiled",
+    ("pretrain", "mixed"): "Pre-training, 8 documents of 32 to 512 tokens",
+    ("pretrain", "lightning"): "Lightning's loop over a bare one",
+    ("sft", "unpacked"): "SFT, 8 conversations of 32 to 512 tokens",
+    ("dpo", "online"): "DPO, 8 pairs, reference asked in each step",
+    ("dpo", "precomputed"): "DPO, 8 pairs, reference asked before",
+}
+SOURCES = ["pretrain", "sft", "dpo", "vocabulary"]
+Results = dict[str, dict[str, Any]]  # benchmark -> part -> what was found
 
-How fast the same work is done here and elsewhere: a Llama of 6.5 million parameters (vocabulary 8,192, width 256, 6
-layers, 8 heads of 32 and 4 of keys, feed-forward 704) in float32 on one thread of a CPU, from the same weights on the
-same data. Each library runs in an environment and a process of its own and makes one step at a time in turns with the
-others; before anything is timed, the losses of the first step have to agree to 1e-4. A ratio is the other's CPU-
-seconds over ours, call by call: the median, and its quartiles in brackets. Above 1 ours is faster. Memory is a
-process's peak above what its imports take.
+INTRODUCTION = """# Performance
 
-`make bench-peers` makes the environments, `make bench` measures again and writes this page.
+Ours beside the newest versions of what people use, on the same weights and tokens, in float32 on one thread. Made by
+`make bench`; this page and its pictures are drawn from `benchmarks/results/*.json` by `benchmarks/page.py`.
+
+Each library runs in a process and an environment of its own (LitGPT and transformers 5 do not install together) and
+makes one call, a whole training step, at a time: ours, a peer, another, ours again. What counts are ratios of
+CPU-seconds of calls made side by side; absolute times swing severalfold from machine to machine. Before anything is
+timed, the losses of the first call have to agree to 1e-4. Peak memory is the process's high-water mark above what its
+imports take.
+
+The model is a Llama of 6.5 million weights: vocabulary 8,192 (tied), width 256, 6 layers, 8 heads of 32 with 4 for
+keys and values, feed-forward 704. Every library gets the same fused AdamW, clipping and learning rate. TRL's trainers
+run as they come, but in float32 and without gradient checkpointing, which would cost them time. Ours post-trains
+through Lightning's loop.
 """
 
 
-def rows_of(figures: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Settings -> workers, of results with one setting or with several."""
-    return (
-        {"": figures} if "ours" in figures else {name: part for name, part in figures.items() if isinstance(part, dict)}
+def load() -> Results:
+    paths = ((name, RESULTS / f"{name}.json") for name in SOURCES)
+    return {name: json.loads(path.read_text()) for name, path in paths if path.exists()}
+
+
+def page(results: Results) -> str:
+    """The whole text; the pictures are only referred to."""
+    claims = [entry for parts in results.values() for found in parts.values() for entry in found["claims"]]
+    return "\n".join(
+        [
+            INTRODUCTION,
+            "![Times the rate of each peer](images/performance.svg)\n",
+            "## Figures\n",
+            "Rate: useful tokens (or pairs) per CPU-second, ours over the peer's; median of the paired calls and",
+            "their quartiles. Memory: our peak over the peer's.\n",
+            *table(["", "peer", "rate", "quartiles", "memory", "ours, CPU-s", "peer's, CPU-s"], figure_rows(results)),
+            *vocabulary_section(results.get("vocabulary", {})),
+            "\n## What falls short\n",
+            *fallen_short(claims),
+            "\n## All claims\n",
+            *table(["claim", "value", "bound", "holds"], [claim_row(entry) for entry in claims]),
+            "\n## Where it was measured\n",
+            *table(["", "processor", "commit", "date"], machines(results)),
+            "",
+            *versions(results),
+            "",
+        ]
     )
 
 
-def picture_of(name: str) -> str:
-    return f"images/performance_{name}.svg"
+def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def draw(name: str, figures: dict[str, dict[str, Any]]) -> None:
-    """A bar for each of the others: how much longer it takes."""
+def figure_rows(results: Results) -> list[list[str]]:
+    rows = []
+    for (benchmark, part), title in PARTS.items():
+        found = results.get(benchmark, {}).get(part)
+        for peer, ratio in found["ratios"].items() if found else ():
+            ours, theirs = found["workers"]["ours"], found["workers"][peer]
+            rows.append(
+                [
+                    title,
+                    NAMES[peer],
+                    f"**{ratio['median']:.2f}**",
+                    f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}",
+                    f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}",
+                    f"{ours['cpu_seconds']['median']:.2f}",
+                    f"{theirs['cpu_seconds']['median']:.2f}",
+                ]
+            )
+    return rows
+
+
+def vocabulary_section(sizes: dict[str, Any]) -> list[str]:
+    if not sizes:
+        return []
+    return [
+        "\n## The vocabulary's loss\n",
+        "Time and memory of the loss and its gradients on 2,048 hidden states of width 256.\n",
+        "![Time and memory by vocabulary](images/vocabulary.svg)\n",
+        *table(["V", "way", "CPU-s", "times ours", "peak MiB"], vocabulary_rows(sizes)),
+        *refusals(sizes),
+    ]
+
+
+def vocabulary_rows(sizes: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            f"{int(size):,}",
+            NAMES[name],
+            f"{worker['cpu_seconds']['median']:.2f}",
+            f"{found['ratios'][name]['median']:.2f}" if name in found["ratios"] else "1",
+            f"{worker['peak_bytes'] / 2**20:,.0f}",
+        ]
+        for size, found in sizes.items()
+        for name, worker in found["workers"].items()
+    ]
+
+
+def refusals(sizes: dict[str, Any]) -> list[str]:
+    reasons = {(name, why) for found in sizes.values() for name, why in found["refused"].items()}
+    return [f"\n{NAMES[name]} did not run here: `{why}`." for name, why in sorted(reasons)]
+
+
+def fallen_short(claims: list[dict[str, Any]]) -> list[str]:
+    short = [entry for entry in claims if not entry["holds"]]
+    return [f"- {entry['claim']}: {entry['value']:.3g}, {bound(entry)}." for entry in short] or ["Nothing."]
+
+
+def claim_row(entry: dict[str, Any]) -> list[str]:
+    return [entry["claim"], f"{entry['value']:.3g}", bound(entry), "yes" if entry["holds"] else "**no**"]
+
+
+def bound(entry: dict[str, Any]) -> str:
+    words = {"above": "above", "at_least": "at least", "at_most": "at most", "below": "below"}
+    return ", ".join(f"{word} {entry[name]:g}" for name, word in words.items() if name in entry)
+
+
+def machines(results: Results) -> list[list[str]]:
+    rows = []
+    for benchmark, parts in results.items():
+        for part, found in parts.items():
+            place = found["machine"]
+            commit = (place["commit"] or "?")[:10] + (" and changes" if place["uncommitted_changes"] else "")
+            rows.append(
+                [f"{benchmark}, {part}", f"{place['processor']}, {place['cores']} cores", commit, place["date"]]
+            )
+    return rows
+
+
+def versions(results: Results) -> list[str]:
+    found = {
+        f"{library} {version}"
+        for parts in results.values()
+        for part in parts.values()
+        for worker in part["workers"].values()
+        for library, version in worker["versions"].items()
+    }
+    return ["Versions: " + ", ".join(sorted(found)) + "."]
+
+
+# ---- pictures ----
+
+
+def draw(results: Results) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "performance"  # the same picture from the same figures
+    draw_rates(results)
+    if results.get("vocabulary"):
+        draw_vocabulary(results["vocabulary"])
+
+
+def save(figure: Any, name: str) -> None:
+    figure.savefig(DOCS / "images" / f"{name}.svg", metadata={"Date": None}, bbox_inches="tight")
+
+
+def draw_rates(results: Results) -> None:
+    """A bar for each peer, with its quartiles, and a line where both are equal."""
     from matplotlib import pyplot
 
-    bars = [
-        (" ".join(filter(None, (worker, setting and f"({setting})"))), facts["cpu_ratio_to_ours"])
-        for setting, workers in figures.items()
-        for worker, facts in workers.items()
-        if "cpu_ratio_to_ours" in facts and worker != "limit"
+    rows = [
+        (f"{title}\nagainst {NAMES[peer]}", ratio)
+        for (benchmark, part), title in PARTS.items()
+        if part != "lightning"
+        for peer, ratio in results.get(benchmark, {}).get(part, {}).get("ratios", {}).items()
+    ][::-1]
+    figure, axes = pyplot.subplots(figsize=(8, 0.55 * len(rows) + 0.8))
+    medians = [ratio["median"] for _, ratio in rows]
+    spread = [
+        [ratio["median"] - ratio["lower_quartile"] for _, ratio in rows],
+        [ratio["upper_quartile"] - ratio["median"] for _, ratio in rows],
     ]
-    labels, ratios = [label for label, _ in bars], [ratio for _, ratio in bars]
-    medians = [ratio["median"] for ratio in ratios]
-    below = [ratio["median"] - ratio["lower_quartile"] for ratio in ratios]
-    above = [ratio["upper_quartile"] - ratio["median"] for ratio in ratios]
-    picture, axes = pyplot.subplots(figsize=(8, 0.8 + 0.36 * len(bars)), layout="constrained")
-    axes.barh(labels, medians, xerr=[below, above], color="#3b6fb0", ecolor="#222222", height=0.62)
-    axes.axvline(1.0, color="#222222", linewidth=1)
-    axes.set_xlabel("CPU-seconds over ours (1: as fast)")
-    axes.invert_yaxis()
+    bars = axes.barh([title for title, _ in rows], medians, xerr=spread, color="#4477aa", height=0.6)
+    axes.bar_label(bars, [f"{median:.2f}" for median in medians], padding=6)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times the peer's rate per CPU-second")
+    axes.tick_params(axis="y", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    picture.savefig(DOCS / picture_of(name), metadata={"Date": None})
-    pyplot.close(picture)
+    save(figure, "performance")
 
 
-def table(figures: dict[str, dict[str, Any]]) -> list[str]:
-    lines = ["| | CPU-seconds a call | ratio to ours | peak memory |", "| --- | --- | --- | --- |"]
-    for setting, workers in figures.items():
-        for worker, facts in workers.items():
-            label = ", ".join(filter(None, (setting, worker)))
-            ratio = facts.get("cpu_ratio_to_ours")
-            shown = (
-                "" if ratio is None else "{median:.2f} ({lower_quartile:.2f} to {upper_quartile:.2f})".format(**ratio)
-            )
-            lines.append(
-                f"| {label} | {facts['cpu_seconds']['median']:.3f} | {shown} | {facts['peak_bytes'] / 2**20:,.0f} MiB |"
-            )
-    return lines
+def draw_vocabulary(sizes: dict[str, Any]) -> None:
+    from matplotlib import pyplot
 
-
-def section(name: str, title: str, result: dict[str, Any]) -> str:
-    figures, about = rows_of(result["figures"]), result["machine"]
-    versions: dict[str, str] = {}
-    for workers in figures.values():
-        for facts in workers.values():
-            versions |= facts["versions"]
-    listed = ", ".join(f"{library} {version}" for library, version in sorted(versions.items()))
-    notes = [f"{key}: {value}." for key, value in result["figures"].items() if isinstance(value, str)]
-    claims = ["| claim | bound | measured | |", "| --- | --- | --- | --- |"]
-    for entry in result["claims"]:
-        bound = f"at least {entry['at_least']:g}" if "at_least" in entry else f"at most {entry['at_most']:g}"
-        verdict = "holds" if entry["holds"] else "**falls short**"
-        claims.append(f"| {entry['claim']} | {bound} | {entry['value']:.3g} | {verdict} |")
-    measured = (
-        f"{about['processor']}, {about['cores']} cores, load {about['load_before']:g} before; "
-        f"{result['calls']} calls of each; "
-        f"commit {(about['commit'] or '')[:7]}; {listed}."
-    )
-    picture = f"![Ratios]({picture_of(name)})"
-    return "\n".join([f"## {title}", "", picture, "", *claims, "", *table(figures), "", *notes, measured, ""])
-
-
-def results() -> dict[str, dict[str, Any]]:
-    paths = {name: RESULTS / f"{name}.json" for name in TITLES}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
-
-
-def text() -> str:
-    """The whole page; what was not measured is said to be missing."""
-    found = results()
-    missing = "Not measured yet.\n"
-    parts = [
-        section(name, title, found[name]) if name in found else f"## {title}\n\n{missing}"
-        for name, title in TITLES.items()
-    ]
-    return "\n".join([HEAD, *parts])
+    figure, (time, memory) = pyplot.subplots(1, 2, figsize=(9, 3.4))
+    ordered = sorted(sizes, key=int)
+    for name in sizes[ordered[0]]["workers"]:
+        workers = [sizes[size]["workers"][name] for size in ordered]
+        x = [int(size) for size in ordered]
+        time.plot(x, [worker["cpu_seconds"]["median"] for worker in workers], marker="o", label=NAMES[name])
+        memory.plot(x, [worker["peak_bytes"] / 2**20 for worker in workers], marker="o", label=NAMES[name])
+    for axes, label in ((time, "CPU-seconds"), (memory, "peak memory, MiB")):
+        axes.set(xscale="log", yscale="log", xlabel="vocabulary", ylabel=label)
+        axes.set_xticks([int(size) for size in ordered], [f"{int(size) // 1024}k" for size in ordered], minor=False)
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    memory.legend(fontsize=8)
+    save(figure, "vocabulary")
 
 
 def main() -> None:
-    for name, result in results().items():
-        draw(name, rows_of(result["figures"]))
-    (DOCS / "performance.md").write_text(text())
+    results = load()
+    (DOCS / "performance.md").write_text(page(results))
+    draw(results)
     print(DOCS / "performance.md")
 
 

@@ -1,39 +1,30 @@
-"""Supervised fine-tuning against TRL's trainer, unpacked as it comes, call by call; writes results/sft.json.
+"""Supervised fine-tuning against TRL's SFTTrainer, unpacked; writes results/sft.json.
 
-    python benchmarks/sft.py [--calls 20]
-
-Both by their trainers, in float32 on one thread, 8 conversations a step. Needs the peers' environments: make
-bench-peers.
+python benchmarks/sft.py
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
-import comparison
-import llama
-from comparison import Measured, claim
-from interleave import Task, interleaved, require_equal_losses
+import claims
+import post_training as common
+import workload
 
 
-def measure(folder: Path, calls: int) -> Measured:
-    measured = interleaved(
-        {"ours": Task("ours", "sft"), "trl": Task("in_trl", "sft", "transformers")},
-        {
-            "model": llama.write_model(folder / "model", seed=0),
-            "learning_rate": 1e-4,
-            "conversations": llama.conversations(calls + comparison.WARM_UP),
-        },
-        folder,
-        calls=calls,
-    )
-    require_equal_losses(measured)
-    claims = [
-        claim("TRL's CPU-seconds over ours, median", measured.ratios("ours", "trl")["median"], at_least=1.7),
-        claim("Our peak memory over TRL's", measured.memory_share("ours", "trl"), at_most=0.5),
+def main() -> None:
+    rows = workload.conversations(common.CALLS + common.WARM_UP)
+    with tempfile.TemporaryDirectory() as folder:
+        found = common.measure("sft", {"conversations": rows}, Path(folder))
+    ratio = found.ratios("ours", "trl")["median"]
+    judged = [
+        claims.claim("SFT: times TRL's rate, unpacked, median", ratio, at_least=1.7),
+        claims.claim("SFT: the aim", ratio, at_least=2.0),
+        claims.claim("SFT: share of TRL's peak memory", found.memory_share("ours", "trl"), at_most=0.5),
     ]
-    return comparison.figures(measured), claims
+    claims.finish([claims.write_part("sft", "unpacked", common.report(found, judged))])
 
 
 if __name__ == "__main__":
-    comparison.main("sft", str(__doc__), measure)
+    main()

@@ -13,7 +13,7 @@ from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.packing import Window
 from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import Transformer
-from lightning_llm.objectives.base import Objective
+from lightning_llm.objectives.base import Objective, token_logps
 from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
 from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
 from lightning_llm.optimization.window import optimizer_step
@@ -92,7 +92,8 @@ def dpo(calls: Calls) -> None:
     if not calls.settings.get("precomputed"):
         train(calls, config.build(load(calls), reference=reference), batch_of)
         return
-    columns = [reference_logps(reference, batch_of(index)) for index in range(len(calls.settings["pairs"]))]
+    with torch.no_grad():
+        columns = [token_logps(reference, batch_of(index)) for index in range(len(calls.settings["pairs"]))]
     del reference
 
     def with_column(index: int) -> SegmentBatch:
@@ -101,12 +102,6 @@ def dpo(calls: Calls) -> None:
         return batch
 
     train(calls, config.build(load(calls)), with_column)
-
-
-@torch.no_grad()
-def reference_logps(reference: Transformer, batch: SegmentBatch) -> torch.Tensor:
-    """Log-probability of every target [N], as a stage's `.reference` node leaves them."""
-    return token_log_likelihood(reference(batch)[batch.predictors], reference.head_weight, batch.target_ids)
 
 
 class AskedFor:
@@ -127,8 +122,8 @@ class AskedFor:
             [batch],
             target_tokens=sum(batch.target_counts),
             pairs=sum(prefix >= 0 for prefix in batch.prefixes) // 2,
-            consumed={},
-            attended=0,
+            consumed={"benchmark": batch.num_tokens},
+            segments=[(length, 0) for length in batch.lengths],
             samples=batch.num_segments,
             context=max(batch.lengths),
         )
