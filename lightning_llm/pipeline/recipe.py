@@ -278,6 +278,7 @@ def check(recipe: Recipe) -> None:
     for name in ("flops_per_second", "efficiency", "memory_gib"):
         _in_range(f"compute.{name}", getattr(recipe.compute, name), above=0)
     _in_range("limits.hours", recipe.limits.hours, low=0)
+    _in_range("seed", recipe.seed, low=0)
     known = _known_corpora(recipe)
     for name, source in recipe.scale.corpora.items():
         if name not in known:

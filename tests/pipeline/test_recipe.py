@@ -71,6 +71,7 @@ COMMAND_LINE = {
     "+stages.base.data.sources.wbe.weight=1": ["stages.base.data.sources.wbe"],
     "+hydra.job.nam=x": ["hydra.job.nam", "name"],
     "stages.last.objective.beta=-1": ["stages.last.objective", "beta"],
+    "seed=-1": ["seed", "at least 0"],
 }
 
 
