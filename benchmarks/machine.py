@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+MEASURED = (".", ":!benchmarks/results", ":!docs")  # what figures depend on: not what earlier parts have written
 LIBRARIES = ("torch", "lightning", "hydra-core", "numpy", "tokenizers", "transformers")
 
 
 def describe() -> dict[str, Any]:
     """Processor, cores, memory, versions of what does the work, commit, date."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     return {
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

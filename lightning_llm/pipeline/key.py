@@ -26,7 +26,7 @@ CONTRACTS = {
     "prepare": 1,
     "score": 1,
     "train": 1,
-    "evaluate": 2,
+    "evaluate": 3,
 }  # raised when a verb makes other artifacts of the same settings
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

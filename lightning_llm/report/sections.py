@@ -144,7 +144,7 @@ def evaluation(runs: Sequence[Run]) -> Section | None:
         tables = [f"<details><summary>Stage by stage, for each run</summary>{''.join(tables)}</details>"]
     note = (
         "After each training stage, on rows that no stage has seen. The win rate is over the model that the stage "
-        "started from, with its 95 % interval."
+        "started from, with its 95 % interval; a wrong response counts as lost, also against another wrong one."
     )
     return Section(
         "evaluation",
@@ -396,7 +396,7 @@ def _sample(sample: dict[str, Any]) -> str:
     def said(label: str, text: Any, mark: str = "") -> str:
         return f"<dt>{label} {mark}</dt><dd><pre>{escape(str(text))}</pre></dd>" if text is not None else ""
 
-    won = {"win": "won", "loss": "lost", "tie": "tie"}.get(str(sample.get("verdict")), "")
+    won = {"win": "won", "loss": "lost", "tie": "tie", "both wrong": "both wrong"}.get(str(sample.get("verdict")), "")
     return (
         f'<article class="sample"><h4><span>{escape(str(sample.get("task", "")))}</span><span>{won}</span></h4><dl>'
         + said("question", sample.get("prompt"))

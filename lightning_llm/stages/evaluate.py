@@ -142,9 +142,12 @@ class Evaluation:
         drawn = self._respond(self.model, questions, temperature=TEMPERATURE)
         others = self._respond(self.predecessor, questions, temperature=TEMPERATURE)
         judge = StyleAndCorrectness()
-        scores = [judge.compare(*three) for three in zip(questions, drawn, others, strict=True)]
+        games = list(zip(questions, drawn, others, strict=True))
+        scores = [judge.compare(*game) for game in games]
         rate = win_rate(scores, seed=self.settings.seed)
         self.metrics |= {"judge/win_rate": rate.mean, "judge/win_rate_low": rate.low, "judge/win_rate_high": rate.high}
+        both_wrong = sum(not verify(question, one) and not verify(question, other) for question, one, other in games)
+        self.metrics["judge/both_wrong"] = both_wrong / len(games)  # lost by both; ties in the usual reckoning
         self._write_samples(questions, drawn, others, scores)
         if self._has_reference:
             prompts = [question.prompt_ids for question in questions[:KL_SAMPLES]]
@@ -196,12 +199,9 @@ class Evaluation:
                 "verdict": None,
             }
             if others is not None and scores is not None:
-                verdict = {1.0: "win", 0.5: "tie", 0.0: "loss"}[scores[i]]
-                sample |= {
-                    "starts_from": others[i].text,
-                    "starts_from_right": verify(question, others[i]),
-                    "verdict": verdict,
-                }
+                other_right = verify(question, others[i])
+                verdict = {1.0: "win", 0.5: "tie", 0.0: "loss" if other_right else "both wrong"}[scores[i]]
+                sample |= {"starts_from": others[i].text, "starts_from_right": other_right, "verdict": verdict}
             samples.append(sample)
         self.write("samples.json", samples)
 

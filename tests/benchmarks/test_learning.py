@@ -27,7 +27,13 @@ def run_folder(tmp_path):
     """A run that keeps every claim, some of them just so."""
     metrics = {
         "pretrain": {"tasks/exact_match": 0, "perplexity/code": 60, "perplexity/web": 50},
-        "long_context": {"tasks/exact_match": 0, "perplexity/code": 61.2, "perplexity/web": 50, "late_loss/gain": 0.01},
+        "long_context": {
+            "tasks/exact_match": 0,
+            "perplexity/code": 61.2,
+            "perplexity/web": 50,
+            "late_loss/gain": 0.01,
+            "late_loss/gain_error": 0.004,
+        },
         "sft": {"tasks/exact_match": 0.68, "perplexity/code": 70, "perplexity/web": 100},
         "dpo": {"tasks/exact_match": 0.65, "preference/accuracy": 0.9, "judge/win_rate_low": 0.6},
     }
@@ -60,7 +66,8 @@ def test_a_run_that_keeps_every_claim(learning, run_folder):
         ("long_context", "perplexity/web", 51.1, "Long-context training raises"),
         ("long_context", "tokens", 150, "at least 20 %"),
         ("sft", "perplexity/web", 100.1, "SFT at most doubles"),
-        ("long_context", "late_loss/gain", 0.0, "late tokens"),
+        ("long_context", "late_loss/gain", 0.008, "late tokens"),
+        ("long_context", "late_loss/gain_error", 0.005, "late tokens"),
     ],
 )
 def test_each_claim_can_fail_by_one_seed(learning, run_folder, stage, metric, value, broken):
