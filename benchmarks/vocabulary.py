@@ -36,7 +36,7 @@ def measure(size: int, folder: Path) -> dict[str, Any]:
         tasks["liger"] = LIGER
     except Refused as error:
         refused["liger"] = str(error).splitlines()[0]
-    found = interleaved(tasks, settings, folder, calls=8 if size <= 32_768 else 3, warm_up=1)
+    found = interleaved(tasks, settings, folder, calls=8 if size <= 32_768 else 3 if size <= 131_072 else 2, warm_up=1)
     others = [name for name in tasks if name != "ours"]
     judged = [
         claims.claim(
