@@ -268,7 +268,7 @@ def test_generate_continues_texts(talker, tmp_path):
     prompts = ["the fox", "a, b=${c} 'd' [e] \\\\", "${HOME", "\\n\nnew line\\"]
     words = [f"prompt={prompt}" for prompt in prompts]
     done = program("generate", f"model={talker}", *words, "max_new_tokens=12", "format=jsonl", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "note: attention by sdpa (the first choice here)\n")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["prompt"] for row in rows] == prompts
     for row in rows:
@@ -283,7 +283,7 @@ def test_generate_continues_texts(talker, tmp_path):
 def test_generate_is_seeded_and_stops(command, talker, tmp_path):
     def reply(*words):
         code, out, err = command("generate", f"model={talker}", "max_new_tokens=40", "prompt=fox", *words)
-        assert (code, err) == (0, "")
+        assert (code, err) == (0, "note: attention by sdpa (the first choice here)\n")
         return out
 
     sampled = [reply("temperature=1", f"seed={seed}") for seed in (1, 2, 1)]
@@ -358,7 +358,8 @@ def test_chat_over_pipes(talker, said, tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, encoding="utf-8",
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, first + second + first + second)
-    unknown, too_long = done.stderr.splitlines()
+    attention, unknown, too_long = done.stderr.splitlines()
+    assert attention == "note: attention by sdpa (the first choice here)"
     assert unknown.startswith("/rest is no command")
     assert too_long.startswith("error: conversation: has ")
 

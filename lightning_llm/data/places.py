@@ -53,6 +53,18 @@ def lies_here(path: str) -> bool:
     return kind in ("files", "datasets", "tokens") or (kind == "hub" and Path(rest).is_dir())
 
 
+def missing_place(path: str | None) -> bool:
+    """Whether a path should lead to files on this machine, and there are none."""
+    if not path:
+        return False
+    kind, rest = split_path(path, "path")
+    return (
+        kind == "files"
+        and not Path(rest).expanduser().exists()
+        and not glob.glob(str(Path(rest).expanduser()), recursive=True)
+    )
+
+
 def source_options(path: str, where: str) -> tuple[str, ...]:
     """Names that `options` may hold for a path."""
     kind, rest = split_path(path, where)

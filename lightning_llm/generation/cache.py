@@ -12,6 +12,7 @@ from lightning_llm.batch import SegmentBatch
 from lightning_llm.generation.dual_chunk import DualChunk
 from lightning_llm.models import ModelConfig
 from lightning_llm.models.attention import Segments, attention
+from lightning_llm.models.soft_cap import soft_capped
 from lightning_llm.models.transformer import Transformer
 
 
@@ -147,7 +148,7 @@ def attend_step(
     if softcap is None:
         return scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale)
     scores = q @ keys.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return weigh(softcap * (scores / softcap).tanh(), values, mask)
+    return weigh(soft_capped(scores, softcap), values, mask)
 
 
 def weigh(scores: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_llm.generation.config import DualChunkConfig
 from lightning_llm.models.rope import rotate, rotation
+from lightning_llm.models.soft_cap import soft_capped
 
 SCORES = 2**24  # that exist at once while a prompt is computed
 
@@ -121,5 +122,4 @@ class DualChunk:
 
     @staticmethod
     def _finished(scores: Tensor, scale: float | None, softcap: float | None, head_size: int) -> Tensor:
-        scores = scores * (head_size**-0.5 if scale is None else scale)
-        return scores if softcap is None else softcap * (scores / softcap).tanh()
+        return soft_capped(scores * (head_size**-0.5 if scale is None else scale), softcap)

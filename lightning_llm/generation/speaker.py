@@ -14,6 +14,7 @@ from lightning_llm.generation.config import GenerationConfig, Sampling
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.config import set_rope_scaling
 from lightning_llm.models.families import read_json
+from lightning_llm.models.kernels import use_attention
 from lightning_llm.settings import UserError
 
 if TYPE_CHECKING:
@@ -60,14 +61,15 @@ class Speaker:
 
 
 def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConfig) -> Speaker:
-    """Read a Hugging Face directory.
+    """Read a Hugging Face directory; says on stderr what attention is computed with, and what is left out.
 
     Args:
         config: how it is to speak.
         compute: device, precision, attention and threads.
 
     Raises:
-        UserError: a file is missing or damaged, a setting does not fit the model, or there is no such device.
+        UserError: a file is missing or damaged, a setting does not fit the model or the device, or there is no such
+            device.
     """
     if compute.precision not in PRECISIONS:
         raise UserError("compute.precision", f"is {compute.precision!r}", f"Give {' or '.join(PRECISIONS)}")
@@ -83,7 +85,10 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
         except ValueError as error:
             raise UserError("rope_scaling", str(error), "See rope_parameters in conf/model/") from error
     model = model.to("cuda" if compute.accelerator == "gpu" else "cpu")
-    model.attention_backend = compute.attention
+    kernel = use_attention(model, compute, precision=compute.precision, needs_gradient=False)
+    if config.dual_chunk.chunk_size is not None:
+        kernel = f"attention by dual chunks of {config.dual_chunk.chunk_size:,} positions (dual_chunk.chunk_size)"
+    print(f"note: {kernel}", file=sys.stderr)
     path = directory / "generation_config.json"
     defaults = read_json(path) if path.is_file() else {}
     for name, neutral in UNHEARD.items():

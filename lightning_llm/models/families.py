@@ -17,6 +17,7 @@ from torch import Tensor
 from lightning_llm.models.config import FULL, ROPE_KEYS, SLIDING, ModelConfig
 from lightning_llm.settings import UserError
 
+PLAIN_TYPES = ("F64", "F32", "F16", "BF16")  # as safetensors' headers spell them
 SHARD_BYTES = 5_000_000_000  # of one safetensors file; also what writing needs in memory beside the model
 COPIED = {  # fields spelt alike in all config.json: what they are if it does not say (None: it has to)
     "vocab_size": None,
@@ -308,6 +309,8 @@ def stored_parts(config: ModelConfig, parameters: dict[str, Tensor]) -> Iterator
 def read_weights(directory: Path, config: ModelConfig, parameters: dict[str, Tensor]) -> None:
     """Fill the parameters in place from model.safetensors or its shards, one tensor in memory at a time.
 
+    What is on the meta device has nothing to fill: then the headers are read and compared, and no tensor.
+
     Raises:
         UserError: a file is missing or damaged, or a key is missing, unknown or of another shape; names both.
     """
@@ -317,7 +320,7 @@ def read_weights(directory: Path, config: ModelConfig, parameters: dict[str, Ten
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():
                     if key in missing:
-                        read_tensor(path, key, file.get_tensor(key), missing.pop(key))
+                        read_tensor(path, key, file, missing.pop(key))
                     elif not (
                         key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings)
                     ):
@@ -334,13 +337,22 @@ def read_weights(directory: Path, config: ModelConfig, parameters: dict[str, Ten
         )
 
 
-def read_tensor(path: Path, key: str, stored: Tensor, parameter: Tensor) -> None:
-    if stored.shape != parameter.shape:
-        shapes = f"has shape {list(stored.shape)}, config.json asks for {list(parameter.shape)}"
+def read_tensor(path: Path, key: str, file: Any, parameter: Tensor) -> None:
+    """Fill a parameter from an open safetensors file, if its header has the parameter's shape.
+
+    Raises:
+        UserError: it has another, or its numbers are no plain floating-point ones.
+    """
+    header = file.get_slice(key)
+    if header.get_shape() != list(parameter.shape):
+        shapes = f"has shape {header.get_shape()}, config.json asks for {list(parameter.shape)}"
         raise UserError(f"{path}: {key}", shapes, "Use files of one model")
-    if not stored.is_floating_point():
-        raise UserError(f"{path}: {key}", f"is of type {stored.dtype}", "Use the plain, not quantised, checkpoint")
-    parameter.copy_(stored)
+    if header.get_dtype() not in PLAIN_TYPES:
+        raise UserError(
+            f"{path}: {key}", f"is of type {header.get_dtype()}", "Use the plain, not quantised, checkpoint"
+        )
+    if not parameter.is_meta:
+        parameter.copy_(file.get_tensor(key))
 
 
 def weight_files(directory: Path) -> list[Path]:

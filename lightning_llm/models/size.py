@@ -16,6 +16,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         total: all of them.
         embedding: those of the embedding and, where it is not tied to it, of the output head.
         active: those that one token meets: all but the experts it is not routed to.
+        matrices: those in matrices of the layers, all experts included.
     """
     width, layers = config.hidden_size, config.num_hidden_layers
     tables = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
@@ -26,6 +27,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
         "total": rest + _products(config, config.num_experts),
         "embedding": tables,
         "active": rest + _products(config, config.num_experts_per_tok),
+        "matrices": _products(config, config.num_experts),
     }
 
 
@@ -69,6 +71,14 @@ def forward_flops_per_token(config: ModelConfig, context: int) -> float:
 def training_flops_per_token(config: ModelConfig, context: int) -> float:
     """Forward and backward, three times the forward pass: 6 N + 12 L d_attn K."""
     return 3 * forward_flops_per_token(config, context)
+
+
+def recomputed_flops_per_token(config: ModelConfig, context: int) -> float:
+    """Of layers that run once more in the backward pass (activation checkpointing): the forward pass but for the head.
+
+    The device computes them, the model does not need them: utilisation counts a step's `training_flops` alone.
+    """
+    return forward_flops_per_token(config, context) - 2.0 * config.vocab_size * config.hidden_size
 
 
 def training_flops(config: ModelConfig, segments: Lengths) -> float:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.experts import MixtureOfExperts, Routed
 from lightning_llm.models.feed_forward import FeedForward
 from lightning_llm.models.rope import attention_factor, inverse_frequencies, rotate, rotation
+from lightning_llm.models.soft_cap import soft_capped
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, K, D] -> [T, H, D]
 
@@ -130,6 +132,30 @@ class Layer(nn.Module):
         return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
 
 
+def run_again_backwards(layer: nn.Module, *inputs: Any) -> Tensor:
+    """The layer's output, of which nothing is kept for the backward pass but its inputs."""
+    # nothing in a layer is random: there is no state of a generator to keep
+    contexts = functools.partial(_first_and_second_pass, layer)
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _first_and_second_pass(layer: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _noting_nothing(layer)
+
+
+@contextmanager
+def _noting_nothing(layer: nn.Module) -> Iterator[None]:
+    """What a router did is said by the first pass alone; from the second one its graph would stay in memory."""
+    if not isinstance(layer.mlp, MixtureOfExperts):
+        yield
+        return
+    routed = layer.mlp.routed
+    try:
+        yield
+    finally:  # the second pass ends by an exception as soon as it has made what is needed
+        layer.mlp.routed = routed
+
+
 class Transformer(nn.Module):
     """Tokens in, hidden states out. The vocabulary is met in losses/likelihood.py, through `log_likelihood`.
 
@@ -194,8 +220,7 @@ class Transformer(nn.Module):
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             inputs = x, cos, sin, functools.partial(attend, index)
-            # nothing in a layer is random: there is no state of a generator to keep
-            x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if again else layer(*inputs)
+            x = run_again_backwards(layer, *inputs) if again else layer(*inputs)
         return self.norm(x)
 
     def take_routed(self) -> list[Routed]:
@@ -208,8 +233,7 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., V] of hidden states [.., d], soft-capped where the family is."""
-        logits, cap = linear(hidden, self.head_weight), self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return soft_capped(linear(hidden, self.head_weight), self.config.final_logit_softcapping)
 
     def log_likelihood(self, hidden: Tensor, target_ids: Tensor, **options: Any) -> Tensor:
         """`losses.likelihood.token_log_likelihood` under this model's head and soft-cap: [N] of hidden states [N, d].
@@ -234,6 +258,19 @@ class Transformer(nn.Module):
         model.to(dtype).to_empty(device="cpu")
         families.read_weights(directory, config, dict(model.named_parameters()))
         return model
+
+    @classmethod
+    def check_pretrained(cls, directory: str | Path) -> None:
+        """Refuse what `from_pretrained` would, by config.json and the headers of the weights' files: cheap at any size.
+
+        Raises:
+            UserError: as `from_pretrained`.
+        """
+        directory = Path(directory)
+        config = families.read_config(directory)
+        with torch.device("meta"):
+            model = cls(config)
+        families.read_weights(directory, config, dict(model.named_parameters()))
 
     def save_pretrained(self, directory: str | Path, eos_token_ids: list[int] | None = None) -> None:
         """Write config.json, generation_config.json and model.safetensors as transformers, vLLM and lm-eval read them.

@@ -16,6 +16,9 @@ UPDATE_SCALES = ("adamw", "spectral")
 class OptimizerConfig(Buildable):
     """What all optimizers have in common. Decay is decoupled and on matrices alone, not on norms and biases."""
 
+    bytes_of_state: ClassVar[int] = 8  # that are remembered of each parameter, whatever the precision of products
+    bytes_of_matrix_state: ClassVar[int | None] = None  # of one in the layers' matrices; none: the same
+
     name: str = "???"
     weight_decay: float = 0.1  # a step takes lr * weight_decay of a weight away, where the optimizer says nothing else
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
@@ -27,6 +30,17 @@ class OptimizerConfig(Buildable):
         betas = getattr(self, "betas", (0.0, 0.0))
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must be two numbers in [0, 1), got {list(betas)}")
+
+    @classmethod
+    def state_bytes(cls, parameters: int, matrices: int) -> int:
+        """Memory of the state, a step's count per tensor left aside.
+
+        Args:
+            parameters: all that are trained.
+            matrices: those among them that are in matrices of the layers.
+        """
+        of_matrix = cls.bytes_of_state if cls.bytes_of_matrix_state is None else cls.bytes_of_matrix_state
+        return cls.bytes_of_state * (parameters - matrices) + of_matrix * matrices
 
 
 @dataclass
@@ -57,6 +71,7 @@ class AdamWConfig(EntrywiseConfig):
     """AdamW (Loshchilov & Hutter 2019), fused."""
 
     implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_adamw"
+    bytes_of_state: ClassVar[int] = 8  # two moments
     name: str = "adamw"
     eps: float = 1e-8
 
@@ -67,6 +82,7 @@ class LionConfig(EntrywiseConfig):
     """Lion (Chen et al. 2023): half of AdamW's state; wants a third to a tenth of its rate, and as much more decay."""
 
     implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_lion"
+    bytes_of_state: ClassVar[int] = 4  # a momentum
     name: str = "lion"
     betas: tuple[float, float] = (0.9, 0.99)  # of the update, of the momentum
     weight_decay: float = 0.3
@@ -78,6 +94,7 @@ class AFMRMSPropConfig(EntrywiseConfig):
     """RMSProp with momentum as AFM was trained with (Apple 2024): its decay follows the schedule, not the rate."""
 
     implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_afm_rmsprop"
+    bytes_of_state: ClassVar[int] = 8  # squares and a momentum
     name: str = "afm_rmsprop"
     betas: tuple[float, float] = (0.95, 0.95)  # of the momentum, of the squares
     eps: float = 1e-30  # added to the square of the gradient
@@ -96,6 +113,8 @@ class MuonConfig(OptimizerConfig):
     """Muon (Jordan et al. 2024) on the matrices of the layers, AdamW on embedding, head, norms and biases."""
 
     implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_muon"
+    bytes_of_state: ClassVar[int] = 8  # AdamW's
+    bytes_of_matrix_state: ClassVar[int | None] = 4  # a momentum
     name: str = "muon"
     momentum: float = 0.95
     nesterov: bool = True

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lightning_llm.data.places import missing_place
 from lightning_llm.models.config import ModelConfig
-from lightning_llm.models.size import forward_flops_per_token, parameter_counts, training_flops_per_token
+from lightning_llm.models.size import (
+    forward_flops_per_token,
+    parameter_counts,
+    recomputed_flops_per_token,
+    training_flops_per_token,
+)
 from lightning_llm.pipeline.expand import Node, expand
 from lightning_llm.pipeline.mistakes import name_nearest
-from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.recipe import Recipe, check
 from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import EvaluateSettings, PrepareSettings, TrainSettings
+from lightning_llm.stages.config import EvaluateSettings, PrepareSettings, TokenizerSettings, TrainSettings
 
 GIB = 2**30
 PREPARED_PER_SECOND = 1e6  # tokens; `tokenizers` makes some 4 MB of text a second
-BYTES_PER_TRAINED_PARAMETER = 16  # fp32 weights, gradients, and AdamW's two moments
+BYTES_PER_TRAINED_PARAMETER = 8  # weights and gradients, both in fp32 whatever the products are in
 SHARED = ("tokenizer", "evaluation")  # nodes that belong to no stage
 
 
@@ -27,10 +34,17 @@ class Plan:
 
     recipe: Recipe  # scaled
     nodes: tuple[Node, ...]
+    notes: tuple[str, ...] = ()  # what would stop a run on this machine
 
     @property
     def flops(self) -> float:
+        """Of the models: what utilisation is reckoned by."""
         return sum(node.figures["flops"] for node in self.nodes)
+
+    @property
+    def hardware_flops(self) -> float:
+        """What the devices compute: `flops`, and those of layers that run again in the backward pass."""
+        return sum(node.figures["hardware_flops"] for node in self.nodes)
 
     @property
     def seconds(self) -> float:
@@ -56,9 +70,8 @@ class Plan:
             wanted.add(name := before)
         kept = [node for node in self.nodes if node.stage in wanted]
         needed = {source for node in kept for source in node.inputs.values()}
-        return Plan(self.recipe, tuple(
-            node for node in self.nodes if node in kept or (node.stage in SHARED and node.name in needed)
-        ))  # fmt: skip
+        nodes = [node for node in self.nodes if node in kept or (node.stage in SHARED and node.name in needed)]
+        return Plan(self.recipe, tuple(nodes), missing_sources(nodes))
 
     def checked_stage(self, selector: str, name: str) -> str:
         """`name`, if it is a stage."""
@@ -77,8 +90,10 @@ class Plan:
             "model": recipe.model.name,
             "compute": recipe.compute.name,
             "flops": self.flops,
+            "hardware_flops": self.hardware_flops,
             "seconds": self.seconds,
             "disk_gib": self.disk_gib,
+            "notes": list(self.notes),
             "stages": stages,
         }
 
@@ -93,10 +108,12 @@ class Plan:
         rows = [[title for title, _ in COLUMNS], *([show(node) for _, show in COLUMNS] for node in self.nodes)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
         lines = ["  ".join(_aligned(cell, i, widths[i]) for i, cell in enumerate(row)).rstrip() for row in rows]
-        total = f"total: {_short(self.flops)} FLOPs, {_gib(self.disk_gib)} on disk, about {duration(self.seconds)}"
+        again = self.hardware_flops - self.flops
+        flops = f"{_short(self.flops)} FLOPs" + (f" (and {_short(again)} again in backward passes)" if again else "")
+        total = f"total: {flops}, {_gib(self.disk_gib)} on disk, about {duration(self.seconds)}"
         tight = [node.name for node in self.nodes if node.figures["memory_gib"] > compute.memory_gib]
-        note = f"\n{', '.join(tight)}: more than the {compute.memory_gib:g} GiB of a device" if tight else ""
-        return "\n".join([head, "", *lines, "", total]) + note
+        memory = [f"{', '.join(tight)}: more than the {compute.memory_gib:g} GiB of a device"] if tight else []
+        return "\n".join([head, "", *lines, "", total, *memory, *self.notes])
 
     __repr__ = __str__  # a notebook shows the table
 
@@ -107,6 +124,8 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         UserError: the recipe cannot be run at its scale.
     """
+    if not recipe.is_scaled:
+        check(recipe)  # `compose` has; a recipe that was changed in Python since then is as good as its parts
     recipe = scaled(recipe)
     nodes = {node.name: node for node in expand(recipe)}
     models: dict[str, ModelConfig] = {n.name: n.settings.model for n in nodes.values() if n.kind == "train"}
@@ -116,7 +135,23 @@ def plan(recipe: Recipe) -> Plan:
         if any((node.kind, node.settings, node.inputs) == (n.kind, n.settings, n.inputs) for n in planned):
             figures |= {"disk_gib": 0.0, "seconds": 0.0}  # one artifact, made once
         planned.append(replace(node, figures=figures))
-    return Plan(recipe, tuple(planned))
+    return Plan(recipe, tuple(planned), missing_sources(planned))
+
+
+def missing_sources(nodes: Iterable[Node]) -> tuple[str, ...]:
+    """A line for each path of the user's data that leads to nothing here. A plan may be drawn on another machine."""
+    lines: dict[str, None] = {}  # in order, without repetition
+    for node in nodes:
+        if isinstance(node.settings, PrepareSettings):
+            sources = node.settings.data.sources
+        elif isinstance(node.settings, TokenizerSettings):
+            sources = node.settings.tokenizer.sources
+        else:
+            continue
+        for name, source in sources.items():
+            if missing_place(source.path):
+                lines[f"{node.name}: there is no {source.path} here, the source {name}; a run would refuse it"] = None
+    return tuple(lines)
 
 
 # ---- figures ----
@@ -156,10 +191,11 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         }
     else:
         found = {}
-    figures = empty | costs | found
+    figures: dict[str, Any] = empty | costs | found
+    figures.setdefault("hardware_flops", figures["flops"])
     if figures["flops"]:
         devices = compute.devices if node.kind == "train" else 1
-        figures["seconds"] = figures["flops"] / (compute.flops_per_second * compute.efficiency * devices)
+        figures["seconds"] = figures["hardware_flops"] / (compute.flops_per_second * compute.efficiency * devices)
     return figures
 
 
@@ -167,6 +203,9 @@ def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
     settings: TrainSettings = node.settings
     batches = BatchPlan(settings.batch_tokens, settings.tokens)
     counts = parameter_counts(settings.model)
+    flops, again = _flops(recipe, node.name, settings, training_flops_per_token), 0.0
+    if recipe.compute.activation_checkpointing == "full":
+        again = _flops(recipe, node.name, settings, recomputed_flops_per_token)
     return {
         "objective": settings.objective.name,
         "starts_from": node.inputs.get("starts_from"),
@@ -181,8 +220,14 @@ def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
             "warmup_tokens": settings.lr.warmup_tokens,
         },
         "parameters": counts["total"],
-        "flops": _training_flops(recipe, node.name, settings),
-        "memory_gib": (BYTES_PER_TRAINED_PARAMETER * counts["total"] + _activation_bytes(recipe, settings)) / GIB,
+        "flops": flops,
+        "hardware_flops": flops + again,
+        "memory_gib": (
+            BYTES_PER_TRAINED_PARAMETER * counts["total"]
+            + settings.optimizer.state_bytes(counts["total"], counts["matrices"])
+            + _activation_bytes(recipe, settings)
+        )
+        / GIB,
         "disk_gib": 4 * counts["total"] / GIB,
     }
 
@@ -193,12 +238,16 @@ def _segment_length(recipe: Recipe, name: str, context: int) -> int:
     return context if data.form == "text" else min(round(data.tokens_per_example or context), context)
 
 
-def _training_flops(recipe: Recipe, name: str, settings: TrainSettings) -> float:
-    """Over the pieces of the context ramp."""
+def _flops(recipe: Recipe, name: str, settings: TrainSettings, per_token: Callable[[ModelConfig, int], float]) -> float:
+    """Over the pieces of the context ramp.
+
+    Args:
+        per_token: FLOPs of a token, given the model and the length of a segment.
+    """
     total, ends = 0.0, [entry["at"] for entry in settings.context[1:]] + [settings.tokens]
     for entry, end in zip(settings.context, ends, strict=True):
         tokens = max(min(end, settings.tokens) - entry["at"], 0)
-        total += tokens * training_flops_per_token(settings.model, _segment_length(recipe, name, entry["value"]))
+        total += tokens * per_token(settings.model, _segment_length(recipe, name, entry["value"]))
     return total
 
 

@@ -36,6 +36,7 @@ ROW_FIELDS = ("text", "messages", "prompt", "completion", "chosen", "rejected", 
 STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
 ROLES = ("policy",)  # of scale.shapes
 PHASES = ("pretrain", "sft", "preference")
+MOST_TOKENS = 2**31  # of a context or a batch: kernels count a batch's tokens in 32 bits
 ATTENTION = ("auto", "sdpa", "varlen", "flex", "flash")  # compute.attention
 
 
@@ -310,7 +311,7 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{key}.{name}", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
         for entry in ramp:
-            _in_range(f"{key}.{name}", entry["value"], low=SHORTEST_CONTEXT if name == "context" else 1)
+            _whole(f"{key}.{name}", entry["value"], low=SHORTEST_CONTEXT if name == "context" else 1, below=MOST_TOKENS)
         if (
             name == "context"
             and len(ramp) > 1
@@ -407,6 +408,12 @@ def _in_range(
         wanted = [f"at least {low:g}" * (low > float("-inf")), f"above {above:g}" * (above > float("-inf"))]
         wanted += [f"below {below:g}" * (below < float("inf"))]
         raise UserError(key, f"is {value:g}", f"It must be {' and '.join(filter(None, wanted))}")
+
+
+def _whole(key: str, value: Any, low: int, below: int) -> None:
+    _in_range(key, value, low=low, below=below)
+    if value != int(value):
+        raise UserError(key, f"is {value:g} tokens", "Give a whole number")
 
 
 def order_of_stages(stages: Mapping[str, TrainStage]) -> list[str]:

@@ -36,7 +36,7 @@ from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.store import Claim, Store, read_record
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainStage
-from lightning_llm.stages.context import StageContext, StageResult
+from lightning_llm.stages.context import StageContext, StageResult, model_directory
 from lightning_llm.training.config import LoggedRun
 from lightning_llm.training.console import Console, StageConsole
 from lightning_llm.training.loggers import refuse_absent
@@ -171,6 +171,7 @@ def check_run(
     refuse_absent(whole.recipe.logger.values())
     _refuse_absent_device(whole.recipe, to_make)
     _refuse_unbuilt(to_make)
+    _refuse_damaged(whole, to_make)
     return CheckedRun(whole, chosen, keys, there)
 
 
@@ -218,6 +219,17 @@ def _refuse_unbuilt(nodes: Sequence[Node]) -> None:
 
         for model in models:
             check_family(model)
+
+
+def _refuse_damaged(whole: Plan, nodes: Sequence[Node]) -> None:
+    """Files of models of elsewhere that are cut short, or are not those of their config.json."""
+    own = {node.name for node in whole.nodes}
+    outside = {source: None for node in nodes for source in node.inputs.values() if source not in own}
+    if outside:
+        from lightning_llm.models import Transformer
+
+        for source in outside:
+            Transformer.check_pretrained(model_directory(Path(source)))
 
 
 # ---- one node ----

@@ -31,6 +31,7 @@ from lightning_llm.evaluation.preference import kl_to_reference, preference_accu
 from lightning_llm.evaluation.tasks import respond, sample_questions, task_metrics
 from lightning_llm.evaluation.win_rate import win_rate
 from lightning_llm.models import Transformer
+from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.size import forward_flops_per_token
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import EvaluateSettings
@@ -42,7 +43,6 @@ from lightning_llm.stages.context import (
     refuse_other_tokenizer,
     threads,
 )
-from lightning_llm.stages.kernels import use_attention
 
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by
 TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
@@ -219,7 +219,7 @@ class Evaluation:
 
     def _load(self, role: str) -> Transformer:
         model = Transformer.from_pretrained(model_directory(self.context.inputs[role])).eval().to(self.device)
-        kernel = use_attention(model, self.context, precision=self.settings.precision, needs_gradient=False)
+        kernel = use_attention(model, self.context.compute, precision=self.settings.precision, needs_gradient=False)
         if role == "model":
             self.context.console.note(kernel)
         return model

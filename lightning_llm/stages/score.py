@@ -12,11 +12,11 @@ import torch
 from lightning_llm.data.packing import Feed, iterate_batches
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.models import Transformer
+from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.size import forward_flops
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.stages.config import ScoreSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
-from lightning_llm.stages.kernels import use_attention
 
 
 def run(context: StageContext) -> StageResult:
@@ -34,7 +34,7 @@ def score(context: StageContext) -> StageResult:
     settings: ScoreSettings = context.settings
     device = torch.device("cuda" if context.compute.accelerator == "gpu" else "cpu")
     model = Transformer.from_pretrained(model_directory(context.inputs["model"])).eval().to(device)
-    context.console.note(use_attention(model, context, precision=settings.precision, needs_gradient=False))
+    context.console.note(use_attention(model, context.compute, precision=settings.precision, needs_gradient=False))
     stores = {
         (folder.name, split): TokenStore.open(folder / split)
         for folder in sorted((context.inputs["data"] / "sources").iterdir())

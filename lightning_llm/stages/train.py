@@ -11,6 +11,7 @@ from lightning_llm.data.packing import StageData
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import ModelConfig, Transformer, set_rope_scaling, set_rope_theta
 from lightning_llm.models.compilation import compile_parts
+from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.size import training_flops
 from lightning_llm.objectives.base import Objective
 from lightning_llm.settings import UserError
@@ -23,7 +24,6 @@ from lightning_llm.stages.context import (
     refuse_other_tokenizer,
     threads,
 )
-from lightning_llm.stages.kernels import use_attention
 from lightning_llm.training.journal import Journal
 from lightning_llm.training.loggers import stage_loggers
 from lightning_llm.training.loop import fit
@@ -35,10 +35,10 @@ def run(context: StageContext) -> StageResult:
     Leaves `model/`, a Hugging Face directory with the tokenizer's files, and `metrics.jsonl`.
 
     Raises:
-        UserError: data, objective, model and tokenizer do not belong together.
+        UserError: data, model and tokenizer do not belong together.
         KeyboardInterrupt: SIGINT or SIGTERM came.
     """
-    refuse_mismatch(context)
+    refuse_other_tokenizer(f"stage {context.name}", context.inputs)
     if context.compute.devices > 1:
         from lightning_llm.stages.worker import launch
 
@@ -123,7 +123,7 @@ def build_model(context: StageContext) -> Transformer:
         config = set_rope_scaling(config, settings.rope_scaling)
     longest = max(int(entry["value"]) for entry in settings.context)
     model.config = replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))
-    context.console.note(use_attention(model, context, precision=settings.precision, needs_gradient=True))
+    context.console.note(use_attention(model, context.compute, precision=settings.precision, needs_gradient=True))
     model.activation_checkpointing = context.compute.activation_checkpointing == "full"
     return model
 
@@ -142,18 +142,3 @@ def validation_tokens(settings: TrainSettings) -> int:
     """Held-out tokens of each source: together a hundredth of the stage's, so that ten times cost a few per cent."""
     longest = max(int(entry["value"]) for entry in settings.context)
     return min(max(settings.tokens // (100 * len(settings.data.sources)), 4 * longest), 2**18)
-
-
-def refuse_mismatch(context: StageContext) -> None:
-    """Say before the first step what would make the last one worthless."""
-    settings: TrainSettings = context.settings
-    where = f"stage {context.name}"
-    if settings.objective.needs_pairs != (settings.data.form == "pairs"):
-        raise UserError(
-            where,
-            f"objective {settings.objective.name} does not fit data of form {settings.data.form!r}",
-            "dpo and ipo learn from pairs, causal_lm from text and conversations",
-        )
-    if settings.objective.needs_reference and "starts_from" not in context.inputs:
-        raise UserError(where, f"{settings.objective.name} needs a reference", "Name the stage it starts_from")
-    refuse_other_tokenizer(where, context.inputs)

@@ -20,7 +20,7 @@ def directory(talker, tmp_path):
 
 
 def load(directory, **settings):
-    compute = {name: settings.pop(name) for name in ("precision", "accelerator") if name in settings}
+    compute = {name: settings.pop(name) for name in ("precision", "accelerator", "attention") if name in settings}
     return load_speaker(directory, GenerationConfig(**settings), ComputeConfig(**compute))
 
 
@@ -62,10 +62,20 @@ def test_stop_tokens_are_a_list_a_number_or_the_tokenizers(directory):
 def test_what_is_left_out_is_said(directory, capsys):
     say(directory, {"num_beams": 1})
     load(directory)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == "note: attention by sdpa (the first choice here)\n"
     say(directory, {"num_beams": 4})
     load(directory)
     assert "num_beams 4" in capsys.readouterr().err
+
+
+def test_what_attention_is_computed_with_is_said_or_refused(directory, capsys):
+    assert load(directory, attention="sdpa").model.attention_backend == "sdpa"
+    load(directory, dual_chunk=DualChunkConfig(2048))
+    plain, dual = capsys.readouterr().err.splitlines()
+    assert plain == "note: attention by sdpa (as asked)"
+    assert dual == "note: attention by dual chunks of 2,048 positions (dual_chunk.chunk_size)"
+    with pytest.raises(UserError, match=r"compute\.attention: flash needs an NVIDIA GPU"):
+        load(directory, attention="flash")
 
 
 def test_a_prompt_has_to_fit(directory):

@@ -154,7 +154,7 @@ DAMAGE = {
     "lost tensor": (without("model.norm.weight"), r"tiny: lacks 1 tensors, the first model.norm.weight"),
     "foreign tensor": (put("score.weight", torch.ones(2)), r"tiny/model.safetensors: score.weight: config.json leaves"),
     "other shape": (put("model.norm.weight", torch.ones(13)), r"model.norm.weight: has shape \[13\], .* \[12\]"),
-    "integers": (put("model.norm.weight", torch.ones(12, dtype=torch.int8)), r"norm.weight: is of type torch.int8"),
+    "integers": (put("model.norm.weight", torch.ones(12, dtype=torch.int8)), r"norm.weight: is of type I8"),
     "empty index": (index_of({}), r"index.json: weight_map: is missing or empty"),
     "lost shard": (index_of({"lm_head.weight": "model-2.safetensors"}), r"tiny/model-2.safetensors: is not a readable"),
     "path in index": (

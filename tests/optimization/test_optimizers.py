@@ -10,6 +10,7 @@ from torch import nn
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.models.size import parameter_counts
 from lightning_llm.objectives.causal_lm import CausalLM
 from lightning_llm.objectives.config import CausalLMConfig
 from lightning_llm.optimization.config import (
@@ -348,6 +349,26 @@ def test_coordinate_check(kind):
 
 
 # ---- with the window ----
+
+
+EXPERTS = {
+    "family": "qwen2_moe", "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 5,
+    "shared_expert_intermediate_size": 7, "attention_bias": True, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [{}, EXPERTS], ids=["dense", "experts"])
+@pytest.mark.parametrize("config", CONFIGS, ids=by_name)
+def test_a_plan_knows_how_much_is_remembered(config, named):
+    model = transformer(**named)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = config.build(model)
+    optimizer.step()
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    remembered = sum(value.numel() * value.element_size() for value in kept if value.ndim)  # counts of steps have none
+    counts = parameter_counts(model.config)
+    assert type(config).state_bytes(counts["total"], counts["matrices"]) == remembered
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=by_name)

@@ -198,6 +198,31 @@ def test_a_model_of_elsewhere(place):
         place.run(mixed, only="dpo")
 
 
+def test_a_damaged_model_of_elsewhere_is_refused_before_anything_runs(place):
+    elsewhere = shutil.copytree(place.artifact("train-sft") / "model", place.folder / "model")
+    recipe = place.changed("dpo", starts_from=str(elsewhere))
+    weights, config = elsewhere / "model.safetensors", elsewhere / "config.json"
+    whole, facts = weights.read_bytes(), json.loads(config.read_text())
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors: is not a readable safetensors file"):
+        place.run(recipe)
+    weights.write_bytes(whole)
+    config.write_text(json.dumps(facts | {"intermediate_size": 65}))
+    with pytest.raises(UserError, match=r"mlp\.\w+_proj\.weight: has shape .*, config\.json asks for .*65"):
+        place.run(recipe)
+    assert not (place.folder / "runs").exists()
+    config.write_text(json.dumps(facts))
+    assert "dpo" in check_run(recipe, only="dpo").keys
+
+
+def test_data_that_is_not_there_is_refused_before_anything_runs(place):
+    data = place.recipe.stages["dpo"].data
+    absent = replace(data, sources={"mine": SourceConfig(path=f"{place.folder}/absent.jsonl")}, validation=0.05)
+    with pytest.raises(UserError, match=r"stages\.dpo\.data\.sources\.mine\.path: there is no file .*absent\.jsonl"):
+        place.run(place.changed("dpo", data=absent))
+    assert not (place.folder / "runs").exists()
+
+
 def test_too_long_for_this_machine(place):
     short = replace(place.changed("dpo", examples=1e7), limits=LimitsConfig(hours=0.001))
     with pytest.raises(UserError, match=r"limits\.hours: about .* are more than 0\.001 hours"):

@@ -1,7 +1,8 @@
 """The backend `flex`: torch's FlexAttention, compiled for a GPU; on a CPU for evaluation only, and slow there.
 
 The batch is one sequence for it; a table of tiles says which 128 queries meet which 128 keys at all, a function of two
-tokens which of those see one another.
+tokens which of those see one another. Lengths, window and soft-cap are tensors to both: a Python number would be
+compiled in, or become a symbol that the compiler cannot lower.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,26 +52,43 @@ class Flex:
         if q.is_cpu:  # it asks for the flag also where no gradient is recorded
             q, k, v = q.detach(), k.detach(), v.detach()
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, T, D]
-        with warnings.catch_warnings():  # on a CPU it warns that it is not compiled
-            warnings.filterwarnings("ignore", message="flex_attention called without")
-            output = kernel(compiled=q.is_cuda)(
-                q,
-                k,
-                v,
-                score_mod=None if softcap is None else soft_capping(softcap),
-                block_mask=mask,
-                scale=scale,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+        attend = uncompiled if q.is_cpu else kernel(window, softcap, scale)
+        output = attend(
+            q,
+            k,
+            v,
+            score_mod=None if softcap is None else soft_capping(softcap, q.device),
+            block_mask=mask,
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
         return output[0].transpose(0, 1)
 
 
 @cache
-def kernel(compiled: bool) -> Callable[..., Tensor]:
-    """FlexAttention; compiled once for all lengths."""
+def kernel(window: int | None, softcap: float | None, scale: float, backend: str = "inductor") -> Callable[..., Tensor]:
+    """FlexAttention for one kind of layer, compiled for all lengths. What cannot be compiled is an error.
+
+    Each kind has a code object of its own, since torch keeps what it has compiled, and counts it against a limit (8),
+    by code object. Past the limit it would go on uncompiled and say nothing: `fullgraph` makes that an error too.
+    """
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+        return flex_attention(q, k, v, **options)
+
+    kind = f"attend_{window}_{softcap}_{scale}".replace(".", "_")
+    attend.__code__ = attend.__code__.replace(co_name=kind)
+    return torch.compile(attend, dynamic=True, fullgraph=True, backend=backend)
+
+
+def uncompiled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    """FlexAttention on a CPU, without its warning that it is not compiled."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without")
+        return flex_attention(q, k, v, **options)
 
 
 @cache
@@ -80,11 +99,12 @@ def has_triton() -> bool:
 
 
 @cache
-def soft_capping(softcap: float) -> Callable[..., Tensor]:
-    """softcap * tanh(score / softcap), the same function object for the same number: it is compiled in."""
+def soft_capping(softcap: float, device: torch.device) -> Callable[..., Tensor]:
+    """Soft-capping of a score, as the function that FlexAttention wants."""
+    cap = torch.tensor(softcap, device=device)
 
     def score_mod(score: Tensor, row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        return cap * torch.tanh(score / cap)
 
     return score_mod
 
@@ -98,15 +118,14 @@ def block_mask(segments: Segments, window: int | None, device: torch.device):
     positions = np.arange(tokens) + (segments.prefix_lengths - segments.starts)[segment]
     of_token = [torch.from_numpy(x).to(device) for x in (segment, segments.prefixes[segment], positions)]
     own, prefix, position = of_token
-
-    nearest = window or 0  # a number, so that it is compiled in
+    oldest = position - ((window or 0) - 1)  # that a window shows
 
     def causal(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         related = (own[key] == own[query]) | (own[key] == prefix[query])
         return related & (position[key] <= position[query])
 
     def windowed(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return causal(row, head, query, key) & (position[query] - position[key] < nearest)
+        return causal(row, head, query, key) & (position[key] >= oldest[query])
 
     meets = tiles(segments, window)
     # each row's tiles that count, first

@@ -1,21 +1,29 @@
-"""Which attention kernel a stage computes with: chosen before its first batch, and said once on the console."""
+"""Which attention kernel a model computes with: chosen before its first batch, and said once in a line."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 
 from lightning_llm.models.attention import Request, capability, explain
 from lightning_llm.models.transformer import Transformer
-from lightning_llm.stages.context import StageContext
+
+if TYPE_CHECKING:
+    from lightning_llm.stages.config import ComputeConfig
 
 
-def use_attention(model: Transformer, context: StageContext, *, precision: str, needs_gradient: bool) -> str:
+def use_attention(model: Transformer, compute: ComputeConfig, *, precision: str, needs_gradient: bool) -> str:
     """Give the model the backend of `compute.attention`; the line that says what that means for each kind of layer.
+
+    Args:
+        precision: of the products, fp32 or bf16.
+        needs_gradient: whether it is to be trained.
 
     Raises:
         UserError: the backend cannot do what the model asks, or is installed and broken.
     """
-    device = torch.device("cuda" if context.compute.accelerator == "gpu" else "cpu")
+    device = torch.device("cuda" if compute.accelerator == "gpu" else "cpu")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     asked = dict.fromkeys(map(model.config.layer_attention, range(model.config.num_hidden_layers)))
     requests = [
@@ -24,5 +32,5 @@ def use_attention(model: Transformer, context: StageContext, *, precision: str, 
         )
         for kind in asked
     ]
-    model.attention_backend = context.compute.attention
+    model.attention_backend = compute.attention
     return explain(model.attention_backend, requests)

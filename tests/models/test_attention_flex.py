@@ -1,0 +1,82 @@
+"""FlexAttention as it is compiled: each kind of layer by itself, for batches of any shape, or not at all."""
+
+import warnings
+
+import pytest
+import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit, Unsupported
+from torch._dynamo.utils import counters
+
+from lightning_llm.models.attention import Segments
+from lightning_llm.models.attention.flex import block_mask, kernel, soft_capping, uncompiled
+
+# what torch's tracer and its imports do to themselves
+pytestmark = [pytest.mark.filterwarnings(f"ignore::{kind}") for kind in ("DeprecationWarning", "UserWarning")]
+CPU = torch.device("cpu")
+SHAPES = ([40, 60], [100, 33, 7], [12, 300], [5], [600], [77] * 9, [1])
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    kernel.cache_clear()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+    kernel.cache_clear()
+
+
+def call(attend, lengths, window, softcap):
+    segments = Segments(lengths, [-1] * len(lengths))
+    generator = torch.Generator().manual_seed(sum(lengths))
+    q, k, v = (torch.randn(1, heads, sum(lengths), 16, generator=generator) for heads in (4, 2, 2))
+    mask = block_mask(segments, window, CPU)
+    mod = None if softcap is None else soft_capping(softcap, CPU)
+    with torch.no_grad():
+        return attend(q, k, v, score_mod=mod, block_mask=mask, scale=0.25, enable_gqa=True)
+
+
+@pytest.mark.slow
+def test_every_kind_of_layer_keeps_its_own_graphs_over_all_shapes():
+    """Nine kinds and seven shapes: by the one limit of eight they would share, most would run uncompiled.
+
+    Traced and cached by torch's own tracer, without code for a device.
+    """
+    kinds = [(window, softcap) for window in (None, 3, 200) for softcap in (None, 30.0, 50.0)]
+    traced = {}
+    for kind in kinds:
+        before = counters["stats"]["unique_graphs"]
+        traced[kind] = [call(kernel(*kind, 0.25, backend="eager"), lengths, *kind) for lengths in SHAPES]
+        assert 1 <= counters["stats"]["unique_graphs"] - before <= 3  # one tile, several; a single token
+    assert not counters["graph_break"]
+    for kind, outputs in traced.items():
+        for lengths, got in zip(SHAPES, outputs, strict=True):
+            torch.testing.assert_close(got, call(uncompiled, lengths, *kind), rtol=1e-5, atol=1e-5)
+
+
+def test_beyond_the_limit_is_an_error_and_not_an_uncompiled_kernel():
+    attend = kernel(None, None, 0.25, backend="eager")
+    call(attend, [140], None, None)
+    with torch._dynamo.config.patch(recompile_limit=1), pytest.raises(FailOnRecompileLimitHit):
+        call(attend, [140], None, 30.0)
+    with pytest.raises(Unsupported):  # and so is what cannot be traced
+        call(leaving(kernel(3, None, 0.25, backend="eager")), [140], 3, None)
+
+
+def leaving(attend):
+    """`attend` with a score function that leaves the graph."""
+
+    def untraceable(score, row, head, query, key):
+        torch._dynamo.graph_break()
+        return score
+
+    return lambda *inputs, **options: attend(*inputs, **options | {"score_mod": untraceable})
+
+
+def test_on_a_cpu_its_warning_is_not_passed_on(monkeypatch):
+    monkeypatch.setattr(
+        "torch.nn.attention.flex_attention._WARNINGS_SHOWN", set(), raising=False
+    )  # it is given once in a process
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        call(uncompiled, [5, 6], None, None)

@@ -1,0 +1,103 @@
+"""What a plan says beforehand: FLOPs of models and of devices, memory of optimizers, and data that is not there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_llm import compose, plan
+from lightning_llm.batch import SegmentBatch
+from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.models.size import forward_flops, recomputed_flops_per_token
+from lightning_llm.objectives.config import DPOConfig
+from lightning_llm.settings import UserError
+
+GIB = 2**30
+
+
+def figures(recipe, name="pretrain"):
+    return next(node.figures for node in plan(recipe).nodes if node.name == name)
+
+
+def composed(tiny, *words):
+    return compose("qwen2", overrides=[*tiny, *words])
+
+
+def test_layers_that_run_again_cost_the_device_and_not_the_model(tiny):
+    kept, again = composed(tiny), composed(tiny, "compute.activation_checkpointing=full")
+    one, other = figures(kept), figures(again)
+    assert one["flops"] == one["hardware_flops"] == other["flops"]
+    model = plan(kept).recipe.model
+    head = 2 * model.vocab_size * model.hidden_size * one["tokens"]
+    assert other["hardware_flops"] - other["flops"] == pytest.approx(one["flops"] / 3 - head, rel=1e-9)
+    rate = kept.compute.flops_per_second * kept.compute.efficiency
+    assert (one["seconds"], other["seconds"]) == (one["flops"] / rate, other["hardware_flops"] / rate)
+    assert other["memory_gib"] < one["memory_gib"]
+    scores = [figures(recipe, "dpo.reference") for recipe in (kept, again)]
+    assert scores[0] == scores[1]  # without a backward pass nothing runs again
+    whole = plan(again)
+    assert whole.hardware_flops > whole.flops == plan(kept).flops
+    assert whole.to_json()["hardware_flops"] == whole.hardware_flops
+    assert "again in backward passes" in str(whole)
+    assert "again in backward passes" not in str(plan(kept))
+
+
+def test_what_runs_again_is_what_torch_counts():
+    config = ModelConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, family="gemma2", post_norms=True, norms_add_one=True, scale_embeddings=True,
+        attention_bias=False, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Transformer(config)
+    model.reset_parameters(0)
+    batch = SegmentBatch.from_documents([[token] for token in range(1, 41)])  # attention of one key costs all its pairs
+    counted = []
+    for model.activation_checkpointing in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            model(batch).sum().backward()
+        counted.append(counter.get_total_flops())
+    assert counted[1] - counted[0] == pytest.approx(40 * recomputed_flops_per_token(config, 1), rel=1e-9)
+    assert counted[0] == pytest.approx(3 * 40 * recomputed_flops_per_token(config, 1), rel=0.02)
+    assert forward_flops(config, [(1, 0)] * 40) > 40 * recomputed_flops_per_token(config, 1)
+
+
+def test_memory_is_that_of_the_optimizer(tiny):
+    adamw = figures(composed(tiny))
+    parameters = adamw["parameters"]
+    for name, saved in (("lion", 4 * parameters), ("afm_rmsprop", 0)):
+        other = figures(composed(tiny, f"optimizer@stages.pretrain.optimizer={name}"))
+        assert (adamw["memory_gib"] - other["memory_gib"]) * GIB == pytest.approx(saved, abs=1)
+    model = plan(composed(tiny)).recipe.model
+    with torch.device("meta"):
+        layers = Transformer(model).layers
+    matrices = sum(parameter.numel() for parameter in layers.parameters() if parameter.ndim >= 2)
+    muon = figures(composed(tiny, "optimizer@stages.pretrain.optimizer=muon"))
+    assert (adamw["memory_gib"] - muon["memory_gib"]) * GIB == pytest.approx(4 * matrices, abs=1)
+
+
+def test_data_that_is_not_here_is_a_note(tiny, tmp_path):
+    path = tmp_path / "chats.jsonl"
+    words = [
+        "data@stages.sft.data=own_conversations", f"stages.sft.data.sources.mine.path={path}",
+        "stages.sft.data.tokens_per_example=20", f'stages.dpo.data.sources.preferences.path="{tmp_path}/pairs/*.jsonl"',
+    ]  # fmt: skip
+    drawn = plan(composed(tiny, *words))
+    notes = [note for note in drawn.notes if str(tmp_path) in note]
+    assert [note.partition(":")[0] for note in notes] == ["sft.prepare", "dpo.prepare"]
+    assert all(note in str(drawn) for note in notes)
+    assert json.loads(json.dumps(drawn.to_json()))["notes"] == list(drawn.notes)
+    assert not [note for note in drawn.selected(until="pretrain").notes if "chats.jsonl" in note]
+    path.write_text("")
+    assert "chats.jsonl" not in str(plan(composed(tiny, *words)))
+    assert plan(composed(tiny)).notes == ()
+
+
+def test_a_recipe_that_was_changed_in_python_is_checked_again(tiny):
+    recipe = composed(tiny)
+    stages = recipe.stages | {"sft": replace(recipe.stages["sft"], objective=DPOConfig())}
+    with pytest.raises(UserError, match=r"stages\.sft\.data: .* holds conversations, and dpo does not learn from that"):
+        plan(replace(recipe, stages=stages))
