@@ -36,7 +36,7 @@ CONF = next(p for p in (PACKAGE.parent / "conf", PACKAGE / "conf") if (p / "base
 SETTINGS = "models data optimization objectives evaluation training stages pipeline".split()
 
 # By these figures of all stages a scale maps each of them, so it has to know the recipe's own where the user's stand.
-RELATED = re.compile(r"stages\.\w+\.(tokens|steps|context|batch_tokens)(\.|$)")
+RELATED = re.compile(r"stages\.\w+\.(tokens|steps|context|batch_tokens|lr\.peak)(\.|$)")
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Composition:
     choices: dict[str, str | None] = field(default_factory=dict)  # group -> option
     overrides: list[str] = field(default_factory=list)
     pinned: frozenset[str] = frozenset()  # keys that the command line, an experiment or a sweep sets
-    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned lengths
+    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for what is pinned
     loader: ConfigLoaderImpl | None = field(default=None, repr=False)
 
     @property
@@ -165,9 +165,9 @@ def _refuse_additions(overrides: Sequence[str]) -> None:
 def _with_origins(composition: Composition, loader: ConfigLoaderImpl) -> Composition:
     verb, overrides, composition.loader = composition.verb, composition.overrides, loader
     composition.pinned = frozenset(_user_keys(verb, overrides, loader))
-    lengths = {key for key in composition.pinned if RELATED.match(key)}
-    if lengths:
-        composition.published = _published(verb, overrides, loader, lengths)
+    related = {key for key in composition.pinned if RELATED.match(key)}
+    if related:
+        composition.published = _published(verb, overrides, loader, related)
     return composition
 
 

@@ -49,6 +49,7 @@ class ScaleConfig:
     context: int | None = None  # the recipe's first context; all others keep their multiple of it
     pretraining_tokens: float | None = None  # of all pre-training stages together; their shares are kept
     minimum_share: float = 0.0  # of pretraining_tokens, for each pre-training stage after the first
+    minimum_peak_share: float = 0.0  # of the highest learning rate of a phase, for the peak of each of its stages
     minimum_steps: int = 1  # optimizer steps of every stage, and of every segment of a ramp
     minimum_warmup_steps: int = 0  # where a stage warms up at all
     phases: dict[str, PhaseScale] = field(default_factory=dict)

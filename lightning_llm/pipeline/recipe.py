@@ -58,7 +58,7 @@ class Recipe:
     runs: str = "runs"
     overrides: tuple[str, ...] = ()  # as the user gave them
     pinned: frozenset[str] = frozenset()  # keys that the user has set: `scaled` leaves them alone
-    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for pinned lengths
+    published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for what is pinned
     is_scaled: bool = False
 
     def is_pinned(self, key: str) -> bool:

@@ -26,7 +26,8 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
 
     Kept: the family's features, the shares of tokens among pre-training stages (but for `minimum_share`), the ratio of
     every context to the recipe's first, the ratio of every batch to the first of its phase, the shape of learning
-    rates with their ratio of final to peak, and the recipe's own sources where it names them.
+    rates with their ratio of final to peak, the ratio of peaks (but for `minimum_peak_share`), and the recipe's own
+    sources where it names them.
 
     Raises:
         UserError: a source that the scale has no corpus for, a length that nothing is known of.
@@ -64,6 +65,7 @@ class _Published:
         self.context: Ramp = as_ramp(figure("context", stage.context))
         self.batch: Ramp = as_ramp(figure("batch_tokens", stage.batch_tokens))
         self.tokens: float | None = figure("tokens", stage.tokens)
+        self.peak: float = figure("lr.peak", stage.lr.peak)
         steps = figure("steps", stage.steps)
         if self.tokens is None and steps is not None:
             self.tokens = tokens_of_steps(steps, self.batch)
@@ -115,7 +117,8 @@ def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[
             stage, tokens = _lengthened(stage, floor / tokens), floor
     if free("evaluate_every") and stage.evaluate_every is not None:
         stage = replace(stage, evaluate_every=stage.evaluate_every * stretch)
-    lr = _scaled_learning_rate(recipe, f"{key}.lr", stage, scale, own, tokens, batch)
+    highest = max(other.peak for other in original.values() if other.phase == own.phase)
+    lr = _scaled_learning_rate(recipe, f"{key}.lr", stage, scale, own, tokens, batch, highest)
     return replace(stage, context=_plain(context), batch_tokens=_plain(batch), lr=lr)
 
 
@@ -166,15 +169,23 @@ def _lengthened(stage: TrainStage, factor: float) -> TrainStage:
 
 
 def _scaled_learning_rate(
-    recipe: Recipe, key: str, stage: TrainStage, scale: ScaleConfig, own: _Published, tokens: float, batch: Ramp
+    recipe: Recipe,
+    key: str,
+    stage: TrainStage,
+    scale: ScaleConfig,
+    own: _Published,
+    tokens: float,
+    batch: Ramp,
+    highest_peak: float,
 ) -> LearningRateConfig:
     lr, phase = stage.lr, scale.phases.get(stage.phase, PhaseScale())
     free = {f.name for f in fields(lr) if not recipe.is_pinned(f"{key}.{f.name}")}
+    raised = max(1.0, scale.minimum_peak_share * highest_peak / own.peak) if "peak" in free else 1.0
     changes: dict[str, Any] = {}
     if "peak" in free:
-        changes["peak"] = lr.peak * phase.lr_factor
+        changes["peak"] = lr.peak * phase.lr_factor * raised
     if "final" in free and lr.final is not None:
-        changes["final"] = lr.final * phase.lr_factor
+        changes["final"] = lr.final * phase.lr_factor * raised
     if not free.issuperset(("warmup_tokens", "warmup_steps", "warmup_share")):
         return replace(lr, **changes)
     stretch = 1.0 if own.tokens is None else tokens / own.tokens

@@ -162,7 +162,8 @@ def test_what_the_user_sets_is_known(mine):
     words = ["experiment=good", "stages.last.objective={beta: 0.3}", "objective@stages.last.objective=ipo", "seed=3"]
     recipe = compose("pair", overrides=words, config_dir=mine)
     assert recipe.pinned == {"stages.base.lr.peak", "stages.base.tokens", "stages.last.objective.beta", "seed"}
-    assert recipe.published == {"stages.base.tokens": 1e6}
+    assert recipe.published["stages.base.tokens"] == 1e6
+    assert recipe.published.keys() == {"stages.base.tokens", "stages.base.lr.peak"}
     assert (recipe.name, recipe.seed, recipe.stages["base"].lr.peak) == ("pair", 3, 0.5)
     assert recipe.stages["last"].objective.name == "ipo"
 

@@ -241,6 +241,7 @@ def test_the_reports_own_scale_changes_no_figure():
 FIELDS = {
     "stages.first.tokens": 123.0,
     "stages.first.context": 999,
+    "stages.first.lr.peak": 0.25,
     "stages.second.batch_tokens": 777,
     "stages.second.lr.peak": 0.5,
     "stages.dpo.examples": 5.0,
@@ -261,8 +262,9 @@ def test_what_the_user_sets_is_final(chosen):
             place = place[part] if isinstance(place, dict) else getattr(place, part)
         published |= {key: getattr(place, last)} if key.startswith("stages.") else {}
         setattr(place, last, FIELDS[key])
-    ours = scaled(replace(made, pinned=frozenset(chosen), published=published), NANO)
-    plain = scaled(recipe(), NANO)
+    scale = replace(NANO, minimum_peak_share=0.5)
+    ours = scaled(replace(made, pinned=frozenset(chosen), published=published), scale)
+    plain = scaled(recipe(), scale)
     for key, value in FIELDS.items():
         found, expected = ours, plain
         for part in key.split("."):
@@ -294,3 +296,19 @@ def test_scaling_is_done_once():
     once = scaled(recipe(), NANO)
     assert scaled(once) is once
     assert math.isclose(once.stages["first"].lr.peak, 3e-3)
+
+
+@pytest.mark.parametrize(("share", "peaks"), [(0.0, (3e-3, 1e-3)), (0.3, (3e-3, 1e-3)), (0.5, (3e-3, 1.5e-3))])
+def test_no_stage_peaks_lower_than_a_share_of_its_phase(share, peaks):
+    given = recipe()
+    given.stages["second"].lr = LearningRateConfig(peak=1e-4, final=1e-5)
+    stages = scaled(given, replace(NANO, minimum_peak_share=share)).stages
+    assert (stages["first"].lr.peak, stages["second"].lr.peak) == pytest.approx(peaks)
+    assert stages["second"].lr.final == pytest.approx(peaks[1] / 10)
+    assert stages["sft"].lr.peak == pytest.approx(7e-4)  # alone in its phase
+
+
+def test_a_peak_of_the_users_own_is_not_raised():
+    given = recipe(pinned=frozenset({"stages.second.lr.peak"}))
+    given.stages["second"].lr = LearningRateConfig(peak=1e-4)
+    assert scaled(given, replace(NANO, minimum_peak_share=0.5)).stages["second"].lr.peak == 1e-4
