@@ -26,7 +26,9 @@ from lightning_llm import __version__, cli
 from lightning_llm.generation.chat import COMMANDS, Conversation
 from lightning_llm.generation.config import GenerationConfig
 from lightning_llm.generation.speaker import load_speaker
+from lightning_llm.pipeline.composition import compose_tree
 from lightning_llm.pipeline.config import ChatSettings, GenerateSettings
+from lightning_llm.pipeline.recipe import build_settings
 from lightning_llm.stages.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
@@ -319,6 +321,33 @@ def test_generate_reads_beyond_the_context_by_dual_chunks(command, talker):
     code, out, _ = command("generate", *words)
     assert code == 0
     assert out.strip()
+
+
+def test_generate_reads_beyond_the_context_by_other_positions(command, talker):
+    words = [f"model={talker}", f"prompt={'fox ' * 300}", "max_new_tokens=9"]
+    said = []
+    for scaling in (
+        "{rope_type: linear, factor: 4}",
+        "{rope_type: yarn, factor: 4, original_max_position_embeddings: 256}",
+    ):
+        code, out, _ = command("generate", *words, f"rope_scaling={scaling}")
+        assert code == 0
+        said.append(out)
+    assert said[0] != said[1]
+    for scaling, parts in {
+        "{rope_type: linear, facter: 4}": ["rope_scaling.facter", "The nearest is factor"],
+        "{rope_type: linear}": ["rope_scaling: factor has no value, and rope_type linear needs one"],
+        "yarn": ["rope_scaling: 'yarn' is no mapping. Give {rope_type: linear, factor: ...}"],
+    }.items():
+        code, _, err = command("generate", *words, f"rope_scaling={scaling}")
+        assert code == 2
+        assert all(part in err for part in parts), err
+
+
+def test_what_is_said_to_be_literal_is():
+    words = ["model=[x]", 'stop=[","]', "stop=,", "stop=a=b", "prompt={x: 1}"]
+    settings = build_settings(compose_tree("generate", cli._arranged("generate", words)))
+    assert (settings.model.path, settings.stop, settings.prompt) == ("[x]", ['[","]', ",", "a=b"], ["{x: 1}"])
 
 
 def test_generate_takes_the_artifacts_of_a_run(run_folder, command, tmp_path):

@@ -25,6 +25,10 @@ class SourceConfig:
     # of a hub: split, config, revision; of `datasets`: split; of text files: documents (file | paragraph)
     options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows must be at least 1, is {self.max_rows}; null takes all")
+
 
 @option("data", "mixture")
 @dataclass

@@ -15,10 +15,12 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_llm.data.tokenizer import Message
 from lightning_llm.settings import UserError
+
+if TYPE_CHECKING:
+    from lightning_llm.data.tokenizer import Message
 
 FORMS = ("text", "conversations", "pairs", "questions")
 ROLES = ("system", "user", "assistant", "tool")
@@ -235,6 +237,7 @@ LAYOUTS = (  # of several that fit the first counts, but for the form that is as
     Layout("ShareGPT's conversations", "conversations", ("conversations",), _conversation_in("conversations")),
     Layout("Alpaca's instruction, input, output", "conversations", ("instruction", "output"), _instruction, ("input",)),
 )
+ROW_FIELDS = tuple(sorted({name for layout in LAYOUTS for name in (*layout.needs, *layout.also)}))  # keys of `columns`
 
 
 # ---- fields ----

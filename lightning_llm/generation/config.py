@@ -74,7 +74,7 @@ class GenerationConfig:
     stop: list[str] = field(default_factory=list)  # strings that end a reply and are left out of it
     seed: int = 0  # of sampling; a reply depends on it and on the prompt's place, not on its batch
     system: str | None = None  # what a conversation begins with
-    rope_scaling: dict[str, Any] = field(default_factory=dict)  # in the model's place; {rope_type: yarn, factor: ...}
+    rope_scaling: Any = None  # in the place of the model's, as {rope_type: linear | llama3 | yarn, factor: ..., ...}
     dual_chunk: DualChunkConfig = field(default_factory=DualChunkConfig)
 
     def __post_init__(self):

@@ -12,7 +12,7 @@ import torch
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.generation.config import GenerationConfig, Sampling
 from lightning_llm.models import ModelConfig, Transformer
-from lightning_llm.models.config import set_rope_scaling
+from lightning_llm.models.config import check_scaling, set_rope_scaling
 from lightning_llm.models.families import read_json
 from lightning_llm.models.kernels import use_attention
 from lightning_llm.settings import UserError
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning_llm.stages.config import ComputeConfig
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+UNUSED = {"devices": 1, "compile": False, "activation_checkpointing": "none"}  # of compute; for training alone
 UNHEARD = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1}  # of generation_config.json; neutral
 
 
@@ -75,15 +76,24 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
         raise UserError("compute.precision", f"is {compute.precision!r}", f"Give {' or '.join(PRECISIONS)}")
     if compute.accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("compute", "torch sees no GPU", "Use compute=cpu")
+    for name, neutral in UNUSED.items():
+        if getattr(compute, name) != neutral:
+            fact = f"is {getattr(compute, name)}, and does nothing where a model only speaks"
+            raise UserError(f"compute.{name}", fact, f"Leave it at {neutral}")
     if compute.threads:
         torch.set_num_threads(compute.threads)
+    if config.rope_scaling is not None:
+        try:
+            check_scaling(config.rope_scaling)
+        except ValueError as error:
+            remedy = "Give {rope_type: linear, factor: ...} or another"
+            raise UserError("rope_scaling", str(error), remedy) from error
     tokenizer = Tokenizer.load(directory)
     model = Transformer.from_pretrained(directory, PRECISIONS[compute.precision]).eval()
-    if config.rope_scaling:
-        try:
-            model.config = set_rope_scaling(model.config, config.rope_scaling)
-        except ValueError as error:
-            raise UserError("rope_scaling", str(error), "See rope_parameters in conf/model/") from error
+    context = context_of(model.config)
+    if config.rope_scaling is not None:
+        context = stretched_context(model.config, config.rope_scaling)
+        model.config = set_rope_scaling(model.config, config.rope_scaling)
     model = model.to("cuda" if compute.accelerator == "gpu" else "cpu")
     kernel = use_attention(model, compute, precision=compute.precision, needs_gradient=False)
     if config.dual_chunk.chunk_size is not None:
@@ -100,9 +110,7 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
         raise UserError(str(path), str(error), "Mend it, or give the setting yourself") from error
     stop_ids = read_stop_ids(directory, defaults) or tokenizer.stop_ids
     is_unbounded = config.dual_chunk.chunk_size is not None
-    return Speaker(
-        model, tokenizer, config, sampling, frozenset(stop_ids), None if is_unbounded else context_of(model.config)
-    )
+    return Speaker(model, tokenizer, config, sampling, frozenset(stop_ids), None if is_unbounded else context)
 
 
 def read_stop_ids(directory: Path, defaults: dict[str, Any]) -> set[int]:
@@ -115,7 +123,21 @@ def read_stop_ids(directory: Path, defaults: dict[str, Any]) -> set[int]:
 
 
 def context_of(config: ModelConfig) -> int:
-    """Tokens that a model has positions for: those it was made for, or what its scaling of positions reaches."""
+    """Tokens that a model has positions for as its files say.
+
+    The length that its scaling began at times the factor, if that is more than max_position_embeddings: files with YaRN
+    often leave that at the length of before. Interpolation (`linear`) has no such length, so its factor is in
+    max_position_embeddings already, and does not count again.
+    """
     rope = config.rope_parameters
-    original = rope.get("original_max_position_embeddings", config.max_position_embeddings)
-    return max(config.max_position_embeddings, int(original * rope.get("factor", 1)))
+    reach = rope.get("original_max_position_embeddings", 0) * rope.get("factor", 1)
+    return max(config.max_position_embeddings, int(reach))
+
+
+def stretched_context(config: ModelConfig, scaling: dict[str, Any]) -> int:
+    """Tokens that the model has positions for with `scaling` in the place of its own, whose factor goes first."""
+    own, original = config.rope_parameters, "original_max_position_embeddings"
+    length = context_of(config) / own.get("factor", 1)
+    if scaling.get(original) != own.get(original):
+        length = scaling.get(original, length)
+    return int(length * scaling.get("factor", 1))

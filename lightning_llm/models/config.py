@@ -13,8 +13,25 @@ ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
-    "yarn": (("factor", "original_max_position_embeddings"), ("beta_fast", "beta_slow", "attention_factor")),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    ),
 }
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # SwiGLU; GeGLU as Gemma 2 has it
+COUNTS = (  # fields that are at least 1 where they have a value
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+    "query_pre_attn_scalar",
+)
+POSITIVE = ("rms_norm_eps", "initializer_range", "attn_logit_softcapping", "final_logit_softcapping")
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,7 @@ class ModelConfig:
     """A decoder-only transformer. A family is a choice of these values, never a class of its own."""
 
     name: str = "???"  # the option's name, for the plan and the report
-    family: str = "qwen2"  # which Hugging Face class the artifact is written as (models/families.py)
+    family: str = "qwen2"  # which Hugging Face class the artifact is written as (models/family.py)
     vocab_size: int = 151_936  # rows of the embedding; may exceed the tokenizer's entries
     hidden_size: int = 3584
     intermediate_size: int = 18_944
@@ -40,7 +57,7 @@ class ModelConfig:
     num_attention_heads: int = 28
     num_key_value_heads: int = 4
     head_dim: int | None = None  # none: hidden_size / num_attention_heads
-    hidden_act: str = "silu"  # silu (SwiGLU) | gelu_pytorch_tanh (GeGLU)
+    hidden_act: str = "silu"  # one of ACTIVATIONS
     attention_bias: bool = True  # bias on the query, key and value projections (Qwen 2)
     rms_norm_eps: float = 1e-6
     rope_parameters: dict[str, Any] = field(default_factory=lambda: {"rope_type": "default", "rope_theta": 10_000.0})
@@ -72,9 +89,7 @@ class ModelConfig:
 
     def __post_init__(self):
         """Raises ValueError, naming the field, for shapes that no transformer can have."""
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_values(self)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -87,14 +102,13 @@ class ModelConfig:
             )
         if self.head_size % 2:
             raise ValueError(f"the head size ({self.head_size}) must be even: rotary embeddings turn pairs of values")
-        for name in ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "sliding_window"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}; null leaves it out")
         if not self.layer_types or not {SLIDING, FULL}.issuperset(self.layer_types):
             raise ValueError(f"layer_types must be a list of {SLIDING} and {FULL}, got {self.layer_types}")
         if SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError(f"layer_types names {SLIDING}, so sliding_window must have a value")
+        if self.sliding_window is not None and SLIDING not in self.layer_types:
+            fact = f"sliding_window is {self.sliding_window}, and no layer uses it"
+            raise ValueError(f"{fact}: name {SLIDING} in layer_types, or set it to null")
         check_rope(self.rope_parameters)
         if self.num_experts:
             self._check_experts()
@@ -130,8 +144,19 @@ class ModelConfig:
         )
 
 
+def check_values(config: ModelConfig) -> None:
+    """Raises ValueError, its first word the field, for values that are wrong whatever the others are."""
+    for names, low in ((COUNTS, "at least 1"), (POSITIVE, "above 0")):
+        for name in names:
+            value = getattr(config, name)
+            if value is not None and not (value >= 1 if names is COUNTS else value > 0):
+                raise ValueError(f"{name} must be {low}, got {value}")
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act must be {' or '.join(ACTIVATIONS)}, got {config.hidden_act}")
+
+
 def check_rope(parameters: dict[str, Any]) -> None:
-    """Raises ValueError where a key of rope_parameters is missing, unknown, or no positive number."""
+    """Raises ValueError where a key of rope_parameters is missing, unknown, or of a wrong value."""
     rope_type = parameters.get("rope_type", "default")
     if rope_type not in ROPE_KEYS:
         raise ValueError(f"rope_parameters.rope_type {rope_type!r} is not built yet; built are {', '.join(ROPE_KEYS)}")
@@ -142,11 +167,24 @@ def check_rope(parameters: dict[str, Any]) -> None:
     for name, value in parameters.items():
         if name != "rope_type" and name not in ("rope_theta", *needed, *optional):
             raise ValueError(f"rope_parameters.{name} means nothing to rope_type {rope_type}")
-        if name != "rope_type" and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+        if name == "truncate":
+            if not isinstance(value, bool):
+                raise ValueError(f"rope_parameters.truncate must be true or false, got {value!r}")
+        elif name != "rope_type" and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
             raise ValueError(f"rope_parameters.{name} must be a positive number, got {value!r}")
     for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
         if low in parameters and high in parameters and parameters[low] >= parameters[high]:
             raise ValueError(f"rope_parameters.{low} must be below {high}")
+
+
+def check_scaling(scaling: Any) -> None:
+    """Raises ValueError where `rope_scaling`, which has all of rope_parameters but the base, is none."""
+    if not isinstance(scaling, dict):
+        raise ValueError(f"{scaling!r} is no mapping")
+    try:
+        check_rope({"rope_theta": 1.0} | scaling)
+    except ValueError as error:
+        raise ValueError(str(error).replace("rope_parameters.", "")) from error
 
 
 def set_rope_theta(config: ModelConfig, theta: float) -> ModelConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grouped_mm, linear
 
 from lightning_llm.models.config import ModelConfig
-from lightning_llm.models.feed_forward import ACTIVATIONS, FeedForward
+from lightning_llm.models.feed_forward import FUNCTIONS, FeedForward
 
 ALIGNMENT = 16  # bytes; torch's grouped product wants rows that begin at multiples of it
 
@@ -105,7 +105,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         count, width, size = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.act = ACTIVATIONS[config.hidden_act]
+        self.act = FUNCTIONS[config.hidden_act]
         self.gate_up_proj = GroupedLinear(count, width, 2 * size, parts=(size, size))
         self.down_proj = GroupedLinear(count, size, width)
 

@@ -44,7 +44,8 @@ def kept_by_yarn(rope_parameters: dict[str, Any], frequencies: Tensor) -> Tensor
     """Which share of each frequency YaRN leaves unstretched [D/2] (Peng et al. 2023, arXiv 2309.00071, section 3.2).
 
     1 where a pair turns more than beta_fast times over the original length T, 0 where fewer than beta_slow times, in
-    between linear in the pair's index. The index with n turns is D ln(T / (2 pi n)) / (2 ln theta).
+    between linear in the pair's index. The index with n turns is D ln(T / (2 pi n)) / (2 ln theta), rounded
+    outwards at both ends unless `truncate` is false (released code).
     """
     head_size, theta = 2 * len(frequencies), rope_parameters["rope_theta"]
 
@@ -52,8 +53,10 @@ def kept_by_yarn(rope_parameters: dict[str, Any], frequencies: Tensor) -> Tensor
         length = rope_parameters["original_max_position_embeddings"]
         return head_size * math.log(length / (2 * math.pi * turns)) / (2 * math.log(theta))
 
-    first = max(math.floor(index_of(rope_parameters.get("beta_fast", 32.0))), 0)
-    last = min(math.ceil(index_of(rope_parameters.get("beta_slow", 1.0))), head_size - 1)
+    first, last = (index_of(rope_parameters.get(*beta)) for beta in (("beta_fast", 32.0), ("beta_slow", 1.0)))
+    if rope_parameters.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_size - 1)
     indices = torch.arange(len(frequencies), dtype=torch.float32, device=frequencies.device)
     # on short lengths the two coincide: then a step, as in the released code
     return 1 - ((indices - first) / (last - first if last != first else 0.001)).clamp(0, 1)
@@ -62,12 +65,18 @@ def kept_by_yarn(rope_parameters: dict[str, Any], frequencies: Tensor) -> Tensor
 def attention_factor(rope_parameters: dict[str, Any]) -> float:
     """What YaRN multiplies cosines and sines with, 0.1 ln(factor) + 1 (section 3.4); 1 for other types.
 
-    Scores grow with its square: a softmax over a stretched context stays as sharp as it was.
+    Scores grow with its square: a softmax over a stretched context stays as sharp as it was. With `mscale` m and
+    `mscale_all_dim` a, of which one alone counts for nothing: (0.1 m ln(factor) + 1) / (0.1 a ln(factor) + 1), as
+    transformers takes them from DeepSeek's released code. `attention_factor` in the settings comes before both.
     """
     if rope_parameters.get("rope_type") != "yarn":
         return 1.0
-    stretch = max(rope_parameters["factor"], 1.0)
-    return rope_parameters.get("attention_factor", 0.1 * math.log(stretch) + 1.0)
+    if "attention_factor" in rope_parameters:
+        return rope_parameters["attention_factor"]
+    growth = 0.1 * math.log(max(rope_parameters["factor"], 1.0))
+    if {"mscale", "mscale_all_dim"} <= rope_parameters.keys():
+        return (growth * rope_parameters["mscale"] + 1.0) / (growth * rope_parameters["mscale_all_dim"] + 1.0)
+    return growth + 1.0
 
 
 def rotation(positions: Tensor, inverse_frequencies: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from lightning_llm.models import families
 from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.experts import MixtureOfExperts, Routed
+from lightning_llm.models.family import check_family
 from lightning_llm.models.feed_forward import FeedForward
 from lightning_llm.models.rope import attention_factor, inverse_frequencies, rotate, rotation
 from lightning_llm.models.soft_cap import soft_capped
@@ -164,7 +165,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        families.check_family(config)
+        check_family(config)
         self.config = config
         self.attention_backend = "auto"
         self.activation_checkpointing = False  # keep a layer's input alone, and run it again in the backward pass

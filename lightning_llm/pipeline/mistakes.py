@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lightning_llm.pipeline.mappings import is_open, known_entries
 from lightning_llm.settings import OPTIONS, UserError
 
 COMMAND_LINE = "command line"
@@ -69,7 +71,8 @@ def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Seq
         return UserError(COMMAND_LINE, f"there is no group {group[2]}", name_nearest(group[2], groups(loader)))
     if package := re.search(r"Could not override '([^']*)'", text):
         if isinstance(error.__cause__, OmegaConfBaseException):
-            return _refused_value(error.__cause__, COMMAND_LINE, loader, asked=package[1])
+            typed = next((o for o in overrides if o.partition("=")[0] == package[1]), "")
+            return _refused_value(error.__cause__, COMMAND_LINE, loader, asked=package[1], typed=typed)
         file = re.match(r"In '([^']*)'", text)
         choices = re.findall(r"[\w/]+(?:@[\w.]+)?(?=[,?])", text.partition("Did you mean to override")[2])
         near = nearest(package[1], choices)
@@ -90,7 +93,9 @@ def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Seq
     return UserError(COMMAND_LINE, _first_line(error), "See --help")
 
 
-def _refused_value(error: OmegaConfBaseException, where: str, loader: Any, asked: str | None = None) -> UserError:
+def _refused_value(
+    error: OmegaConfBaseException, where: str, loader: Any, asked: str | None = None, typed: str = ""
+) -> UserError:
     """A key that is none, or a value of the wrong type; OmegaConf's errors carry both the key and the place."""
     key = error.full_key or asked or str(error.key)
     parent: Any = error.parent_node
@@ -100,6 +105,8 @@ def _refused_value(error: OmegaConfBaseException, where: str, loader: Any, asked
         if schema is not None:
             more = groups(loader) if asked is not None and "." not in asked else ()
             return unknown_setting(key, schema, where, more)
+        if typed and is_open(key.rpartition(".")[0]):
+            return _new_entry(key, typed, where)
         known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
         return unknown_entry(key, known, where)
     if asked and "dict is not a subclass of" in refused:  # `+stages.new.tokens=1`: the new stage is nothing yet
@@ -157,6 +164,17 @@ def unknown_entry(key: str, known: Sequence[str], where: str) -> UserError:
     """`key` ends in a name that is no entry of an open mapping."""
     parent, _, name = key.rpartition(".")
     return UserError(where, f"{key} is not there" if parent else f"there is no {key}", name_nearest(name, known))
+
+
+def _new_entry(key: str, typed: str, where: str) -> UserError:
+    """`key` is not in an open mapping yet: misspelt, or typed without the plus that Hydra wants before new keys."""
+    path, _, name = key.rpartition(".")
+    known = known_entries(path)
+    if known is not None and name not in known:
+        return unknown_entry(key, known, where)
+    return UserError(
+        where, f"{key} is not there yet", f"Type {shlex.quote('+' + typed)}, with a plus before what is new"
+    )
 
 
 def name_nearest(name: str, known: Sequence[str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_llm.data.places import missing_place
 from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.family import check_family
 from lightning_llm.models.size import (
     forward_flops_per_token,
     parameter_counts,
@@ -122,11 +123,12 @@ def plan(recipe: Recipe) -> Plan:
     """Scale and expand a recipe, and reckon what it costs.
 
     Raises:
-        UserError: the recipe cannot be run at its scale.
+        UserError: the recipe cannot be run at its scale, or no file of the family has room for its model.
     """
     if not recipe.is_scaled:
         check(recipe)  # `compose` has; a recipe that was changed in Python since then is as good as its parts
     recipe = scaled(recipe)
+    check_family(recipe.model)
     nodes = {node.name: node for node in expand(recipe)}
     models: dict[str, ModelConfig] = {n.name: n.settings.model for n in nodes.values() if n.kind == "train"}
     planned: list[Node] = []

@@ -20,8 +20,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.data.places import is_prepared, source_options
 from lightning_llm.evaluation.config import EvaluationConfig
-from lightning_llm.models.config import ROPE_KEYS, ModelConfig, check_rope
+from lightning_llm.models.config import ModelConfig, check_scaling, check_values
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
+from lightning_llm.pipeline.mappings import PHASES, known_entries
 from lightning_llm.pipeline.mistakes import COMMAND_LINE, name_nearest, unknown_entry, unknown_setting
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
@@ -31,11 +32,6 @@ from lightning_llm.training.config import LoggerConfig
 if TYPE_CHECKING:
     from lightning_llm.pipeline.composition import Composition
 
-# Mappings whose keys are not fields of a dataclass, but not free either.
-ROW_FIELDS = ("text", "messages", "prompt", "completion", "chosen", "rejected", "answer", "task")
-STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
-ROLES = ("policy",)  # of scale.shapes
-PHASES = ("pretrain", "sft", "preference")
 MOST_TOKENS = 2**31  # of a context or a batch: kernels count a batch's tokens in 32 bits
 ATTENTION = ("auto", "sdpa", "varlen", "flex", "flash")  # compute.attention
 
@@ -164,15 +160,10 @@ class _Reader:
 
     def _known_entries(self, path: str) -> Sequence[str] | None:
         """The keys of a mapping that is no dataclass, where they are not free."""
-        if path.startswith("scale.shapes."):
-            return [f.name for f in dataclasses.fields(ModelConfig)]
         if path == "model.published":  # a figure is known if something refers to it, or a model of ours states it
             named = set(re.findall(r"\$\{model\.published\.(\w+)\}", OmegaConf.to_yaml(self.composition.config)))
             return sorted(named | _figures_of_our_models())
-        if path.startswith("stages.") and path.endswith(".rope_scaling"):
-            return STRETCH
-        closed = {"model.rope_parameters": ["rope_theta", *STRETCH], "scale.shapes": ROLES, "scale.phases": PHASES}
-        return closed.get(path, ROW_FIELDS if path.endswith(".columns") else None)
+        return known_entries(path)
 
     def build(self, node: Any, path: str) -> Any:
         if isinstance(node, ListConfig):
@@ -194,9 +185,16 @@ class _Reader:
                 raise UserError(self._origin(key), f"{key} cannot be taken away", "Give it a value instead")
             value = self.build(node[name], key)
             values[name] = tuple(value) if typing.get_origin(hints[name]) is tuple else value
-        if path == "model":  # a shape of the user's need not go with the published one, only with the scale's: `scaled`
+        if (
+            schema is ModelConfig
+        ):  # a shape of the user's need not go with the published one, only with the scale's: `scaled`
             model = object.__new__(schema)
             vars(model).update(values)
+            try:
+                check_values(model)
+            except ValueError as error:
+                name, _, fact = str(error).partition(" ")
+                raise UserError(f"{path}.{name}", fact, "Mend it, or leave it out: the model has its own") from error
             return model
         try:
             return schema(**values)
@@ -335,10 +333,10 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
         _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
     if stage.rope_scaling:
         try:
-            check_rope({"rope_theta": stage.rope_theta or 1e4, **stage.rope_scaling})
+            check_scaling(stage.rope_scaling)
         except ValueError as error:
-            what = str(error).replace("rope_parameters.", "")
-            raise UserError(f"{key}.rope_scaling", what, "Give {rope_type: linear, factor: ...} or another") from error
+            remedy = "Give {rope_type: linear, factor: ...} or another"
+            raise UserError(f"{key}.rope_scaling", str(error), remedy) from error
     objective = stage.objective
     if objective.needs_pairs != (stage.data.form == "pairs"):
         raise UserError(

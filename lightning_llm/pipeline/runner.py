@@ -170,7 +170,6 @@ def check_run(
     _refuse_long(whole.recipe, to_make)
     refuse_absent(whole.recipe.logger.values())
     _refuse_absent_device(whole.recipe, to_make)
-    _refuse_unbuilt(to_make)
     _refuse_damaged(whole, to_make)
     return CheckedRun(whole, chosen, keys, there)
 
@@ -209,16 +208,6 @@ def _refuse_absent_device(recipe: Recipe, nodes: Sequence[Node]) -> None:
         from lightning_llm.models.compilation import refuse_absent_compiler
 
         refuse_absent_compiler(recipe.compute.accelerator)
-
-
-def _refuse_unbuilt(nodes: Sequence[Node]) -> None:
-    """Before the tokens are prepared, not after."""
-    models = [node.settings.model for node in nodes if node.kind == "train"]
-    if models:
-        from lightning_llm.models.families import check_family
-
-        for model in models:
-            check_family(model)
 
 
 def _refuse_damaged(whole: Plan, nodes: Sequence[Node]) -> None:

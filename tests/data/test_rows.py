@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_llm.data.rows import Row, read_row
+from lightning_llm.data.rows import LAYOUTS, ROW_FIELDS, Row, read_row
 from lightning_llm.settings import UserError
 
 SYSTEM = {"role": "system", "content": "Be brief"}
@@ -143,6 +143,21 @@ def test_of_several_forms_the_one_that_is_asked_for_counts():
     assert read_row(pair, {}, "x", "conversations").form == "conversations"
     with pytest.raises(UserError, match='no field "rejected"'):
         read_row(pair, {}, "x", "pairs")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_every_field_of_a_layout_may_have_another_name(layout):
+    """What `columns` may name is what is read; the row is the same as under the fields' own names."""
+    row = next(
+        fields
+        for fields, form, _ in GOOD.values()
+        if form == layout.form and set(layout.needs) <= fields.keys() <= {*layout.needs, *layout.also}
+    )
+    renamed = {f"my {name}": value for name, value in row.items()}
+    columns = {name: f"my {name}" for name in row}
+    assert columns.keys() <= set(ROW_FIELDS)
+    read = read_row(renamed, columns, "x")
+    assert (read.form, read.content, read.layout) == (layout.form, read_row(row, {}, "x").content, layout.name)
 
 
 def test_columns_lead_into_nested_ones():

@@ -8,7 +8,7 @@ import torch
 
 from lightning_llm.generation.config import DualChunkConfig, GenerationConfig, Sampling
 from lightning_llm.generation.replies import reply_to
-from lightning_llm.generation.speaker import load_speaker
+from lightning_llm.generation.speaker import UNUSED, load_speaker
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig
 
@@ -20,7 +20,9 @@ def directory(talker, tmp_path):
 
 
 def load(directory, **settings):
-    compute = {name: settings.pop(name) for name in ("precision", "accelerator", "attention") if name in settings}
+    compute = {
+        name: settings.pop(name) for name in ("precision", "accelerator", "attention", *UNUSED) if name in settings
+    }
     return load_speaker(directory, GenerationConfig(**settings), ComputeConfig(**compute))
 
 
@@ -91,6 +93,30 @@ def test_a_prompt_has_to_fit(directory):
     assert load(directory, dual_chunk=DualChunkConfig(256)).context is None
 
 
+def test_a_stretch_that_was_trained_does_not_count_again(directory):
+    """The model's files, what the user says in their place -> the tokens that there are positions for."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    llama3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+              "original_max_position_embeddings": 16}  # fmt: skip
+    linear, default = {"rope_type": "linear", "factor": 4.0}, {"rope_type": "default"}
+    config = json.loads((directory / "config.json").read_text())
+    for own, longest, given, expected in (
+        (linear, 256, None, 256),  # trained on 256 tokens, at a quarter of their distances
+        (linear, 256, linear, 256),
+        (linear, 256, linear | {"factor": 8.0}, 512),
+        (linear, 256, default, 64),
+        (linear, 256, yarn | {"factor": 16.0}, 1024),
+        (yarn, 256, None, 256),
+        (yarn, 64, None, 256),  # as the makers of Qwen 2 advise
+        (yarn, 64, yarn | {"factor": 8.0}, 512),
+        (llama3, 256, llama3, 256),  # trained beyond what the factor alone reaches, as Llama 3.1
+        (default, 256, linear, 1024),
+    ):
+        changed = {"rope_parameters": own | {"rope_theta": 1e4}, "rope_scaling": None, "rope_theta": 1e4}
+        say(directory, config | changed | {"max_position_embeddings": longest}, "config.json")
+        assert load(directory, rope_scaling=given).context == expected, (own, longest, given)
+
+
 def test_a_reply_ends_where_the_context_does(directory):
     speaker = load(directory, max_new_tokens=50)
     prompts = [[260] * 240, [260] * 3, [261] * 255]
@@ -124,8 +150,12 @@ def test_half_precision_is_half_the_memory(directory):
     ("settings", "said"),
     [
         ({"precision": "fp8"}, "compute.precision: is 'fp8'"),
+        ({"compile": True}, "compute.compile: is True, and does nothing .* Leave it at False"),
+        ({"activation_checkpointing": "full"}, "compute.activation_checkpointing: is full, and does nothing"),
+        ({"devices": 2}, "compute.devices: is 2, and does nothing"),
         ({"rope_scaling": {"rope_type": "spiral"}}, "rope_scaling: .*spiral"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: .*original_max_position_embeddings"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling: original_max_position_embeddings"),
+        ({"rope_scaling": 4}, "rope_scaling: 4 is no mapping"),
     ],
 )
 def test_settings_that_cannot_be(settings, said, directory):

@@ -25,6 +25,18 @@ CASES = {
     "all experts, tied": dict(ODD, num_experts_per_tok=5, norm_topk_prob=True, tie_word_embeddings=True),
     "every second layer": dict(ODD, decoder_sparse_step=2),
     "some layers dense": dict(ODD, mlp_only_layers=[0, 2]),
+    "yarn": dict(
+        ODD,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 500,
+            "truncate": False,
+            "mscale": 1.7,
+            "mscale_all_dim": 0.4,
+        },
+    ),
 }
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
@@ -64,6 +76,21 @@ def peer():
         )
 
     return load
+
+
+def by_expert(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The reference holds all experts of a layer in one parameter; here under the names that its files have."""
+    found = {}
+    for name, gradient in gradients.items():
+        block, experts, projection = name.partition(".experts.")
+        if not experts:
+            found[name] = gradient
+            continue
+        parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else ("down_proj",)
+        for expert, matrix in enumerate(gradient):
+            for part, rows in zip(parts, matrix.chunk(len(parts)), strict=True):
+                found[f"{block}.experts.{expert}.{part}.weight"] = rows
+    return found
 
 
 def plain(layer: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
@@ -135,9 +162,11 @@ def test_all_tokens_may_choose_the_same_experts():
 
 
 @pytest.mark.parametrize("shape", CASES.values(), ids=CASES.keys())
-def test_logits_loss_and_gradients_equal_transformers_through_files(shape, peer, tmp_path):
+def test_logits_loss_and_gradients_equal_transformers_through_files(shape, peer, tmp_path, monkeypatch):
+    monkeypatch.setattr(families, "SHARD_BYTES", 40_000)
     model = random_model(tiny(**shape))
     model.save_pretrained(tmp_path / "ours", eos_token_ids=[5, 6])
+    assert (tmp_path / "ours" / "model.safetensors.index.json").exists()
     theirs = peer(tmp_path / "ours")
     rows = torch.tensor(documents(17, 17, 17))  # rows of one length: their auxiliary loss is over all tokens
     batch = SegmentBatch.from_documents(rows.tolist())
@@ -151,21 +180,16 @@ def test_logits_loss_and_gradients_equal_transformers_through_files(shape, peer,
 
     loss.backward()
     expected.loss.backward()
-    gradients = [{k: p.grad for k, p in m.named_parameters()} for m in (model, theirs)]
-    for name, gradient in gradients[1].items():
-        ours = gradients[0]
-        if name.endswith("self_attn.q_proj.weight"):
-            qkv = ours[name.removeprefix("model.").replace("q_proj", "qkv_proj")]
-            found = qkv[: len(gradient)]
-        elif any(part in name for part in ("k_proj", "v_proj", "q_proj.bias")):
-            continue  # parts of the same product
-        elif ".experts." in name:
-            found = ours[f"{name.removeprefix('model.')}.weight"]
-        else:
-            found = ours[name.removeprefix("model.")]
-        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    wanted = by_expert({name: parameter.grad for name, parameter in theirs.named_parameters()})
+    for key, gradient in families.stored_parts(model.config, gradients):
+        torch.testing.assert_close(
+            gradient, wanted.pop(key), rtol=1e-4, atol=1e-4, msg=lambda text, key=key: f"{key}: {text}"
+        )
+    assert not wanted
 
-    theirs.save_pretrained(tmp_path / "theirs")
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="30KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
     back = Transformer.from_pretrained(tmp_path / "theirs")
     assert families.read_config(tmp_path / "theirs") == back.config
     for (name, own), (_, read) in zip(model.named_parameters(), back.named_parameters(), strict=True):
@@ -247,7 +271,8 @@ def test_a_dense_family_has_no_experts_and_the_other_way_round():
 @pytest.mark.parametrize(
     "wrong",
     [dict(num_experts_per_tok=0), dict(num_experts_per_tok=6), dict(moe_intermediate_size=0),
-     dict(shared_expert_intermediate_size=0), dict(decoder_sparse_step=0), dict(router_aux_loss_coef=-0.1)],
+     dict(shared_expert_intermediate_size=0), dict(decoder_sparse_step=0), dict(router_aux_loss_coef=-0.1),
+     dict(hidden_act="relu")],
 )  # fmt: skip
 def test_impossible_shapes_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

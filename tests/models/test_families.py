@@ -86,6 +86,12 @@ def test_scaled_rope_of_the_old_spelling_is_read_as_such(saved):
         Transformer.from_pretrained(saved)
 
 
+def test_a_window_that_no_layer_uses_is_none(saved):
+    """Released files of Qwen 2 name a window beside more full layers than there are."""
+    edit(saved / "config.json", use_sliding_window=True, sliding_window=4, max_window_layers=28, layer_types="gone")
+    assert families.read_config(saved) == CONFIG
+
+
 def test_shards_are_written_and_read(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(families, "SHARD_BYTES", 2000)
     model = Transformer.from_pretrained(saved)
@@ -170,7 +176,7 @@ DAMAGE = {
     "size as truth": (config(vocab_size=True), r"config.json: vocab_size: should be of type int, is True"),
     "impossible heads": (config(num_key_value_heads=2), r"config.json: num_attention_heads \(3\) must be a multiple"),
     "window": (
-        config(use_sliding_window=True, sliding_window="4k"),
+        config(use_sliding_window=True, sliding_window="4k", max_window_layers=0, layer_types="gone"),
         r"config.json: sliding_window: should be of type int \| None, is '4k'",
     ),
     "layer types": (

@@ -62,6 +62,10 @@ SHAPES = {
     "gemma2, untied, linear, irregular layers": GEMMA2
     | dict(tie_word_embeddings=False, layer_types=[FULL, SLIDING, SLIDING], rope_parameters=LINEAR),
     "gemma2, yarn with its own factor": GEMMA2 | dict(rope_parameters=YARN | {"attention_factor": 1.7, "beta_fast": 9}),
+    "llama, yarn between whole indices": LLAMA | dict(rope_parameters=YARN | {"truncate": False, "beta_fast": 5}),
+    "qwen3, yarn with both mscales": QWEN3 | dict(rope_parameters=YARN | {"mscale": 2.0, "mscale_all_dim": 0.3}),
+    "qwen2, yarn with one mscale": QWEN2 | dict(rope_parameters=YARN | {"mscale": 2.0}),
+    "gemma2, full layers alone": GEMMA2 | dict(sliding_window=None, layer_types=[FULL]),
     "gemma2, without caps": GEMMA2
     | dict(attn_logit_softcapping=None, final_logit_softcapping=None, query_pre_attn_scalar=10),
 }

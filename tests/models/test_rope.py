@@ -81,6 +81,33 @@ def test_yarn_is_the_published_ramp(theta, length, factor):
     assert (cos**2 + sin**2).mean().item() == pytest.approx(attention_factor(settings) ** 2, rel=1e-5)
 
 
+def test_what_yarn_may_have_is_the_references():
+    """Frequencies and factor of transformers' own function, for every way to give its keys."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    yarn = {"rope_type": "yarn", "rope_theta": 3e4, "factor": 6.0, "original_max_position_embeddings": 900}
+    seen = set()
+    for more in (
+        {},
+        {"truncate": False},
+        {"truncate": False, "beta_fast": 9.5, "beta_slow": 0.7},
+        {"truncate": False, "original_max_position_embeddings": 6},  # both ends below the first index
+        {"mscale": 0.7},
+        {"mscale": 0.7, "mscale_all_dim": 1.9},
+        {"mscale": 0.7, "mscale_all_dim": 1.9, "attention_factor": 1.3},
+        {"mscale": 0.7, "mscale_all_dim": 1.9, "factor": 0.5},
+    ):
+        config = LlamaConfig(hidden_size=128, num_attention_heads=2, rope_parameters=yarn | more)
+        frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+        torch.testing.assert_close(inverse_frequencies(yarn | more, 64), frequencies, rtol=1e-6, atol=0)
+        assert attention_factor(yarn | more) == pytest.approx(factor, rel=1e-12)
+        seen.add((tuple(frequencies.tolist()), factor))
+    assert len(seen) == 7  # one mscale alone changes nothing, everything else does
+    with pytest.raises(ValueError, match="truncate must be true or false, got 0"):
+        ModelConfig(name="m", rope_parameters=yarn | {"truncate": 0})
+
+
 def test_yarn_on_a_length_too_short_for_a_ramp_is_a_step():
     settings = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 6}
     plain = inverse_frequencies({"rope_theta": 1e4}, 64)

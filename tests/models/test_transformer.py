@@ -10,6 +10,8 @@ from torch.nn.functional import rms_norm
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.models.config import ACTIVATIONS, COUNTS, POSITIVE
+from lightning_llm.models.feed_forward import FUNCTIONS
 from lightning_llm.models.transformer import RMSNorm
 from lightning_llm.settings import UserError
 
@@ -82,13 +84,15 @@ def test_half_precision_products_keep_float32_weights_and_residuals():
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.layers.parameters())
 
 
+def test_every_activation_has_its_function():
+    assert tuple(FUNCTIONS) == ACTIVATIONS
+
+
 def test_what_is_not_built_is_refused_before_it_is_trained():
     with pytest.raises(UserError, match="'mamba' is not built yet"):
         Transformer(tiny(family="mamba"))
     with pytest.raises(UserError, match="attention_bias: is False, but Qwen2ForCausalLM always has True"):
         Transformer(tiny(attention_bias=False))
-    with pytest.raises(UserError, match="'gelu' is not built yet"):
-        Transformer(tiny(hidden_act="gelu"))
     with pytest.raises(UserError, match="qk_norm: is True, but LlamaForCausalLM always has False"):
         Transformer(tiny(family="llama", attention_bias=False, qk_norm=True))
     with pytest.raises(UserError, match="hidden_size: 48 is no multiple of num_attention_heads"):
@@ -106,10 +110,14 @@ YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
         (dict(num_key_value_heads=4), r"num_attention_heads \(6\) must be a multiple of num_key_value_heads \(4\)"),
         (dict(hidden_size=50), "hidden_size"),
         (dict(hidden_size=54), "head size"),
-        (dict(vocab_size=0), "vocab_size"),
+        *((dict([(name, 0)]), f"{name} must be at least 1, got 0") for name in COUNTS),
+        *((dict([(name, -1)]), f"{name} must be above 0, got -1") for name in POSITIVE),
+        (dict(rms_norm_eps=float("nan")), "rms_norm_eps must be above 0"),
+        (dict(hidden_act="gelu"), "hidden_act must be silu or gelu_pytorch_tanh, got gelu"),
+        (dict(sliding_window=8), "sliding_window is 8, and no layer uses it: name sliding_attention in layer_types"),
         (dict(layer_types=["sliding_attention"]), "sliding_window must have a value"),
         (dict(layer_types=["linear_attention"]), "layer_types must be a list of sliding_attention and full_attention"),
-        (dict(attn_logit_softcapping=0.0), "attn_logit_softcapping must be positive, got 0.0"),
+        (dict(attn_logit_softcapping=0.0), "attn_logit_softcapping must be above 0, got 0.0"),
         (dict(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "'longrope' is not built yet; built are"),
         (dict(rope_parameters=YARN), "rope_parameters.original_max_position_embeddings has no value"),
         (dict(rope_parameters={"rope_theta": 1e4, "factor": 2.0}), "factor means nothing to rope_type default"),

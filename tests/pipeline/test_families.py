@@ -10,12 +10,31 @@ import torch
 from lightning_llm import cli, compose, plan, run
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models.families import read_config
+from lightning_llm.settings import UserError
 
 CLASSES = {
     "afm_on_device": "Qwen3ForCausalLM",
     "gemma2_2b": "Gemma2ForCausalLM",
     "llama3_1_8b": "LlamaForCausalLM",
 }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.family=gpt"], "family: 'gpt' is not built yet. Built are: qwen2, qwen3"),
+        (["model.qk_norm=true"], "qk_norm: is True, but Qwen2ForCausalLM always has False"),
+        (["model=qwen2_57b_a14b", "model.num_experts=0"], "num_experts: is 0 in family qwen2_moe"),
+        (["model=gemma2_2b", "model.layer_types=[full_attention]"], "sliding_window is .*, and no layer uses it"),
+        (
+            ["model=llama3_1_8b", "model.hidden_size=100", "model.head_dim=6", "model.num_attention_heads=8"],
+            "hidden_size: 100 is no multiple of num_attention_heads",
+        ),
+    ],
+)
+def test_a_model_that_no_family_has_is_refused_in_the_plan(overrides, message):
+    with pytest.raises(UserError, match=message):
+        plan(compose("qwen2", overrides=overrides))
 
 
 @pytest.mark.slow

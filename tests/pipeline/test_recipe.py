@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -67,6 +69,33 @@ COMMAND_LINE = {
         "stages.last.rope_scaling: original_max_position_embeddings has no value, and rope_type yarn needs one"
     ],
     "stages.last.rope_scaling={rope_type: linear, facter: 4}": ["stages.last.rope_scaling.facter", "factor"],
+    "stages.last.rope_scaling=4": ["stages.last.rope_scaling: 4 is no mapping"],
+    "model.intermediate_size=0": ["model.intermediate_size: must be at least 1, got 0", "Mend it, or leave it out"],
+    "model.head_dim=0": ["model.head_dim: must be at least 1, got 0"],
+    "model.num_hidden_layers=0": ["model.num_hidden_layers: must be at least 1"],
+    "model.max_position_embeddings=0": ["model.max_position_embeddings: must be at least 1"],
+    "model.rms_norm_eps=-1": ["model.rms_norm_eps: must be above 0"],
+    "model.initializer_range=-1": ["model.initializer_range: must be above 0"],
+    "model.hidden_act=relu": ["model.hidden_act: must be silu or gelu_pytorch_tanh, got relu"],
+    "stages.last.data.sources.preferences.max_rows=0": [
+        "stages.last.data.sources.preferences: max_rows must be at least 1, is 0"
+    ],
+    # new keys of open mappings: what to type, or the nearest
+    "model.rope_parameters.factor=4": ["Type +model.rope_parameters.factor=4, with a plus"],
+    "model.rope_parameters={rope_type: linear, factor: 4}": [
+        "model.rope_parameters.factor is not there yet",
+        "Type '+model.rope_parameters={rope_type: linear, factor: 4}', with a plus",
+    ],
+    "model.rope_parameters.facter=4": ["model.rope_parameters.facter", "The nearest is factor"],
+    "scale.shapes.policy.rms_norm_eps=1e-5": ["Type +scale.shapes.policy.rms_norm_eps=1e-5, with a plus"],
+    "stages.last.data.sources.preferences.columns={chosen: good}": [
+        "Type '+stages.last.data.sources.preferences.columns={chosen: good}', with a plus"
+    ],
+    "stages.last.data.sources.preferences.columns.chose=good": ["columns.chose", "The nearest is chosen"],
+    "stages.last.data.sources.preferences.options.split=test": [
+        "Type +stages.last.data.sources.preferences.options.split=test, with a plus"
+    ],
+    "stages.last.rope_scaling.factor=4": ["Type +stages.last.rope_scaling.factor=4, with a plus"],
     "+model.published.tokns=1": ["model.published.tokns", "tokens"],
     "+stages.base.data.sources.wbe.weight=1": ["stages.base.data.sources.wbe"],
     "+hydra.job.nam=x": ["hydra.job.nam", "name"],
@@ -82,6 +111,22 @@ def test_a_mistake_on_the_command_line(typed, mine):
     assert "\n" not in str(caught.value)
     for part in COMMAND_LINE[typed]:
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "typed", [typed for typed, parts in COMMAND_LINE.items() if any("with a plus" in part for part in parts)]
+)
+def test_what_a_mistake_says_to_type_is_understood(typed, mine):
+    """Type it, and no key is refused any more; what it sets may still be wrong."""
+    with pytest.raises(UserError, match="with a plus") as caught:
+        compose("pair", overrides=[typed], config_dir=mine)
+    (advised,) = shlex.split(re.search(r"Type (.*), with a plus", str(caught.value))[1])
+    said = ""
+    try:
+        compose("pair", overrides=[advised], config_dir=mine)
+    except UserError as error:
+        said = str(error)
+    assert not re.search("is not there|is not a setting|plus", said)
 
 
 FILES = {

@@ -1,0 +1,30 @@
+"""The keys that settings take where they are no dataclass: of rope_parameters, columns, a scale's shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from lightning_llm.data.rows import ROW_FIELDS
+from lightning_llm.models.config import ROPE_KEYS, ModelConfig
+
+STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
+ROLES = ("policy",)  # of scale.shapes
+PHASES = ("pretrain", "sft", "preference")
+CLOSED = {"model.rope_parameters": ("rope_theta", *STRETCH), "scale.shapes": ROLES, "scale.phases": PHASES}
+
+
+def known_entries(path: str) -> Sequence[str] | None:
+    """The keys that the mapping at a dotted path may have; None where nothing is known of them beforehand."""
+    if path.startswith("scale.shapes."):
+        return [f.name for f in dataclasses.fields(ModelConfig)]
+    if path == "rope_scaling" or path.endswith(".rope_scaling"):
+        return STRETCH
+    return CLOSED.get(path, ROW_FIELDS if path.endswith(".columns") else None)
+
+
+def is_open(path: str) -> bool:
+    """Whether the mapping at a dotted path may get keys that it does not have yet."""
+    return path not in ("scale.shapes", "scale.phases") and (
+        known_entries(path) is not None or path.endswith(".options")
+    )
