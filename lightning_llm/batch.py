@@ -149,10 +149,12 @@ class SegmentBatch:
 
     @property
     def num_tokens(self) -> int:
+        """T, the prompts that are shared counted once."""
         return self.input_ids.shape[0]
 
     @property
     def num_segments(self) -> int:
+        """How many segments, prompts and continuations alike."""
         return len(self.lengths)
 
     @property

@@ -50,4 +50,5 @@ class Buildable:
     implementation: ClassVar[str]  # "package.module:Name"
 
     def build(self, *parts: Any, **named: Any) -> Any:
+        """The object that is set, made of this setting, of `parts` and of what is named; imports what it needs."""
         return pkgutil.resolve_name(self.implementation)(self, *parts, **named)

@@ -72,6 +72,11 @@ class TokenStore:
         return self.offsets[row * k : (row + 1) * k + 1].tolist()
 
     def row(self, row: int) -> StoredRow:
+        """A row's segments as they lie in the files, memory-mapped and not copied.
+
+        Returns:
+            ids of each segment, and which of them are targets (None: all).
+        """
         offsets = self.segment_offsets(row)
         spans = list(itertools.pairwise(offsets))
         masks: list[np.ndarray | None] = [None if self.is_target is None else self.is_target[a:b] for a, b in spans]
@@ -136,6 +141,7 @@ class TokenStoreWriter:
             self._rows.write(json.dumps(metadata or {}, ensure_ascii=False) + "\n")
 
     def facts(self) -> dict[str, int]:
+        """What is written so far: rows, tokens, and targets among them."""
         return {"rows": self.rows, "tokens": self.tokens, "targets": self.targets}
 
     def close(self) -> None:
@@ -165,6 +171,7 @@ class _GrowingArray:
         self._write_header()
 
     def append(self, number: int) -> None:
+        """Write one more number, of 64 bits."""
         self.file.write(number.to_bytes(8, "little", signed=True))
         self.length += 1
 

@@ -268,6 +268,7 @@ class _Generation(Extension):
     tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
 
     def parse(self, parser):
+        """What stands between the tag and its end, as a call of `_mark` on it."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         marks = nodes.ContextReference()

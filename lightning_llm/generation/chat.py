@@ -23,6 +23,7 @@ class Conversation:
         self.messages: list[Message] = []
 
     def reset(self) -> None:
+        """Forget all that was said."""
         self.messages = []
 
     def say(self, content: str) -> None:

@@ -82,6 +82,11 @@ class InOrder:
         self.turn = 0
 
     def write(self, number: int, piece: str, is_last: bool) -> None:
+        """Say a piece of text `number`, counted from 0, or keep it until the texts before are whole.
+
+        Args:
+            is_last: the text ends with this piece.
+        """
         self.waiting[number] += piece
         self.is_whole[number] = is_last
         while self.turn < len(self.waiting):

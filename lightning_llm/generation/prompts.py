@@ -65,6 +65,7 @@ def read_row(where: str, line: str) -> str | list[Message]:
 
 
 def is_message(message: Any) -> bool:
+    """Whether a value from JSON has a role and a content, both of them text."""
     return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 

@@ -243,6 +243,11 @@ class _GradientInForward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets, factors: Tensor, head: _Head) -> Tensor:
+        """Weighted log-likelihoods [N] of hidden states [N, d] under a head [V, d], their gradients kept beside.
+
+        Args:
+            factors: [N], what each token's log-likelihood is multiplied with.
+        """
         values, *ctx.gradients = head.evaluate(hidden, weight, targets, factors, ctx.needs_input_grad[:2])
         ctx.save_for_backward(hidden, weight)
         ctx.targets, ctx.factors, ctx.head = targets, factors, head
@@ -251,6 +256,7 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
+        """The gradients kept, times the one factor of all tokens; raises RuntimeError where there are several."""
         if len(grad) and grad.stride() != (0,) and not (grad == grad[0]).all():  # stride 0: the gradient of a sum
             raise RuntimeError(
                 "token_log_likelihood: with token_weights the gradient is made in the forward pass, so that the "
@@ -274,6 +280,7 @@ class _GradientInBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets, head: _Head) -> Tensor:
+        """Log-likelihoods [N] of hidden states [N, d] under a head [V, d]."""
         ctx.save_for_backward(hidden, weight)
         ctx.targets, ctx.head = targets, head
         return head.evaluate(hidden, weight, targets).values
@@ -281,6 +288,7 @@ class _GradientInBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor):
+        """Gradients of hidden states [N, d] and head [V, d], from a factor of each token's own [N]."""
         hidden, weight = ctx.saved_tensors
         _, grad_hidden, grad_weight = ctx.head.evaluate(hidden, weight, ctx.targets, grad, ctx.needs_input_grad[:2])
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None

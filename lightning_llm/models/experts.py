@@ -32,11 +32,18 @@ class ToExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        """[T * k, d] of x [T, d].
+
+        Args:
+            order: [T * k], for each sorted row which of the copies, token by token, it is.
+            places: [T, k], where each token's copies are among the sorted rows.
+        """
         ctx.save_for_backward(order, places)
         return x.index_select(0, order // places.shape[1])
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """[T, d] of a gradient [T * k, d]."""
         _, places = ctx.saved_tensors
         return gathered(gradient, places), None, None
 
@@ -46,11 +53,13 @@ class FromExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        """[T, d] of y [T * k, d]; `order` and `places` as in `ToExperts`."""
         ctx.save_for_backward(order, places)
         return gathered(y, places)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        """[T * k, d] of a gradient [T, d]."""
         order, places = ctx.saved_tensors
         return gradient.index_select(0, order // places.shape[1]), None, None
 
@@ -93,6 +102,7 @@ class GroupedLinear(nn.Module):
         self.parts = parts
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """[n, r] of rows x [n, c] that are sorted by expert and end at `ends` [E]; in autocast's type, if it is on."""
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -152,6 +162,7 @@ class MixtureOfExperts(nn.Module):
         self.routed: Routed | None = None
 
     def forward(self, x: Tensor) -> Tensor:
+        """[T, d] of hidden states [T, d]; `routed` is then about these tokens."""
         with torch.autocast(x.device.type, enabled=False):
             probabilities = linear(x.float(), self.gate.weight.float()).softmax(-1)  # [T, E]
         weights, chosen = probabilities.topk(self.chosen)  # [T, k]

@@ -32,6 +32,7 @@ class ScaledToUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """[.., n] of x [.., n] and weight [n], all float32."""
         size = x.shape[-1]
         inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
         unit = x * inverse
@@ -40,6 +41,7 @@ class ScaledToUnit(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of x [.., n] and of the weight [n]."""
         # with u = x / rms(x):  dx = (w g - u mean(w g u)) / rms(x),  dw = sum over tokens of g u
         unit, inverse, weight = ctx.saved_tensors
         product = gradient * unit
@@ -60,6 +62,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = eps, offset
 
     def forward(self, x: Tensor) -> Tensor:
+        """[.., n] of x [.., n], in its type."""
         exact, weight = x.float(), self.weight.float()
         if self.offset:
             weight = weight + self.offset
@@ -97,6 +100,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
+        """[T, d] of hidden states [T, d].
+
+        Args:
+            cos, sin: float32 [T, 1, D], of `rope.rotation`.
+            attend: q [T, H, D], k and v [T, K, D], turned -> [T, H, D].
+        """
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_size))  # [T, H + 2K, D]
         qk, v = qkv.split((self.heads + self.key_value_heads, self.key_value_heads), dim=1)
         if self.q_norm is not None and self.k_norm is not None:
@@ -125,6 +134,7 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
     ) -> Tensor:
+        """[T, d] of hidden states [T, d]; the other arguments are those of attention."""
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x = x + attended
@@ -192,7 +202,7 @@ class Transformer(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(self, batch: SegmentBatch) -> Tensor:
-        """Hidden states [T, d] after the final norm."""
+        """Hidden states [T, d] after the final norm; [i] is what comes of token i and of those that it attends to."""
         segments = Segments(batch.lengths, batch.prefixes)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -211,7 +221,12 @@ class Transformer(nn.Module):
         return self.run(batch.input_ids, batch.positions, attend)
 
     def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [T, d] of tokens at given positions, with `attend` in the place of attention (a cache's)."""
+        """Hidden states [T, d] of tokens at given positions, with `attend` in the place of attention (a cache's).
+
+        Args:
+            input_ids, positions: int64 [T]; a position is counted from the begin of its text.
+            attend: (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D], in order of the layers.
+        """
         rope = self.config.rope_parameters
         frequencies = inverse_frequencies(rope, self.config.head_size, positions.device)
         cos, sin = rotation(positions, frequencies, attention_factor(rope))

@@ -87,12 +87,15 @@ class Objective(LightningModule):
         return None if model is None else Frozen(model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer of the settings, over the trained model alone."""
         return self.optimizer_config.build(self.model)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """The window as it is."""
         return batch  # `training_step` moves one micro-batch at a time
 
     def training_step(self, window: Window, index: int) -> None:
+        """One optimizer step over a whole window, with the learning rate at its last token."""
         wrapped = self.trainer.strategy.model
         self.learning_rate = learning_rate(self.schedule, window.progress.tokens, self.total_tokens)
         step = optimizer_step(

@@ -11,6 +11,7 @@ class CausalLM(Objective):
     """One unit is one target token that is not masked."""
 
     def loss(self, batch: SegmentBatch) -> LossSum:
+        """Negative log-likelihood in nats, summed over the batch's target tokens."""
         hidden = self.model(batch)  # [T, d]
         logps = self.model.log_likelihood(
             hidden[batch.predictors],

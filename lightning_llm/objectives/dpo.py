@@ -39,6 +39,10 @@ class Preference(Objective):
         raise NotImplementedError
 
     def loss(self, batch: SegmentBatch) -> LossSum:
+        """`pair_losses`, summed over the pairs, with the chosen responses' own likelihood beside if it has a weight.
+
+        Segments of the batch are prompts, each with its chosen and its rejected response.
+        """
         logps = token_logps(self.model, batch)  # [N]
         content = None  # [N], what the two log-ratios are taken over; None: every target
         if self.formatting_ids:
@@ -83,6 +87,7 @@ class DPO(Preference):
     config: DPOConfig
 
     def pair_losses(self, policy: Pair, reference: Pair) -> Tensor:
+        """[P] (Rafailov et al. 2023, arXiv 2305.18290, equation 7)."""
         config = self.config
         return dpo_loss(*policy, *reference, beta=config.beta, label_smoothing=config.label_smoothing)
 
@@ -93,4 +98,5 @@ class IPO(Preference):
     config: IPOConfig
 
     def pair_losses(self, policy: Pair, reference: Pair) -> Tensor:
+        """[P] (Azar et al. 2023, arXiv 2310.12036, equation 17)."""
         return ipo_loss(*policy, *reference, beta=self.config.beta)

@@ -84,6 +84,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient; the loss of `closure`, if there is one."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         matrices: dict[tuple, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         for group in self.param_groups:

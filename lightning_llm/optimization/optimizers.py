@@ -41,10 +41,18 @@ def build_adamw(config: AdamWConfig, module: nn.Module) -> torch.optim.AdamW:
 
 
 def build_lion(config: LionConfig, module: nn.Module) -> Lion:
+    """Lion (Chen et al. 2023, arXiv 2302.06675) over all that is trained in `module`; norms and biases do not decay.
+
+    State of a parameter: `exp_avg` (of its shape).
+    """
     return Lion(_entrywise_groups(config, module), betas=config.betas)
 
 
 def build_afm_rmsprop(config: AFMRMSPropConfig, module: nn.Module) -> AFMRMSProp:
+    """AFM's RMSProp with momentum (arXiv 2407.21075, section 3.2.4), whose decay does not follow the peak rate.
+
+    State of a parameter: `step` ([]), `exp_avg_sq` and `exp_avg` (of its shape).
+    """
     groups = _entrywise_groups(config, module, decay_follows_rate=False)
     return AFMRMSProp(groups, betas=config.betas, eps=config.eps, update_clip=config.update_clip)
 

@@ -33,6 +33,7 @@ class Totals:
         self._sums: dict[str, tuple[Tensor | float, Count]] = {}
 
     def add(self, name: str, total: Tensor | float, count: Count) -> None:
+        """One more sum over `count` units under a name."""
         before, units = self._sums.get(name, (0.0, 0))
         self._sums[name] = before + total, units + count
 
@@ -43,6 +44,7 @@ class Totals:
             self.add(f"{prefix}{name}", total, count)
 
     def merge(self, other: Totals) -> None:
+        """All sums of another, added to those here."""
         for name, (total, count) in other._sums.items():
             self.add(name, total, count)
 

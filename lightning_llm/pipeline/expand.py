@@ -76,6 +76,7 @@ class _Expansion:
         self.first = recipe.stages[self.order[0]]
 
     def nodes(self) -> Iterator[Node]:
+        """Every node once, after its inputs."""
         made: set[str] = set()
         for name in self.order:
             stage = self.recipe.stages[name]

@@ -49,10 +49,12 @@ class Plan:
 
     @property
     def seconds(self) -> float:
+        """Estimated, of all nodes one after the other on this compute."""
         return sum(node.figures["seconds"] for node in self.nodes)
 
     @property
     def disk_gib(self) -> float:
+        """Of all artifacts, in GiB."""
         return sum(node.figures["disk_gib"] for node in self.nodes)
 
     def selected(self, *, until: str | None = None, only: str | None = None) -> Plan:

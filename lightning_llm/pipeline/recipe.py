@@ -144,6 +144,7 @@ class _Reader:
         self.composition = composition
 
     def refuse_unknown(self, node: Any, path: str) -> None:
+        """Raises UserError for the first key below `path` that is no field and no known entry."""
         if not isinstance(node, DictConfig) or node._is_none() or node._is_missing() or node._is_interpolation():
             return
         schema = OmegaConf.get_type(node)
@@ -166,6 +167,11 @@ class _Reader:
         return known_entries(path)
 
     def build(self, node: Any, path: str) -> Any:
+        """The value at a dotted path: dataclasses of dataclasses, lists and plain values.
+
+        Raises:
+            UserError: a value is missing, taken away or refused by its dataclass.
+        """
         if isinstance(node, ListConfig):
             return [self.build(node[i], f"{path}[{i}]") for i in range(len(node))]
         if not isinstance(node, DictConfig):

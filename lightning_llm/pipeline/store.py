@@ -135,6 +135,7 @@ class Store:
             shutil.rmtree(path)
 
     def set_aside(self, path: Path, folder: Path) -> None:
+        """Move an artifact into a folder, under a name that is not taken there."""
         folder.mkdir(parents=True, exist_ok=True)
         path.rename(folder / f"{path.name}-{uuid.uuid4().hex[:8]}")
 

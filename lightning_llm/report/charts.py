@@ -159,6 +159,7 @@ def preference_curves(runs: Sequence[Run]) -> Figure | None:
 
 
 def has_rewards(stage: Node) -> bool:
+    """Whether a stage logged rewards, as preference training does."""
     return any("rewards/margins" in line for line in stage.training)
 
 

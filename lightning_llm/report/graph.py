@@ -31,13 +31,16 @@ class Paper:
 
     @property
     def box(self) -> tuple[float, float]:
+        """(along the flow, across it) of a box."""
         return (self.width, self.height) if self.sideways else (self.height, self.width)
 
     def corner(self, place: Place, first_row: int) -> tuple[float, float]:
+        """(u, v) of a box's first corner; `first_row` is the row that lies at the margin."""
         (box_u, box_v), (column, row) = self.box, place
         return self.margin + column * (box_u + self.gap_u), self.margin + (row - first_row) * (box_v + self.gap_v)
 
     def point(self, u: float, v: float) -> str:
+        """A place on the paper as an SVG path has it: x, then y."""
         x, y = (u, v) if self.sideways else (v, u)
         return f"{x:g} {y:g}"
 

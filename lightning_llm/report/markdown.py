@@ -14,6 +14,7 @@ from lightning_llm.report.record import Run
 
 
 def write_markdown(runs: Sequence[Run], output: Path) -> None:
+    """Write the page's facts about `runs`, over what was there."""
     output.write_text("\n".join(_lines(runs)) + "\n", encoding="utf-8")
 
 

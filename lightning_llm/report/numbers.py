@@ -9,6 +9,7 @@ NOTHING = "-"
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value can be shown as one: true, infinities and NaN cannot."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

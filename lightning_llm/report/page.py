@@ -22,6 +22,7 @@ def write_page(runs: Sequence[Run], output: Path) -> None:
 
 
 def render_page(runs: Sequence[Run]) -> str:
+    """The whole HTML of the page about `runs`."""
     parts = [part for part in (write(runs) for write in sections.SECTIONS) if part is not None]
     navigation = "".join(f'<a href="#{part.anchor}">{escape(part.title)}</a>' for part in parts)
     body = "".join(f'<section id="{part.anchor}"><h2>{escape(part.title)}</h2>{part.html}</section>' for part in parts)

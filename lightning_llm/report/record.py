@@ -29,14 +29,17 @@ class Node:
 
     @property
     def is_made(self) -> bool:
+        """Whether its artifact is there."""
         return self.record is not None
 
     @property
     def metrics(self) -> dict[str, float]:
+        """What its stage.json measured; empty if it is not made."""
         return (self.record or {}).get("metrics") or {}
 
     @property
     def seconds(self) -> float | None:
+        """That making it took, if it says so."""
         return ((self.record or {}).get("seconds") or {}).get("total")
 
     def get(self, figure: str) -> Any:
@@ -73,27 +76,33 @@ class Run:
 
     @cached_property
     def by_name(self) -> dict[str, Node]:
+        """Every node under its name."""
         return {node.name: node for node in self.nodes}
 
     @property
     def folder_name(self) -> str:
+        """The last part of its path, links followed."""
         return self.folder.resolve().name
 
     @property
     def name(self) -> str:
+        """What it is called beside other runs."""
         return self.label or self.folder_name
 
     @property
     def title(self) -> str:
+        """Its recipe's name, or that of the folder it lies in."""
         return str(self.facts.get("recipe") or self.folder.resolve().parent.name)
 
     @property
     def scale(self) -> str | None:
+        """Its scale's name, if it is known."""
         scale = self.facts.get("scale") or self.recipe.get("scale")
         return scale.get("name") if isinstance(scale, dict) else scale
 
     @property
     def seed(self) -> Any:
+        """Its seed, if it is known."""
         return self.facts.get("seed", self.recipe.get("seed"))
 
     @property
@@ -103,6 +112,7 @@ class Run:
 
     @property
     def missing(self) -> list[Node]:
+        """Nodes without an artifact."""
         return [node for node in self.nodes if not node.is_made]
 
     def evaluation(self, stage: Node) -> Node | None:
@@ -124,6 +134,11 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_run(folder: Path) -> Run:
+    """Read one run folder; what is missing or damaged in it is noted.
+
+    Raises:
+        UserError: it is no run folder.
+    """
     if not any((folder / name).is_file() for name in ("run.json", "plan.json")):
         raise UserError(str(folder), "is no run folder (no run.json, no plan.json)", "Name the folder that run printed")
     problems: list[str] = []

@@ -17,12 +17,15 @@ from lightning_llm.report.record import Node, Run
 
 @dataclass(frozen=True)
 class Section:
+    """A part of the page: where links lead, its heading, what is below."""
+
     anchor: str
     title: str
     html: str
 
 
 def title(runs: Sequence[Run]) -> str:
+    """One run's recipe and scale; of several how many there are and of what."""
     if len(runs) > 1:
         return f"{len(runs)} runs of {', '.join(dict.fromkeys(run.title for run in runs))}"
     return f"{runs[0].title} at {runs[0].scale}" if runs[0].scale else runs[0].title
@@ -52,6 +55,7 @@ def notices(runs: Sequence[Run]) -> str:
 
 
 def missing(runs: Sequence[Run]) -> Iterable[str]:
+    """A line for each thing that the page would tell and cannot."""
     for run in runs:
         which = f"{run.name}: " if len(runs) > 1 else ""
         status = run.facts.get("status", "done")
@@ -69,6 +73,7 @@ def missing(runs: Sequence[Run]) -> Iterable[str]:
 
 
 def graph(runs: Sequence[Run]) -> Section | None:
+    """The stages as boxes and lines."""
     if not any(run.nodes for run in runs):
         return None
     if len(runs) == 1:
@@ -85,6 +90,7 @@ def graph(runs: Sequence[Run]) -> Section | None:
 
 
 def stages(runs: Sequence[Run]) -> Section | None:
+    """A row for every artifact: what it does, from what, how long it took."""
     columns = ["stage", "does", "from", "tokens", "steps", "context", "time", "tokens/s", "utilisation", "key", ""]
     body = []
     for run in runs:
@@ -99,6 +105,7 @@ def stages(runs: Sequence[Run]) -> Section | None:
 
 
 def training(runs: Sequence[Run]) -> Section | None:
+    """Losses over the tokens of all stages."""
     drawn = charts.training_curves(runs)
     if not drawn:
         return None
@@ -111,6 +118,7 @@ def training(runs: Sequence[Run]) -> Section | None:
 
 
 def mixture(runs: Sequence[Run]) -> Section | None:
+    """The shares of the sources over training, and their ledger."""
     drawn = [(run, charts.mixture_area(run)) for run in runs]
     parts = []
     for run, area in drawn:
@@ -126,6 +134,7 @@ def mixture(runs: Sequence[Run]) -> Section | None:
 
 
 def evaluation(runs: Sequence[Run]) -> Section | None:
+    """Metrics of every training stage, drawn and as a table."""
     names = charts.metric_names(runs)
     if not names:
         return None
@@ -154,6 +163,7 @@ def evaluation(runs: Sequence[Run]) -> Section | None:
 
 
 def position(runs: Sequence[Run]) -> Section | None:
+    """Loss over the tokens before, in the stage's own context."""
     drawn = charts.loss_by_position(runs)
     if not drawn:
         return None
@@ -162,6 +172,7 @@ def position(runs: Sequence[Run]) -> Section | None:
 
 
 def preference(runs: Sequence[Run]) -> Section | None:
+    """Rewards and accuracies of preference training."""
     drawn = charts.preference_curves(runs)
     if not drawn:
         return None
@@ -170,6 +181,7 @@ def preference(runs: Sequence[Run]) -> Section | None:
 
 
 def samples(runs: Sequence[Run]) -> Section | None:
+    """What each model answered to the same questions."""
     parts = []
     for run in runs:
         for stage in run.trained:
@@ -190,6 +202,7 @@ def samples(runs: Sequence[Run]) -> Section | None:
 
 
 def settings(runs: Sequence[Run]) -> Section | None:
+    """The scaled recipe, and the machine and versions of each run."""
     parts = []
     for run in runs:
         if run.recipe:
@@ -243,6 +256,7 @@ def date(run: Run) -> str | None:
 
 
 def commit(run: Run) -> str | None:
+    """The commit that made the last of the artifacts, if they name one."""
     states = [node.record["git"] for node in run.nodes if node.record and node.record.get("git")]
     if not states:
         return None
@@ -251,6 +265,7 @@ def commit(run: Run) -> str | None:
 
 
 def state(node: Node) -> str:
+    """Whether a node's artifact was made, reused, or is not there."""
     return "not made" if not node.is_made else "reused" if node.reused else "made"
 
 

@@ -49,6 +49,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Add the seconds that the block takes to those under `name`."""
         began = time.perf_counter()
         try:
             yield

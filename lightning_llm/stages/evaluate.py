@@ -92,6 +92,7 @@ class Evaluation:
 
     @cached_property
     def model(self) -> Transformer:
+        """The evaluated model, on the device."""
         return self._load("model")
 
     @cached_property
@@ -177,6 +178,7 @@ class Evaluation:
     # ---- files ----
 
     def write(self, name: str, content: Any) -> None:
+        """Write a JSON file of the artifact."""
         (self.context.output / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
     def _write_samples(

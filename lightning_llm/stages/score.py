@@ -31,6 +31,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def score(context: StageContext) -> StageResult:
+    """The body of the stage: log-probabilities of the targets of every row, in nats, by (row, token)."""
     settings: ScoreSettings = context.settings
     device = torch.device("cuda" if context.compute.accelerator == "gpu" else "cpu")
     model = Transformer.from_pretrained(model_directory(context.inputs["model"])).eval().to(device)

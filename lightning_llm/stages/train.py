@@ -129,6 +129,7 @@ def build_model(context: StageContext) -> Transformer:
 
 
 def build_objective(context: StageContext, model: Transformer, tokenizer: Tokenizer) -> Objective:
+    """The objective with its optimizer and schedule; without a scored reference it keeps a frozen copy of `model`."""
     settings: TrainSettings = context.settings
     config = settings.objective
     parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_pairs else {}

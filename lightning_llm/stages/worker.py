@@ -87,6 +87,7 @@ def main() -> None:
 
 
 def work(context: StageContext, rank: int, exchange: Path) -> None:
+    """Train as one of several ranks. Rank 0 leaves `result.json`, a user's mistake is in `user_error.<rank>.json`."""
     import torch.distributed
 
     from lightning_llm.stages.train import train
@@ -108,11 +109,13 @@ class ProgressFile:
         self.path, self._next = path, 0.0
 
     def update(self, done: float, total: float, unit: str, **figures: float) -> None:
+        """As `StageConsole.update`."""
         if time.monotonic() >= self._next:
             self._next = time.monotonic() + 0.5
             self._append("update", [done, total, unit], figures)
 
     def note(self, text: str) -> None:
+        """As `StageConsole.note`; never held back."""
         self._append("note", [text], {})
 
     def _append(self, method: str, args: list[Any], figures: dict[str, float]) -> None:

@@ -62,12 +62,14 @@ class Journal(Callback):
         self.validation_seconds = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: Objective) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Validation of the weights as they came, before the first step."""
         self._timed_validation(trainer, pl_module, step=0, tokens=0)
         self._begin_interval(pl_module)
 
     def on_train_batch_end(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, trainer: Trainer, pl_module: Objective, outputs: object, batch: Window, batch_idx: int
     ) -> None:
+        """Count a step's tokens and FLOPs; write a line and validate where it is time."""
         window, steps = batch, batch.progress.steps
         consumed = sum(window.consumed.values())
         self.tokens += consumed

@@ -88,6 +88,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build_tensorboard(config: TensorBoardConfig, logged: LoggedRun, stage: str) -> TensorBoardLogger:
+    """TensorBoard's logger: event files in <directory>/<recipe>/<run>/<stage>."""
     from lightning.pytorch.loggers import TensorBoardLogger
 
     place = Path(config.directory).expanduser() / logged.recipe / logged.run
@@ -95,6 +96,10 @@ def build_tensorboard(config: TensorBoardConfig, logged: LoggedRun, stage: str) 
 
 
 def build_wandb(config: WandbConfig, logged: LoggedRun, stage: str) -> WandbLogger:
+    """Weights & Biases' logger: one run a stage, grouped by our run; offline unless the setting says otherwise.
+
+    Needs the package `wandb`; files are below the setting's directory.
+    """
     import wandb  # pyright: ignore[reportMissingImports]
     from lightning.pytorch.loggers import WandbLogger
 
@@ -114,6 +119,10 @@ def build_wandb(config: WandbConfig, logged: LoggedRun, stage: str) -> WandbLogg
 
 
 def build_mlflow(config: MLflowConfig, logged: LoggedRun, stage: str) -> MLFlowLogger:
+    """MLflow's logger: one run a stage, in the experiment of the setting or of the recipe's name.
+
+    Needs the package `mlflow`; the folder of an sqlite database is made.
+    """
     import mlflow  # noqa: F401  # pyright: ignore[reportMissingImports]  # sets up its logging, quietened below
     from lightning.pytorch.loggers import MLFlowLogger
 

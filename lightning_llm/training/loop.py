@@ -43,6 +43,7 @@ class DiesOfSigterm(Callback):
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Objective) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Give the signal its default back."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

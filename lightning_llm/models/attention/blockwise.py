@@ -41,6 +41,7 @@ class Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, softcap: float | None, scale: float):
+        """`blockwise`: [R, H, Q, D] of its arguments."""
         keeps = softcap is None and q.shape[2] <= LONGEST_KEPT and any(ctx.needs_input_grad)
         kept: list[Tensor] = []
         output = torch.empty_like(q)
@@ -59,6 +60,7 @@ class Blockwise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k and v, each in its shape."""
         # with t = tanh(scale q k' / softcap), P = softmax(softcap t), dP = g v':
         # dv = P' g,  dS = P (dP - sum over keys of P dP) (1 - t^2),  dq = scale dS k,  dk = scale dS' q;
         # without soft-capping the factor 1 - t^2 is 1

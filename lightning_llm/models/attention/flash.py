@@ -20,6 +20,11 @@ class Flash:
     """Flash attention 2 (Dao 2023, arXiv 2307.08691): with window and soft-cap, keys gathered as for `varlen`."""
 
     def refuses(self, request: Request) -> str | None:
+        """Why flash-attn cannot do what is asked; None: it can.
+
+        Raises:
+            UserError: it is installed and broken.
+        """
         reason = refuses_flash_kernels(request.device, request.dtype, request.head_size, request.capability)
         if reason is None and importlib.util.find_spec("flash_attn") is None:
             return "is not installed: pip install 'lightning-llm[flash]'"
@@ -38,6 +43,7 @@ class Flash:
         softcap: float | None,
         scale: float,
     ) -> Tensor:
+        """[T, H, D] of q [T, H, D], k and v [T, K, D]; see `attention`."""
         ranges = segments.derive(("ranges", q.device), lambda: ranges_of(segments, q.device))
         return load_kernel()(
             q,

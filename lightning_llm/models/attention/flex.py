@@ -27,6 +27,7 @@ class Flex:
     """Window and prefix are the mask's, soft-capping is a function of the score."""
 
     def refuses(self, request: Request) -> str | None:
+        """Why FlexAttention cannot do what is asked; None: it can."""
         if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             return f"computes in fp32, fp16 and bf16, not in {str(request.dtype).removeprefix('torch.')}"
         if request.device == "cpu":
@@ -48,6 +49,7 @@ class Flex:
         softcap: float | None,
         scale: float,
     ) -> Tensor:
+        """[T, H, D] of q [T, H, D], k and v [T, K, D]; see `attention`."""
         mask = segments.derive(("tiles", window, q.device), lambda: block_mask(segments, window, q.device))
         if q.is_cpu:  # it asks for the flag also where no gradient is recorded
             q, k, v = q.detach(), k.detach(), v.detach()
@@ -93,6 +95,7 @@ def uncompiled(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
 
 @cache
 def has_triton() -> bool:
+    """Whether torch finds the compiler that its kernel needs."""
     from torch.utils._triton import has_triton
 
     return has_triton()

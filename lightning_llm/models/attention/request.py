@@ -36,6 +36,8 @@ def capability(device: torch.device) -> tuple[int, int] | None:
 
 
 class Backend(Protocol):
+    """A way to compute attention over segments, chosen by what it refuses."""
+
     def refuses(self, request: Request) -> str | None:
         """Why this backend cannot do what is asked; None: it can.
 

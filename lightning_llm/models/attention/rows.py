@@ -50,6 +50,7 @@ class Rows:
     before: np.ndarray  # keys before the first query: own_before and the prefix's
 
     def select(self, rows: np.ndarray) -> Rows:
+        """Some of the rows, by their numbers or by a mask [R]."""
         return Rows(*(values[rows] for values in vars(self).values()))
 
 

@@ -21,6 +21,7 @@ class Sdpa:
     """
 
     def refuses(self, request: Request) -> str | None:
+        """Nothing: it runs everywhere and can do everything."""
         return None
 
     def __call__(
@@ -34,6 +35,7 @@ class Sdpa:
         softcap: float | None,
         scale: float,
     ) -> Tensor:
+        """[T, H, D] of q [T, H, D], k and v [T, K, D]; see `attention`."""
         key = ("rows", window, q.device, q.dtype)
         calls = segments.derive(key, lambda: fill_calls(segments, window, q))
         if calls.inverse is not None:

@@ -14,6 +14,7 @@ class Varlen:
     """Takes the batch as it lies; only the keys of a prefix with several continuations are gathered."""
 
     def refuses(self, request: Request) -> str | None:
+        """Why torch's varlen kernel cannot do what is asked; None: it can."""
         if request.softcap is not None:
             return "has no soft-capping"
         reason = refuses_flash_kernels(request.device, request.dtype, request.head_size, request.capability)
@@ -32,6 +33,7 @@ class Varlen:
         softcap: float | None,
         scale: float,
     ) -> Tensor:
+        """[T, H, D] of q [T, H, D], k and v [T, K, D]; see `attention`."""
         from torch.nn.attention.varlen import varlen_attn
 
         ranges = segments.derive(("ranges", q.device), lambda: ranges_of(segments, q.device))
