@@ -74,11 +74,16 @@ def training_flops_per_token(config: ModelConfig, context: int) -> float:
 
 
 def recomputed_flops_per_token(config: ModelConfig, context: int) -> float:
-    """Of layers that run once more in the backward pass (activation checkpointing): the forward pass but for the head.
+    """Of layers that run once more in the backward pass (activation checkpointing).
 
-    The device computes them, the model does not need them: utilisation counts a step's `training_flops` alone.
+    The forward pass without the head and without a layer's last product, where no norm behind it wants to know its
+    result. The device computes them, the model does not need them: utilisation counts a step's `training_flops` alone.
     """
-    return forward_flops_per_token(config, context) - 2.0 * config.vocab_size * config.hidden_size
+    unneeded = config.vocab_size * config.hidden_size
+    if not config.post_norms:
+        dense = sum(not config.has_experts(layer) for layer in range(config.num_hidden_layers))
+        unneeded += dense * config.intermediate_size * config.hidden_size
+    return forward_flops_per_token(config, context) - 2.0 * unneeded
 
 
 def training_flops(config: ModelConfig, segments: Lengths) -> float:

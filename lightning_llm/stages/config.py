@@ -49,7 +49,9 @@ class ComputeConfig:
     precision: str = "fp32"  # fp32 | bf16 (fp32 weights and optimizer state, bf16 products)
     attention: str = "auto"  # auto (the fastest that can) | sdpa | varlen | flex | flash
     compile: bool = False  # feed-forward and norms (lightning_llm/models/compilation.py); gains little on a CPU
-    activation_checkpointing: str = "none"  # none | full (each layer runs once more backwards: a third more FLOPs)
+    activation_checkpointing: str = (
+        "none"  # none | full (each layer runs once more backwards: up to a third more FLOPs)
+    )
     micro_batch_tokens: int = 16_384  # of one forward and backward pass on one device
     threads: int | None = None  # of one process; none: torch's default
     flops_per_second: float = (

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_llm import compose, plan
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
-from lightning_llm.models.size import forward_flops, recomputed_flops_per_token
+from lightning_llm.models.size import recomputed_flops_per_token, training_flops
 from lightning_llm.objectives.config import DPOConfig
 from lightning_llm.settings import UserError
 
@@ -32,8 +32,9 @@ def test_layers_that_run_again_cost_the_device_and_not_the_model(tiny):
     one, other = figures(kept), figures(again)
     assert one["flops"] == one["hardware_flops"] == other["flops"]
     model = plan(kept).recipe.model
-    head = 2 * model.vocab_size * model.hidden_size * one["tokens"]
-    assert other["hardware_flops"] - other["flops"] == pytest.approx(one["flops"] / 3 - head, rel=1e-9)
+    unneeded = (model.vocab_size + model.num_hidden_layers * model.intermediate_size) * model.hidden_size
+    extra = one["flops"] / 3 - 2 * unneeded * one["tokens"]  # a forward pass but the head and each layer's last product
+    assert other["hardware_flops"] - other["flops"] == pytest.approx(extra, rel=1e-9)
     rate = kept.compute.flops_per_second * kept.compute.efficiency
     assert (one["seconds"], other["seconds"]) == (one["flops"] / rate, other["hardware_flops"] / rate)
     assert other["memory_gib"] < one["memory_gib"]
@@ -46,11 +47,17 @@ def test_layers_that_run_again_cost_the_device_and_not_the_model(tiny):
     assert "again in backward passes" not in str(plan(kept))
 
 
-def test_what_runs_again_is_what_torch_counts():
+GEMMA2 = {
+    "family": "gemma2", "post_norms": True, "norms_add_one": True, "scale_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [GEMMA2, {"family": "llama"}], ids=lambda family: family["family"])
+def test_what_runs_again_is_what_torch_counts(family):
     config = ModelConfig(
         vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, family="gemma2", post_norms=True, norms_add_one=True, scale_embeddings=True,
-        attention_bias=False, hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True,
+        num_key_value_heads=2, attention_bias=False, **family,
     )  # fmt: skip
     model = Transformer(config)
     model.reset_parameters(0)
@@ -61,8 +68,8 @@ def test_what_runs_again_is_what_torch_counts():
             model(batch).sum().backward()
         counted.append(counter.get_total_flops())
     assert counted[1] - counted[0] == pytest.approx(40 * recomputed_flops_per_token(config, 1), rel=1e-9)
-    assert counted[0] == pytest.approx(3 * 40 * recomputed_flops_per_token(config, 1), rel=0.02)
-    assert forward_flops(config, [(1, 0)] * 40) > 40 * recomputed_flops_per_token(config, 1)
+    head = 2 * 40 * config.vocab_size * config.hidden_size
+    assert counted[0] == pytest.approx(training_flops(config, [(1, 0)] * 40) - 3 * head, rel=0.02)
 
 
 def test_memory_is_that_of_the_optimizer(tiny):
