@@ -297,7 +297,8 @@ def _speaker(settings: Any) -> Any:
 
     if not settings.model.path:
         raise UserError("model", "is missing", "Give model=ARTIFACT, or a Hugging Face directory")
-    return load_speaker(find_model(settings.model.path, Store(settings.store.root)), settings, settings.compute)
+    model = find_model(settings.model.path, Store(settings.store.root), lambda text: print(text, file=sys.stderr))
+    return load_speaker(model, settings, settings.compute)
 
 
 # ---- words ----

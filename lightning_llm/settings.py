@@ -21,7 +21,8 @@ class UserError(Exception):
         self.where, self.what, self.remedy = where, what, remedy
 
     def __str__(self) -> str:
-        return f"{self.where}: {self.what.rstrip('.')}. {self.remedy.rstrip('.')}."
+        # one dot at most is taken away: an ellipsis stays one
+        return f"{self.where}: {self.what.removesuffix('.')}. {self.remedy.removesuffix('.')}."
 
 
 def option(group: str, name: str) -> Callable[[Settings], Settings]:

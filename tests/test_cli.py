@@ -136,7 +136,7 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["run"], ["recipe", "qwen2"]),
         (["run", "recipe=qwen"], ["qwen", "qwen2"]),
         (["store", "lits"], ["lits", "list"]),
-        (["report"], ["no run is named"]),
+        (["report"], ["no run is named", "lightning-llm report runs/qwen2/*."]),
         (["report", "nowhere"], ["nowhere", "no run folder"]),
         (["run", "--config-dir", "nowhere", "recipe=qwen2"], ["--config-dir", "nowhere"]),
         (["run", "recipe=qwen2", "--bogus"], ["--bogus"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import lightning_llm
 PACKAGE = Path(lightning_llm.__file__).parent
 LAYERS = [  # a file imports from its own layer and from those before it
     {"settings"},
-    {"batch", "schedules", "losses", "merging"},
+    {"batch", "schedules", "losses"},
     {"models"},
     {"data"},
     {"generation"},
@@ -25,11 +26,26 @@ LAYERS = [  # a file imports from its own layer and from those before it
     {"stages"},
     {"pipeline"},
     {"report"},
-    {"cli", "__main__"},
+    {"cli"},
 ]
 LEVEL = {name: level for level, layer in enumerate(LAYERS) for name in layer}
 PURE = LAYERS[1]  # mathematics: no training loop in sight
 SOURCES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")  # that one imports lazily
+
+
+def test_the_layers_are_what_is_there_and_what_the_documents_say():
+    """A layer that is named but absent misleads as much as one that is not named."""
+    names = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert set(LEVEL) == names - {"__init__"}
+    root = Path(__file__).parents[1]
+    [line] = re.findall(r"Imports point downwards: (.*?)\. ", (root / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    assert [set(layer.strip(" `\n").split()) for layer in line.split("<")] == LAYERS[1:]
+    page = (root / "docs" / "architecture.md").read_text("utf-8")
+    block = page.partition("(`tests/test_layers.py`):\n\n")[2].partition("\n\n")[0]
+    firsts = [
+        set(re.match(r" {4}(\w+(?:,? [\w*/.]+)*)", line)[1].replace(",", "").split()) for line in block.split("\n")
+    ]
+    assert [layer - {"*/config.py"} for layer in firsts] == LAYERS
 
 
 def module_name(path: Path) -> str:
@@ -59,7 +75,9 @@ def is_config(name: str) -> bool:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
 def test_imports_point_downwards(path):
     own = module_name(path).split(".")[1]
-    assert own in LEVEL, f"{own} is in no layer: give it one in {Path(__file__).name}, and in design and README"
+    assert own in LEVEL, (
+        f"{own} is in no layer: give it one in {Path(__file__).name}, and in docs/architecture.md and CONTRIBUTING.md"
+    )
     for name in imported_modules(path):
         if not name.startswith("lightning_llm.") or is_config(name) or name == "lightning_llm.__version__":
             continue

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lightning_llm import compose, run
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
@@ -26,8 +28,8 @@ def arguments(line: str) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory, run_folder):
-    """Where the README's user works: the YAML files and the data it shows, and a run."""
+def folder(tmp_path_factory, run_folder, tiny):
+    """Where the README's user works: the YAML files and the data it shows, and two runs."""
     place = tmp_path_factory.mktemp("readme")
     for kind, block in BLOCKS:
         if kind == "yaml":
@@ -46,6 +48,10 @@ def folder(tmp_path_factory, run_folder):
         artifact = link.resolve()
         if not (place / "artifacts" / artifact.name).exists():
             (place / "artifacts" / artifact.name).symlink_to(artifact)
+    # the README's sweep over beta leaves a second artifact of dpo, before its user asks for `model=dpo`
+    here = [f"store.root={place}/artifacts", f"runs={place}/runs", "stages.dpo.objective.beta=0.05"]
+    run(compose("qwen2", overrides=[*tiny, *here]), only="dpo")
+    assert len(list((place / "artifacts").glob("train-dpo-*"))) == 2
     return place
 
 

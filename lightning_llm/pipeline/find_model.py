@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lightning_llm.pipeline.mistakes import name_nearest
@@ -10,15 +11,16 @@ from lightning_llm.settings import UserError
 from lightning_llm.stages.context import model_directory
 
 
-def find_model(name: str, store: Store) -> Path:
+def find_model(name: str, store: Store, note: Callable[[str], None] = lambda text: None) -> Path:
     """The Hugging Face directory of a model.
 
     Args:
         name: an artifact's folder, a Hugging Face directory; or in the store a folder's name, the beginning of a key,
-            `<kind>-<stage>` or `<stage>`.
+            `<kind>-<stage>` or `<stage>`. Of several artifacts of one stage it is the one that a run took last.
+        note: told which one that is, and how the others are called.
 
     Raises:
-        UserError: it is none, or several, or an artifact that is damaged.
+        UserError: it is none, or may be of several stages, or an artifact that is damaged.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -34,9 +36,12 @@ def find_model(name: str, store: Store) -> Path:
         raise UserError(
             "model", f"there is no folder {name}, and no model of that name in {store.root}", name_nearest(name, known)
         )
+    if len({names_of(artifact)[1] for artifact in found}) > 1:
+        raise UserError("model", f"{name} may be any of {_listed(found)}", "Give one of these names")
     if len(found) > 1:
-        folders = ", ".join(artifact.name for artifact in found)
-        raise UserError("model", f"{name} may be any of {folders}", "Give the whole name")
+        *others, newest = sorted(found, key=store.last_taken)
+        note(f"model {name} is {newest.name}, which a run took last; there is also {_listed(others)}")
+        found = [newest]
     if faults := store.faults(found[0]):
         raise UserError("model", f"{found[0].name} is damaged: {faults[0]}", "Make it again, or see store verify")
     return model_directory(found[0])
@@ -46,3 +51,7 @@ def names_of(artifact: Path) -> tuple[str, str, str]:
     """`<kind>-<stage>-<key>`, `<kind>-<stage>`, `<stage>`."""
     kind_and_stage = artifact.name.rpartition("-")[0]
     return artifact.name, kind_and_stage, kind_and_stage.partition("-")[2]
+
+
+def _listed(artifacts: list[Path]) -> str:
+    return ", ".join(artifact.name for artifact in artifacts)

@@ -240,6 +240,16 @@ class Store:
                         runs_of.append(folder)
         return found
 
+    def last_taken(self, artifact: Path) -> int:
+        """When a run that is registered last made or took an artifact, in nanoseconds; else when it was made."""
+        links = (
+            link.lstat().st_mtime_ns
+            for run in (self.root / ".runs").glob("*")
+            for link in (run / "artifacts").glob("*")
+            if link.is_symlink() and link.resolve() == artifact.resolve()
+        )
+        return max(links, default=(artifact / RECORD).stat().st_mtime_ns)
+
     def remove(self, path: Path) -> None:
         """Remove an artifact; whoever makes, replaces or reads it at the moment is waited for."""
         record = read_record(path)

@@ -129,7 +129,9 @@ class Run:
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read run folders; what is missing in one is noted, what is no run folder is refused."""
     if not folders:
-        raise UserError("report", "no run is named", "Name run folders: lightning-llm report runs/qwen2/...")
+        raise UserError(
+            "report", "no run is named", "Name run folders, one or several: lightning-llm report runs/qwen2/*"
+        )
     return [read_run(folder) for folder in folders]
 
 

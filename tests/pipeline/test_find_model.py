@@ -46,6 +46,26 @@ def test_what_is_none_or_several(store, tmp_path):
         find_model("a", store)
 
 
+def test_of_one_stages_artifacts_the_one_that_a_run_took_last(store, tmp_path):
+    """Not the one that was made last: a run takes what another made before."""
+    [first] = store.root.glob("train-dpo-*")
+    with store.claim("train", "dpo", "ad" + "4" * 30) as claim:
+        (claim.folder / "model").mkdir()
+        (claim.folder / "model" / "config.json").write_text("{}")
+        second = claim.commit({"key": claim.key})
+    said = []
+    for number, taken in enumerate((second, first, second)):
+        run = tmp_path / f"run{number}"
+        (run / "artifacts").mkdir(parents=True)
+        (run / "artifacts" / "dpo").symlink_to(taken)
+        store.register(run)
+        assert find_model("dpo", store, said.append) == taken / "model"
+    other = first.name
+    assert said[-1] == f"model dpo is {second.name}, which a run took last; there is also {other}"
+    assert find_model(other, store, said.append) == first / "model"
+    assert len(said) == 3  # by a name of its own there is nothing to say
+
+
 def test_a_run_is_several(store, tmp_path):
     links = tmp_path / "run" / "artifacts"
     links.mkdir(parents=True)

@@ -1,0 +1,23 @@
+"""What `pip install '.[extra]'` knows: the extras that the documents and the Makefile name, and no others."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+EXTRAS = {"dev", "flash", "peers", "bench", "loggers", "notebooks"}
+PLACES = ("Makefile", ".ci/run", "*.md", "docs/**/*.md", "lightning_llm/**/*.py")
+
+
+def test_extras_are_those_that_are_named():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert set(project["optional-dependencies"]) == EXTRAS
+    named: dict[str, str] = {}
+    for path in itertools.chain.from_iterable(map(ROOT.glob, PLACES)):
+        for extras in re.findall(r"(?:['\"\s]\.|lightning-llm)\[([\w,-]+)\]", path.read_text("utf-8")):
+            named |= dict.fromkeys(extras.split(","), path.name)
+    assert {"dev", "loggers", "notebooks"} <= set(named)
+    assert {extra: file for extra, file in named.items() if extra not in EXTRAS} == {}
