@@ -153,7 +153,8 @@ def evaluation(runs: Sequence[Run]) -> Section | None:
         tables = [f"<details><summary>Stage by stage, for each run</summary>{''.join(tables)}</details>"]
     note = (
         "After each training stage, on rows that no stage has seen. The win rate is over the model that the stage "
-        "started from, with its 95 % interval; a wrong response counts as lost, also against another wrong one."
+        "started from, by greedy responses and with its 95 % interval; a wrong one is lost, against another wrong one "
+        "too."
     )
     return Section(
         "evaluation",

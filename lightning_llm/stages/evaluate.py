@@ -45,7 +45,6 @@ from lightning_llm.stages.context import (
 )
 
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by
-TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
 
 
 def run(context: StageContext) -> StageResult:
@@ -138,21 +137,20 @@ class Evaluation:
         if self.predecessor is None:
             self._write_samples(questions, greedy)
             return
-        # Both models answer at temperature 1 with the same random numbers: a greedy answer would hide in which share of
-        # its responses a model has a style, and that share is what preference training changes.
-        drawn = self._respond(self.model, questions, temperature=TEMPERATURE)
-        others = self._respond(self.predecessor, questions, temperature=TEMPERATURE)
+        # Judged is what counts for exact match and what a user is told: the greedy answers of both.
+        others = self._respond(self.predecessor, questions, temperature=0.0)
         judge = StyleAndCorrectness()
-        games = list(zip(questions, drawn, others, strict=True))
+        games = list(zip(questions, greedy, others, strict=True))
         scores = [judge.compare(*game) for game in games]
         rate = win_rate(scores, seed=self.settings.seed)
         self.metrics |= {"judge/win_rate": rate.mean, "judge/win_rate_low": rate.low, "judge/win_rate_high": rate.high}
         both_wrong = sum(not verify(question, one) and not verify(question, other) for question, one, other in games)
         self.metrics["judge/both_wrong"] = both_wrong / len(games)  # lost by both; ties in the usual reckoning
-        self._write_samples(questions, drawn, others, scores)
+        self._write_samples(questions, greedy, others, scores)
         if self._has_reference:
+            drawn = self._respond(self.model, questions[:KL_SAMPLES], temperature=1.0)
             prompts = [question.prompt_ids for question in questions[:KL_SAMPLES]]
-            responses = [[response.ids] for response in drawn[:KL_SAMPLES]]
+            responses = [[response.ids] for response in drawn]
             policy, reference = (
                 self._response_logps(model, prompts, responses)[:, 0] for model in (self.model, self.predecessor)
             )

@@ -122,7 +122,7 @@ def test_a_model_against_itself(evaluated, models):
     assert metrics["kl/reference"] == 0.0
     assert metrics["judge/win_rate"] == 0.5 * (1 - metrics["judge/both_wrong"])
     samples = json.loads((output / "samples.json").read_text())
-    assert all(sample["response"] == sample["starts_from"] for sample in samples)  # the same random numbers
+    assert all(sample["response"] == sample["starts_from"] for sample in samples)
 
 
 def test_implicit_rewards_and_likelihoods_per_token(evaluated, models, held_out, tokenizer):
