@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.embedded import CONTENTS, OPTIONS, tasks, text
+from lightning_llm.data.embedded import CONTENTS, tasks, text
+from lightning_llm.data.embedded.options import check_embedded
 from lightning_llm.data.fingerprints import source_fingerprint
 from lightning_llm.data.json_rows import read_json
 from lightning_llm.data.places import datasets_folder, file_kind, source_files, split_path
@@ -123,10 +124,7 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     the four; none: all), questions (held-out ones of each task), seed.
     """
     form, _ = CONTENTS[name]
-    for option in options:
-        if option not in OPTIONS[form]:
-            known = f"embedded:{name} has {', '.join(sorted(OPTIONS[form]))}"
-            raise UserError(f"{where}.options.{option}", "is not an option of this source", known)
+    check_embedded(name, options, where)
     origin = f"embedded:{name}"
     if form == "text":
         for key, document in text.documents(name, **options):
@@ -136,8 +134,6 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     seed = options.get("seed", 0)
     if form == "questions":
         chosen = [options["task"]] if options.get("task") else list(tasks.TASKS)
-        if unknown := set(chosen) - set(tasks.TASKS):
-            raise UserError(f"{where}.options.task", f"there is no task {unknown}", f"Take {', '.join(tasks.TASKS)}")
         for split in splits:
             for task in chosen:
                 for question in tasks.questions(split, task, options.get("questions", 150), seed):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.embedded.options import fewest_held_out
 from lightning_llm.data.places import is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
@@ -164,6 +165,7 @@ class _Expansion:
     def _held_out(self) -> PrepareSettings:
         """One mixture of all that is evaluated; the part stands in front of the source's name."""
         evaluation = self.recipe.evaluation
+        _refuse_questions_that_are_not(evaluation)
         sources, shares = {}, set()
         for part, data in _parts(evaluation).items():
             for name, source in data.sources.items():
@@ -207,6 +209,21 @@ def resolve_learning_rate(lr: LearningRateConfig, tokens: int, batch: Ramp) -> L
         lr = replace(lr, warmup_steps=None, warmup_tokens=tokens_of_steps(lr.warmup_steps, batch))
     warmup = round(warmup_tokens(lr, tokens))
     return replace(lr, final=final_learning_rate(lr), warmup_tokens=float(min(warmup, tokens)), warmup_share=None)
+
+
+def _refuse_questions_that_are_not(evaluation: EvaluationConfig) -> None:
+    """Embedded questions are made by rule, but each of them once: of two-digit sums few are held out."""
+    sources = evaluation.tasks.sources.values()
+    asked = [source.options for source in sources if source.path == "embedded:tasks"]
+    each = math.ceil(evaluation.questions / max(len(sources), 1))
+    counts = [fewest_held_out(options.get("task"), each) for options in asked if "questions" not in options]
+    task, count = min(counts, key=lambda entry: entry[1], default=("", each))
+    if count < each:
+        raise UserError(
+            "evaluation.questions",
+            f"is {evaluation.questions}, so {each} of each task, and {count} different ones of {task} are held out",
+            f"Give at most {count * len(sources)}",
+        )
 
 
 def _parts(evaluation: EvaluationConfig) -> dict[str, DataConfig]:

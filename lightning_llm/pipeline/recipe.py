@@ -18,7 +18,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig, TokenizerConfig
-from lightning_llm.data.places import is_prepared, source_options
+from lightning_llm.data.embedded.options import check_embedded
+from lightning_llm.data.places import is_prepared, source_options, split_path
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig, check_scaling, check_values
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
@@ -266,8 +267,7 @@ def check(recipe: Recipe) -> None:
     for name, stage in recipe.stages.items():
         _check_name(name)
         _check_stage(f"stages.{name}", stage, recipe)
-    for part in ("text", "tasks", "pairs"):
-        _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
+    _check_evaluation(recipe.evaluation)
     order_of_stages(recipe.stages)
     _one_of("compute.precision", recipe.compute.precision, ("fp32", "bf16"))
     _one_of("compute.strategy", recipe.compute.strategy, ("single", "ddp"))
@@ -289,6 +289,8 @@ def check(recipe: Recipe) -> None:
         if name not in known:
             raise UserError(f"scale.corpora.{name}", "is the corpus of no mixture", name_nearest(name, sorted(known)))
         _check_source(f"scale.corpora.{name}", source)
+    for name, source in recipe.tokenizer.sources.items():
+        _check_source(f"tokenizer.sources.{name}", source)
 
 
 def _check_name(name: str) -> None:
@@ -355,6 +357,15 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
     _check_data(f"{key}.data", stage.data)
 
 
+def _check_evaluation(evaluation: EvaluationConfig) -> None:
+    for part in ("text", "tasks", "pairs"):
+        _check_data(f"evaluation.{part}", getattr(evaluation, part))
+    for name in ("long_documents", "questions", "preference_pairs", "samples"):
+        _in_range(f"evaluation.{name}", getattr(evaluation, name), low=0)
+    for name in ("text_tokens", "max_new_tokens"):
+        _in_range(f"evaluation.{name}", getattr(evaluation, name), low=1)
+
+
 def _check_data(key: str, data: DataConfig) -> None:
     _one_of(f"{key}.form", data.form, ("text", "conversations", "pairs", "questions"))
     _one_of(f"{key}.on_error", data.on_error, ("stop", "skip"))
@@ -386,10 +397,15 @@ def _check_source(key: str, source: SourceConfig) -> None:
         for name in source.options:
             if name not in known:
                 raise unknown_entry(f"{key}.options.{name}", known, source.path)
+        kind, name = split_path(source.path, key)
+        if kind == "embedded":
+            check_embedded(name, source.options, key)
         for name in ("columns", "max_rows"):
             if getattr(source, name) and is_prepared(source.path):
                 what = f"is given, and {source.path} holds tokens, no rows any more"
                 raise UserError(f"{key}.{name}", what, "Take it away, or name the rows that the tokens were made of")
+    if source.max_rows is not None:
+        _in_range(f"{key}.max_rows", source.max_rows, low=1)
     try:
         ramp = as_ramp(source.weight)
     except (ValueError, TypeError, AttributeError) as error:

@@ -7,6 +7,8 @@ import re
 import pytest
 
 from lightning_llm.data.embedded import tasks, text
+from lightning_llm.data.embedded.options import check_embedded
+from lightning_llm.settings import UserError
 
 RIGHT = {  # the answer by other means
     "reverse": lambda digits: "".join(reversed(digits)),
@@ -90,9 +92,40 @@ def test_both_responses_of_a_pair_are_right():
         assert tasks.is_held_out(pair["question"])
 
 
-def test_more_held_out_questions_than_there_are_is_refused():
-    with pytest.raises(ValueError, match="1200 different questions of sum"):
-        tasks.questions("validation", "sum", 1200)
+def test_all_held_out_questions_can_be_had_and_not_one_more():
+    count = tasks.different_questions("validation", "sum", 1200)
+    pairs = [f"sum {a} {b}" for a in range(10, 100) for b in range(10, 100)]
+    assert count == sum(map(tasks.is_held_out, pairs))
+    asked = [question["question"] for question in tasks.questions("validation", "sum", count)]
+    assert sorted(asked) == sorted(filter(tasks.is_held_out, pairs))
+    with pytest.raises(ValueError, match=f"{count} different questions of sum, not {count + 1}"):
+        tasks.questions("validation", "sum", count + 1)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_what_is_asked_is_among_every_question(task):
+    every = set(tasks._every_question(task))
+    for split in ("train", "validation"):
+        assert {question["question"] for question in tasks.questions(split, task, 300)} <= every
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parts"),
+    [
+        ("tasks", {"tsk": "sum"}, ["mine.options.tsk", "task"]),
+        ("tasks", {"task": "summ"}, ["mine.options.task", "summ", "largest, sum"]),
+        ("tasks", {"task": "sum", "questions": 900}, ["mine.options.questions", "900", "of sum are held out"]),
+        ("tasks", {"questions": 900}, ["900", "of sum are held out"]),
+        ("tasks", {"questions": "many"}, ["'many'", "whole number"]),
+        ("instructions", {"rows": 0}, ["mine.options.rows", "at least 1"]),
+        ("instructions", {"multi_turn": 2}, ["mine.options.multi_turn", "between 0 and 1"]),
+    ],
+)
+def test_options_of_an_embedded_source(name, options, parts):
+    with pytest.raises(UserError) as caught:
+        check_embedded(name, options, "mine")
+    for part in parts:
+        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("domain", ["code", "web"])

@@ -9,6 +9,7 @@ chosen. A question is held out by its own hash, so it is never trained on in any
 from __future__ import annotations
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -59,6 +60,20 @@ def _stream(split: str, task: str, seed: int, purpose: str) -> Iterator[Question
             yield question
 
 
+def _every_question(task: str) -> Iterator[str]:
+    """All that `_make` can ask, each question once."""
+    if task in ("reverse", "sort"):
+        return (f"{task} {''.join(digits)}" for n in (3, 4) for digits in itertools.product("0123456789", repeat=n))
+    numbers = itertools.product(range(10, 100), repeat=3 if task == "largest" else 2)
+    return (f"{task} {' '.join(map(str, several))}" for several in numbers)
+
+
+def different_questions(split: str, task: str, enough: int) -> int:
+    """How many different questions of a task a split has, counted up to `enough` (about 800 sums are held out)."""
+    of_split = (question for question in _every_question(task) if is_held_out(question) == (split == "validation"))
+    return sum(1 for _ in itertools.islice(of_split, enough))
+
+
 def questions(split: str, task: str, n: int, seed: int = 0) -> list[Question]:
     """`n` different questions of a task.
 
@@ -66,16 +81,16 @@ def questions(split: str, task: str, n: int, seed: int = 0) -> list[Question]:
         split: "train" or "validation" (held out).
 
     Raises:
-        ValueError: the split has fewer questions than that (about 800 sums are held out).
+        ValueError: the split has fewer questions than that.
     """
+    if (count := different_questions(split, task, n)) < n:
+        raise ValueError(f"{split} has {count} different questions of {task}, not {n}")
     found: dict[str, Question] = {}
     stream = _stream(split, task, seed, "questions")
-    for _ in range(10 * n + 1000):
+    while len(found) < n:
         question = next(stream)
         found.setdefault(question["question"], question)
-        if len(found) == n:
-            return list(found.values())
-    raise ValueError(f"there are no {n} different questions of {task} in {split}")
+    return list(found.values())
 
 
 def response(question: Question, style: str) -> str:

@@ -1,0 +1,60 @@
+"""What `options` of an embedded source may hold. Standard library only: asked before anything is read."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_llm.data.embedded import CONTENTS, OPTIONS
+from lightning_llm.data.embedded.tasks import TASKS, different_questions
+from lightning_llm.settings import UserError
+
+LOWEST = {"rows": 1, "held_out": 0, "questions": 1, "max_bytes": 1}  # counts
+
+
+def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
+    """Refuse options that the source `embedded:<name>` has not, and values that they cannot have.
+
+    Args:
+        where: the setting that names the source, as `data.sources.mine`.
+
+    Raises:
+        UserError: names the option.
+    """
+    known = OPTIONS[CONTENTS[name][0]]
+    for option, value in options.items():
+        key = f"{where}.options.{option}"
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1, cutoff=0.5)
+            listed = ", ".join(sorted(known))
+            remedy = f"The nearest is {near[0]} (known: {listed})" if near else f"Known: {listed}"
+            raise UserError(key, f"is not an option of embedded:{name}", remedy)
+        if option == "task":
+            if value is not None and value not in TASKS:
+                raise UserError(key, f"there is no task {value}", f"Take {', '.join(TASKS)}")
+        elif option == "multi_turn":
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+                raise UserError(key, f"is {value!r}", "Give a share between 0 and 1")
+        elif isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(key, f"is {value!r}", "Give a whole number")
+        elif value < LOWEST.get(option, value):
+            raise UserError(key, f"is {value}", f"It must be at least {LOWEST[option]}")
+    if "questions" in options:
+        task, count = fewest_held_out(options.get("task"), options["questions"])
+        if count < options["questions"]:
+            raise UserError(
+                f"{where}.options.questions",
+                f"is {options['questions']}, and only {count} different questions of {task} are held out",
+                f"Give at most {count}",
+            )
+
+
+def fewest_held_out(task: str | None, wanted: int) -> tuple[str, int]:
+    """The task with the fewest held-out questions, and how many that are, counted up to `wanted`.
+
+    Args:
+        task: the one that is asked; none: all four are.
+    """
+    counts = {name: different_questions("validation", name, wanted) for name in ([task] if task else TASKS)}
+    return min(counts.items(), key=lambda entry: entry[1])
