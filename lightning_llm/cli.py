@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import glob
+import itertools
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from lightning_llm import __version__
 from lightning_llm.settings import UserError
 
 if TYPE_CHECKING:
+    from argparse import Namespace
+
     from lightning_llm.pipeline.composition import Composition
 
 VERBS = {  # verb -> what it takes besides overrides, what it does
@@ -33,7 +36,11 @@ SPEAKING = ("generate", "chat")
 # the second may be given several times.
 VERBATIM = {"model": "model.path", "prompts": "prompts", "system": "system"}
 SEVERAL = ("prompt", "stop")
-VALUED_FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p")
+VALUED_FLAGS = ("--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p",
+                "--experimental-rerun")  # fmt: skip
+INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")  # what --info may be followed by
+COMPLETION = ("-sc", "--shell-completion")
+SHELLS = re.compile(r"(install|uninstall|query)=(bash|fish|zsh)")
 EXAMPLES = """\
   lightning-llm run recipe=qwen2                                       all stages at nano; again: what is missing
   lightning-llm run recipe=qwen2 stages.dpo.objective.beta=0.05        everything before dpo is reused
@@ -93,8 +100,8 @@ def command(words: list[str]) -> int:
 
 
 def _command(words: list[str]) -> int:
-    if words and words[0] in ("-sc", "--shell-completion"):
-        words = _completed_words(words)
+    if completion := [word for word in words if word in COMPLETION]:
+        words = _completed_words([completion[0], *filter(SHELLS.fullmatch, words)])
         if not words:
             return 0
     if not words or words[0] in ("-h", "--help"):
@@ -136,11 +143,12 @@ def _hydra(verb: str, words: list[str]) -> int:
     from lightning_llm.pipeline.sweep import SweepFailed, use_checked_sweeper
 
     parser = get_args_parser()
-    parser.error = _refuse_flag
+    parser.error, parser.allow_abbrev = _refuse_flag, False
     flags = parser.parse_args(words)
+    _refuse_flags(verb, flags)
     loader = build_loader(flags.config_dir)
-    if flags.cfg:
-        _check_tree(verb, flags.overrides, loader)
+    if flags.cfg or flags.info:
+        _check_tree(verb, flags, loader)
     use_checked_sweeper()
     argv, kept = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["lightning-llm", *words]
@@ -148,10 +156,12 @@ def _hydra(verb: str, words: list[str]) -> int:
     outcome: list[int | BaseException] = []
     try:
         hydra.main(config_path=str(CONF), config_name=verb, version_base="1.3")(_job(verb, outcome))()
+    except SystemExit as end:  # after --hydra-help
+        return int(end.code or 0)
     except SweepFailed as error:
         return 2 if error.is_users else 1
     except Exception as error:
-        if mistake := as_user_error(error, loader, flags.overrides):
+        if mistake := as_user_error(error, verb, loader, flags.overrides):
             raise mistake from error
         if isinstance(error, ValueError | TypeError | AssertionError) and not flags.multirun:
             compose_tree(verb, flags.overrides, loader=loader)  # says what Hydra says in words of its own
@@ -175,15 +185,35 @@ def _refuse_flag(message: str) -> NoReturn:
     raise UserError("command line", message, "See --help, and --hydra-help for all of Hydra's flags")
 
 
-def _check_tree(verb: str, overrides: list[str], loader: Any) -> None:
-    """Refuse an unknown key also where Hydra itself prints the tree."""
-    from lightning_llm.pipeline.composition import compose_tree
+def _refuse_flags(verb: str, flags: Namespace) -> None:
+    """Refuse those of Hydra's flags that mean nothing here, and those that mean nothing together."""
+    for flag, value in (("--config-name", flags.config_name), ("--config-path", flags.config_path)):
+        if value is not None:
+            remedy = "Add a folder of your own YAML files with --config-dir, and choose among them with group=option"
+            raise UserError(flag, f"cannot be changed: {verb} has its own", remedy)
+    if flags.experimental_rerun is not None:
+        remedy = "Type the same command again: stages that are finished are reused"
+        raise UserError("--experimental-rerun", "is not for these verbs", remedy)
+    for flag, value in (("--resolve", flags.resolve), ("--package", flags.package)):
+        if value and not flags.cfg:
+            raise UserError(flag, "means nothing without --cfg", f"Add --cfg job, or leave {flag} out")
+    given = {"--run": flags.run, "--multirun": flags.multirun, "--cfg": flags.cfg, "--info": flags.info}
+    given["--shell-completion"] = flags.shell_completion
+    if len(several := [flag for flag, value in given.items() if value]) > 1:
+        raise UserError("command line", f"{' and '.join(several)} cannot be given together", "Leave one out")
+
+
+def _check_tree(verb: str, flags: Namespace, loader: Any) -> None:
+    """Refuse an unknown key also where Hydra itself prints the tree, and a part of it that is not there."""
+    from lightning_llm.pipeline.composition import compose_tree, select_package
     from lightning_llm.pipeline.recipe import build_recipe, refuse_unknown_keys
 
-    composition = compose_tree(verb, overrides, loader=loader)
+    composition = compose_tree(verb, flags.overrides, loader=loader)
     refuse_unknown_keys(composition)
     if composition.recipe is not None:
         build_recipe(composition)
+    if flags.package and flags.cfg == "job":
+        select_package(composition, flags.package)
 
 
 def _job(verb: str, outcome: list[int | BaseException]) -> Callable[[Any], Any]:
@@ -311,17 +341,26 @@ def _arranged(verb: str, words: list[str]) -> list[str]:
     plain: list[str] = []
     several: dict[str, list[str]] = {}
     takes_value = False
+    words = [
+        f"{word}=all" if word in ("--info", "-i") and after not in INFO else word
+        for word, after in itertools.pairwise([*words, ""])
+    ]
     for word in words:
         key, equals, value = word.partition("=")
         if takes_value or word.startswith("-"):
             flags.append(word)
+        elif verb == "chat" and equals and key in ("prompt", "prompts"):
+            remedy = "Say it when chat asks, or pipe it in, a line each; generate takes prompt=TEXT"
+            raise UserError("command line", f"chat takes no {key}", remedy)
         elif verb in SPEAKING and equals and key in VERBATIM:
             overrides.append(f"{VERBATIM[key]}={_quoted(value)}")
         elif verb in SPEAKING and equals and key in SEVERAL:
             several.setdefault(key, []).append(_quoted(value))
         else:
             (overrides if "=" in word or word.startswith("~") or verb not in POSITIONAL else plain).append(word)
-        takes_value = not takes_value and word in VALUED_FLAGS
+        takes_value = not takes_value and word in (*VALUED_FLAGS, "--info", "-i")
+    if takes_value:  # otherwise the first override would be taken for it
+        raise UserError(words[-1], "has no value", f"Give one behind {words[-1]}")
     if verb == "store" and plain:
         overrides.append(f"action={_quoted(plain.pop(0))}")
     if plain:
@@ -338,6 +377,10 @@ def _quoted(word: str) -> str:
 
 def _completed_words(words: list[str]) -> list[str]:
     """The words of a completion request with the verb in front, which Hydra does not know of; none: answered."""
+    if len(words) != 2:
+        raise UserError(words[0], "names no shell", f"Give install=bash (or fish, zsh) behind {words[0]}")
+    if any(word.startswith("query=") for word in words) and "COMP_LINE" not in os.environ:
+        raise UserError(words[0], "query= is what a shell asks", f"Set completion up with {words[0]} install=bash")
     if "query=bash" not in words:
         return ["run", *words]
     program, _, rest = os.environ["COMP_LINE"].partition(" ")

@@ -144,6 +144,23 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["plan", "recipe=qwen2", "evaluation.tasks.sources.sum.options.task=summ"], ["options.task", "summ", "sum"]),
         (["run", "recipe=qwen2", "--bogus"], ["--bogus"]),
         (["run", "recipe=qwen2", "--cfg", "jb"], ["jb", "job"]),
+        (["run", "recipe=qwen2", "--config-name=plan"], ["--config-name", "run has its own", "--config-dir"]),
+        (["plan", "--config-path", "/tmp", "recipe=qwen2"], ["--config-path", "plan has its own", "--config-dir"]),
+        (["plan", "--config-na", "run", "recipe=qwen2"], ["--config-na"]),
+        (["plan", "recipe=qwen2", "--resolve"], ["--resolve", "--cfg job"]),
+        (["plan", "recipe=qwen2", "--package", "model"], ["--package", "--cfg job"]),
+        (["plan", "recipe=qwen2", "--package"], ["--package", "has no value"]),
+        (["plan", "recipe=qwen2", "--cfg", "job", "-p", "model.hiden_size"], ["model.hiden_size", "is hidden_size"]),
+        (["plan", "recipe=qwen2", "--multirun", "--cfg", "job"], ["--multirun and --cfg"]),
+        (["plan", "recipe=qwen2", "--experimental-rerun", "x"], ["--experimental-rerun", "same command"]),
+        (["plan", "recipe=qwen2", "+sed=1", "--info", "config"], ["sed", "seed"]),
+        (["--shell-completion"], ["--shell-completion", "install=bash"]),
+        (["plan", "-sc", "install=sh"], ["-sc", "install=bash"]),
+        (["-sc", "query=bash"], ["-sc install=bash"]),
+        (["chat", "prompt=y"], ["chat takes no prompt", "generate takes prompt=TEXT"]),
+        (["plan", "recipe=qwen2", "force=[dpo]"], ["force is not a setting of plan", "belongs to run and store"]),
+        (["plan", "recipe=qwen2", "limits.hours=1"], ["limits is not a setting of plan", "belongs to run."]),
+        (["run", "recipe=null"], ["recipe cannot be null", "qwen2."]),
         (["store", "list", "store.rot=x"], ["store.rot", "root"]),
         (["generate", "prompt=a"], ["model", "is missing"]),
         (["generate", "model=."], ["prompt", "is missing"]),
@@ -160,6 +177,53 @@ def test_other_mistakes(words, parts, command):
     assert err.startswith("error: ")
     for part in parts:
         assert part in err
+
+
+def test_hydras_own_help(tmp_path):
+    done = program("plan", "--hydra-help", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--multirun" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["--info", "recipe=one"], ["recipe=one", "--info"]])
+def test_information_takes_no_override_for_its_topic(words, mine, tmp_path):
+    done = program("plan", *mine[:2], *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "recipe/one" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (
+            b"name: adamw\nweigth_decay: 0.2\n",
+            ["mine.yaml: stages.base.optimizer.weigth_decay", "weight_decay (number"],
+        ),
+        (b"name: muon\nmomentum: 0.9\n", ["mine.yaml: stages.base.optimizer.momentum", "muon", "[muon, _self_]"]),
+        (b"name: adamw\nbetas_: [0.9]\n", ["mine.yaml: stages.base.optimizer.betas_", "betas of", ", _self_]"]),
+        (b"name: adamw\nweight_decay: 0.2\n", ["mine.yaml: stages.base.optimizer", "of no kind", "[adamw, _self_]"]),
+        (b"name: adamw\n# caf\xe9\n", ["mine.yaml:2: is not UTF-8 (byte 0xe9)", "Save the file as UTF-8"]),
+    ],
+)
+def test_an_optimizer_of_the_users_own_without_defaults(content, parts, command, tmp_path):
+    for name, text in (("recipe/one", ONE.encode()), ("optimizer/mine", content)):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.yaml").write_bytes(text)
+    chosen = ["recipe=one", "optimizer@stages.base.optimizer=mine"]
+    code, out, err = command("plan", "--config-dir", str(tmp_path), *chosen)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    for part in parts:
+        assert part in err
+
+
+@pytest.mark.parametrize("text", [ONE.partition("\n")[2], "defaults: [qwen2, _self_]\nstages: {sft: {examples: 5}}\n"])
+def test_a_recipe_of_the_users_own_without_its_first_line(text, command, tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "two.yaml").write_text(text)
+    code, out, err = command("plan", "--config-dir", str(tmp_path), "recipe=two")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("error: recipe/two.yaml: lacks its first line")
+    assert "`# @package _global_`" in err
 
 
 @pytest.mark.parametrize(

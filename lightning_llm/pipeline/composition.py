@@ -27,7 +27,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from lightning_llm.pipeline.mistakes import COMMAND_LINE, as_user_error, file_of, unknown_setting
+from lightning_llm.pipeline.mistakes import (
+    COMMAND_LINE,
+    as_user_error,
+    file_of,
+    in_hydras_words,
+    unknown_entry,
+    unknown_setting,
+)
 from lightning_llm.settings import OPTIONS, UserError
 
 PACKAGE = Path(__file__).parents[1]
@@ -120,11 +127,11 @@ def compose_tree(
     loader = loader or build_loader(config_dir)
     try:
         config = loader.load_configuration(verb, overrides, run_mode=RunMode.RUN, from_shell=False)
-    except (ValueError, TypeError, AssertionError) as error:  # Hydra's own words for some of what may be typed
-        raise UserError(COMMAND_LINE, str(error).split("\n")[0], "See --help") from error
     except Exception as error:
-        if mistake := as_user_error(error, loader, overrides):
+        if mistake := as_user_error(error, verb, loader, overrides):
             raise mistake from error
+        if isinstance(error, ValueError | TypeError | AssertionError):
+            raise in_hydras_words(error, loader, overrides) from error
         raise
     return read_composition(verb, config, overrides, loader)
 
@@ -145,6 +152,23 @@ def job_composition(verb: str, config: DictConfig, loader: ConfigLoader) -> Comp
     overrides = OmegaConf.to_container(own.overrides.task)
     composition = Composition(verb, config, dict(own.runtime.choices), overrides)  # pyright: ignore[reportArgumentType]
     return _with_origins(composition, loader)  # pyright: ignore[reportArgumentType]
+
+
+def select_package(composition: Composition, package: str) -> Any:
+    """A part of the tree by its dotted path; `_global_` is all of it.
+
+    Raises:
+        UserError: it is not there.
+    """
+    node: Any = composition.config
+    path = ""
+    for name in package.split(".") if package != "_global_" else ():
+        known = list(map(str, node)) if isinstance(node, DictConfig) else []
+        path = f"{path}.{name}".lstrip(".")
+        if name not in known:
+            raise unknown_entry(path, known, "--package")
+        node = node[name]
+    return node
 
 
 def _refuse_additions(overrides: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import re
@@ -13,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,7 +27,7 @@ from lightning_llm.settings import OPTIONS, UserError
 COMMAND_LINE = "command line"
 
 
-def as_user_error(error: BaseException, loader: Any, overrides: Sequence[str]) -> UserError | None:
+def as_user_error(error: BaseException, verb: str, loader: Any, overrides: Sequence[str]) -> UserError | None:
     """The mistake of the user's that `error` reports; None if it is none.
 
     Args:
@@ -32,6 +36,8 @@ def as_user_error(error: BaseException, loader: Any, overrides: Sequence[str]) -
     """
     if isinstance(error, UserError):
         return error
+    if isinstance(error, UnicodeDecodeError):
+        return _not_utf8(error, loader)
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
         where = f"{_shown(mark.name)}:{mark.line + 1}" if mark else "YAML"
@@ -43,24 +49,76 @@ def as_user_error(error: BaseException, loader: Any, overrides: Sequence[str]) -
     if isinstance(error, OmegaConfBaseException):
         return _refused_value(error, COMMAND_LINE, loader)
     if isinstance(error, ConfigCompositionException):
-        return _not_composed(error, loader, overrides)
+        return _not_composed(error, verb, loader, overrides)
     if isinstance(error, HydraException):
         return UserError(COMMAND_LINE, _first_line(error), "See --help")
     return None
 
 
+def in_hydras_words(error: BaseException, loader: Any, overrides: Sequence[str]) -> UserError:
+    """A mistake that Hydra states as a plain ValueError, TypeError or AssertionError, without naming the key."""
+    for override in _parsed(overrides):
+        value = override.value()
+        if loader.repository.group_exists(override.key_or_group) and not isinstance(value, str | list):
+            if override.is_delete() and value is None:
+                continue
+            given = "null" if value is None else str(value).lower()
+            options = ", ".join(_options(override.key_or_group, loader))
+            otherwise = "" if override.key_or_group == "recipe" else ", or leave it out"
+            what = f"{override.key_or_group} cannot be {given}: it chooses a file"
+            return UserError(COMMAND_LINE, what, f"Choose one of {options}{otherwise}")
+    return UserError(COMMAND_LINE, _first_line(error), "See --help")
+
+
+def _parsed(overrides: Sequence[str]) -> list[Override]:
+    """Those that can be read."""
+    parsed = []
+    for override in overrides:
+        with contextlib.suppress(OverrideParseException):
+            parsed.append(OverridesParser.create().parse_override(override))
+    return parsed
+
+
+def _not_utf8(error: UnicodeDecodeError, loader: Any) -> UserError:
+    """Python names the bytes and not the file."""
+    for source in loader.get_sources():
+        folder = Path(source.path)
+        for path in sorted(folder.rglob("*.yaml")) if source.scheme() == "file" and folder.is_dir() else ():
+            content = path.read_bytes()
+            if error.object in content:
+                line = content[: content.index(error.object) + error.start].count(b"\n") + 1
+                byte = f"0x{error.object[error.start]:02x}"
+                return UserError(f"{_shown(path)}:{line}", f"is not UTF-8 (byte {byte})", "Save the file as UTF-8")
+    return UserError("YAML", f"is not UTF-8 ({error})", "Save the file as UTF-8")
+
+
 def _unknown_option(error: MissingConfigException, loader: Any, overrides: Sequence[str]) -> UserError:
     path, _, option = (error.missing_cfg_file or "").rpartition("/")
     where = COMMAND_LINE
-    if (file := re.match(r"In '([^']*)'", str(error))) and not any(o.endswith(f"={option}") for o in overrides):
+    if (file := re.match(r"In '([^']*)'", str(error))) and not _is_chosen(path, option, overrides):
         where = file_of(file[1], loader)
-    known = [name for name in error.options or [] if not name.startswith("_")]
+    known = _options(path, loader) if path else [name for name in error.options or [] if not name.startswith("_")]
     what = f"{option} is not an option of {path}" if path else f"there is no configuration {option}"
     return UserError(where, what, name_nearest(option, known))
 
 
-def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Sequence[str]) -> UserError:
+def _is_chosen(group: str, option: str, overrides: Sequence[str]) -> bool:
+    """Whether the command line names the option, alone or in a list."""
+    for override in _parsed(overrides):
+        value = override.value()
+        if override.key_or_group == group and option in (value if isinstance(value, list) else [value]):
+            return True
+    return False
+
+
+def _options(group: str, loader: Any) -> list[str]:
+    return [name for name in loader.get_group_options(group) if not name.startswith("_")]
+
+
+def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, overrides: Sequence[str]) -> UserError:
     text = str(error)
+    if mistake := _without_package(text, loader, overrides):
+        return mistake
     if file := re.match(r"In '([^']*)': \w+ raised while composing config", text):
         where = file_of(file[1], loader)
         cause = error.__cause__ or error.__context__
@@ -83,6 +141,15 @@ def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Seq
         if isinstance(error.__cause__, OmegaConfBaseException):
             given = text.removeprefix("Error merging override").strip().lstrip("+").partition("=")[0]
             return _refused_value(error.__cause__, COMMAND_LINE, loader, asked=given)
+    if absent := re.match(r"Could not delete from config. '([^']*)' does not exist", text):
+        return _nothing_to_take_away(absent[1], verb, loader, overrides)
+    if other := re.match(
+        r"Could not delete from config. The value of '(\S*)' is (.*) and not (.*)\.$", text, re.DOTALL
+    ):
+        value = " ".join(other[2].split())
+        return UserError(COMMAND_LINE, f"{other[1]} is {value}, not {other[3]}", f"Take it away with ~{other[1]}")
+    if there := re.match(r"\s*Could not append to config. An item is already at '([^']*)'", text):
+        return UserError(COMMAND_LINE, f"{there[1]} is there already", f"Write {there[1]}=VALUE, without the +")
     if ambiguous := re.match(r"Ambiguous value for argument '([^']*)'", text):
         key = ambiguous[1].partition("=")[0]
         return UserError(
@@ -91,6 +158,43 @@ def _not_composed(error: ConfigCompositionException, loader: Any, overrides: Seq
     if sweep := re.match(r"Sweep parameters '([^']*)' requires --multirun", text):
         return UserError(COMMAND_LINE, f"{sweep[1]} is a sweep", "Add -m to run all of it")
     return UserError(COMMAND_LINE, _first_line(error), "See --help")
+
+
+def _without_package(text: str, loader: Any, overrides: Sequence[str]) -> UserError | None:
+    """A recipe or an experiment of the user's whose keys have landed under the name of its group."""
+    if not (key := re.search(r"Key '(recipe|experiment)' not in '|Key '(recipe|experiment)' is not in struct", text)):
+        return None
+    group = key[1] or key[2]
+    for override in _parsed(overrides):
+        if override.key_or_group == group and isinstance(option := override.value(), str):
+            loaded = loader.repository.load_config(f"{group}/{option}")
+            if loaded is not None and loaded.header.get("package") != "_global_":
+                return UserError(
+                    file_of(f"{group}/{option}", loader),
+                    f"lacks its first line, so that all it says lands under {group}",
+                    "Begin the file with `# @package _global_`, on a line of its own",
+                )
+    return None
+
+
+def _nothing_to_take_away(key: str, verb: str, loader: Any, overrides: Sequence[str]) -> UserError:
+    """`~key` for what is not there: the tree is composed without any `~` and searched for what comes near."""
+    kept = [override for override in overrides if not override.startswith("~")]
+    try:
+        node: Any = loader.load_configuration(verb, kept, run_mode=RunMode.RUN, from_shell=False)
+    except Exception:  # something else is wrong, too: this one is said without the nearest
+        return UserError(COMMAND_LINE, f"{key} is not there, so ~{key} takes nothing away", "Leave it out")
+    path: list[str] = []
+    for name in key.split("."):
+        path.append(name)
+        schema = OmegaConf.get_type(node) if isinstance(node, DictConfig) else None
+        more = groups(loader) if len(path) == 1 else ()
+        if schema is None or name not in node:
+            if schema is not None and dataclasses.is_dataclass(schema):
+                return unknown_setting(".".join(path), schema, COMMAND_LINE, more)
+            return unknown_entry(".".join(path), list(map(str, node or ())), COMMAND_LINE)
+        node = node._get_node(name)
+    return UserError(COMMAND_LINE, f"{key} is null already, and cannot be taken away", "Leave it out")
 
 
 def _refused_value(
@@ -118,6 +222,8 @@ def _refused_value(
         return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
     if "does not support deletion" in refused:
         return UserError(where, f"{key} cannot be taken away", "Give it a value instead")
+    if "is not Optional" in refused and key.count(".") == 1 and key.startswith("stages."):
+        return UserError(where, f"{key} cannot be null", f"Leave the stage out with ~{key}")
     schema = OmegaConf.get_type(parent) if isinstance(parent, DictConfig) else None
     if schema is not None and dataclasses.is_dataclass(schema):
         name = str(error.key)
@@ -130,6 +236,8 @@ def _refused_value(
 
 def _given(error: OmegaConfBaseException) -> str:
     value = error.value
+    if value is None and "is not Optional" in str(error):
+        return "null"
     return repr(value) if isinstance(value, str | int | float | bool) else _first_line(error)
 
 
@@ -149,15 +257,33 @@ def unknown_setting(key: str, schema: type, where: str, more: Iterable[str] = ()
     below = next((path for path in _paths(schema) if path.endswith(f".{name}")), None)
     if below is not None:
         return UserError(where, what, f"The nearest is {prefix}{below}")
-    if kinds := _subclasses(schema):  # a file of the user's own that names no schema
-        options = ", ".join(schema_name(kind) for kind in kinds)
+    verbs = [verb for (group, verb), other in OPTIONS.items() if group == "verb" and _has(other, name)]
+    if verbs and schema in (option for (group, _), option in OPTIONS.items() if group == "verb"):
+        return UserError(where, what, f"It belongs to {_listed(verbs)}")
+    kinds = _subclasses(schema)
+    if owners := [kind for kind in kinds if _has(kind, name)]:  # a file of the user's own that names no schema
+        options = " or ".join(map(schema_name, owners))
         return UserError(
-            where, what, f"Begin the file with the defaults of one of {options}, as [{schema_name(kinds[0])}, _self_]"
+            where,
+            what,
+            f"It is one of {options}: begin the file with its defaults, as [{schema_name(owners[0])}, _self_]",
         )
     near = nearest(name, [*known, *more])
     if near in known:
         return UserError(where, what, f"The nearest is {near} ({describe(schema, near)})")
+    for kind in kinds if near is None else ():
+        if close := nearest(name, [f.name for f in dataclasses.fields(kind)]):
+            begin = f"begin the file with the defaults [{schema_name(kind)}, _self_]"
+            return UserError(where, what, f"The nearest is {close} of {schema_name(kind)}: {begin}")
     return UserError(where, what, f"The nearest is {near}" if near else f"Known: {', '.join(known)}")
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+
+
+def _has(schema: type, name: str) -> bool:
+    return any(f.name == name for f in dataclasses.fields(schema))
 
 
 def unknown_entry(key: str, known: Sequence[str], where: str) -> UserError:
@@ -187,6 +313,13 @@ def name_nearest(name: str, known: Sequence[str]) -> str:
 def nearest(name: str, known: Sequence[str]) -> str | None:
     """The name out of `known` that is spelt most alike, if any comes near."""
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def without_schema(path: str, schema: type, where: str) -> UserError:
+    """A file of the user's own has chosen no kind: `schema` is what all kinds have in common, and builds nothing."""
+    kinds = [schema_name(kind) for kind in _subclasses(schema)]
+    remedy = f"Begin the file with the defaults of one of {', '.join(kinds)}, as [{kinds[0]}, _self_]"
+    return UserError(where, f"{path} is {schema_name(schema)} of no kind", remedy)
 
 
 def schema_name(schema: type) -> str:

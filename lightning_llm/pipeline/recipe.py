@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import typing
 from collections.abc import Mapping, Sequence
@@ -24,9 +25,17 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig, check_scaling, check_values
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.mappings import PHASES, known_entries
-from lightning_llm.pipeline.mistakes import COMMAND_LINE, name_nearest, unknown_entry, unknown_setting
+from lightning_llm.pipeline.mistakes import (
+    COMMAND_LINE,
+    file_of,
+    groups,
+    name_nearest,
+    unknown_entry,
+    unknown_setting,
+    without_schema,
+)
 from lightning_llm.schedules import as_ramp
-from lightning_llm.settings import UserError
+from lightning_llm.settings import Buildable, UserError
 from lightning_llm.stages.config import ComputeConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
 
@@ -182,6 +191,10 @@ class _Reader:
         schema = OmegaConf.get_type(node)
         if not (isinstance(schema, type) and dataclasses.is_dataclass(schema)):
             return {str(name): self.build(node[name], _join(path, name)) for name in node}
+        if issubclass(schema, Buildable) and not hasattr(schema, "implementation"):
+            file = self._file_chosen(path)
+            if file or not OmegaConf.is_missing(node, "name"):
+                raise without_schema(path, schema, file or self._origin(path))
         hints = typing.get_type_hints(schema)
         values = {}
         for name in (f.name for f in dataclasses.fields(schema)):
@@ -217,7 +230,18 @@ class _Reader:
                 f"stages.{stage} has no {key.split('.', 2)[2].removesuffix('.name')}",
                 f"{name_nearest(stage, others)}; a new one begins with an option of conf/stage/",
             )
+        group, _, name = key.rpartition(".")
+        if name == "name" and self.composition.loader and group in groups(self.composition.loader):
+            return UserError(group, "nothing is chosen", f"Give {group}=NAME, or leave ~{group} out")
         return UserError(key, "has no value", f"Give {key}=..., or choose an option of the group")
+
+    def _file_chosen(self, path: str) -> str | None:
+        """The file that an option of a group, as `optimizer@stages.sft.optimizer=mine`, brings to a path."""
+        for place, option in self.composition.choices.items():
+            group, at, package = place.partition("@")
+            if at and package == path:
+                return file_of(f"{group}/{option}", self.composition.loader)
+        return None
 
     def _origin(self, key: str) -> str:
         """Where a key comes from: the command line if the user has set it or what it is part of, else its file."""
@@ -404,8 +428,6 @@ def _check_source(key: str, source: SourceConfig) -> None:
             if getattr(source, name) and is_prepared(source.path):
                 what = f"is given, and {source.path} holds tokens, no rows any more"
                 raise UserError(f"{key}.{name}", what, "Take it away, or name the rows that the tokens were made of")
-    if source.max_rows is not None:
-        _in_range(f"{key}.max_rows", source.max_rows, low=1)
     try:
         ramp = as_ramp(source.weight)
     except (ValueError, TypeError, AttributeError) as error:
@@ -427,6 +449,8 @@ def _in_range(
     if not (value >= low and value > above and value < below):
         wanted = [f"at least {low:g}" * (low > float("-inf")), f"above {above:g}" * (above > float("-inf"))]
         wanted += [f"below {below:g}" * (below < float("inf"))]
+        if not math.isfinite(value):
+            wanted = ["finite", *wanted]
         raise UserError(key, f"is {value:g}", f"It must be {' and '.join(filter(None, wanted))}")
 
 
@@ -434,6 +458,18 @@ def _whole(key: str, value: Any, low: int, below: int) -> None:
     _in_range(key, value, low=low, below=below)
     if value != int(value):
         raise UserError(key, f"is {value:g} tokens", "Give a whole number")
+
+
+def _descends(stage: str, ancestor: str, stages: Mapping[str, TrainStage]) -> bool:
+    """Whether a stage is `ancestor` or starts, in the end, from it."""
+    seen: set[str] = set()
+    at: str | None = stage
+    while at in stages and at not in seen:
+        if at == ancestor:
+            return True
+        seen.add(at)
+        at = stages[at].starts_from
+    return False
 
 
 def order_of_stages(stages: Mapping[str, TrainStage]) -> list[str]:
@@ -444,11 +480,12 @@ def order_of_stages(stages: Mapping[str, TrainStage]) -> list[str]:
     """
     for name, stage in stages.items():
         source = stage.starts_from
+        earlier = [other for other in stages if not _descends(other, name, stages)]
         if source is not None and source not in stages and not Path(source).expanduser().is_dir():
             raise UserError(
                 f"stages.{name}.starts_from",
                 f"{source} is neither a stage nor a folder with a model",
-                name_nearest(source, [other for other in stages if other != name]),
+                name_nearest(source, earlier) if earlier else "Name a folder, or take it away: starts_from=null",
             )
     order: list[str] = []
     for name in stages:
