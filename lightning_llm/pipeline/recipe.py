@@ -464,7 +464,7 @@ def _descends(stage: str, ancestor: str, stages: Mapping[str, TrainStage]) -> bo
     """Whether a stage is `ancestor` or starts, in the end, from it."""
     seen: set[str] = set()
     at: str | None = stage
-    while at in stages and at not in seen:
+    while at is not None and at in stages and at not in seen:
         if at == ancestor:
             return True
         seen.add(at)
