@@ -31,6 +31,9 @@ def as_ramp(value: Any) -> Ramp:
     """
     if not isinstance(value, list | tuple):
         return [{"at": 0, "value": value}]
+    for entry in value:
+        if not isinstance(entry, dict):
+            raise ValueError(f"an entry of a ramp has the keys at and value, got {entry!r}")
     ramp = [dict(entry) for entry in value]
     for entry in ramp:
         if set(entry) != {"at", "value"}:

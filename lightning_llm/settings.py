@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import pkgutil
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
@@ -34,6 +35,18 @@ def option(group: str, name: str) -> Callable[[Settings], Settings]:
         return schema
 
     return register
+
+
+def refuse_below(low: float, settings: Any, *names: str) -> None:
+    """Refuse fields that are given and below `low`, or no finite numbers.
+
+    Raises:
+        ValueError: names the field first.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not low <= value < math.inf:
+            raise ValueError(f"{name} must be a number of at least {low:g}, is {value:g}")
 
 
 def came_later(default: Any) -> Any:

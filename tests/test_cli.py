@@ -140,7 +140,7 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["report", "nowhere"], ["nowhere", "no run folder"]),
         (["run", "--config-dir", "nowhere", "recipe=qwen2"], ["--config-dir", "nowhere"]),
         (["plan", "recipe=qwen2", "evaluation.questions=8000"], ["evaluation.questions", "2000 of each", "of sum"]),
-        (["plan", "recipe=qwen2", "evaluation.questions=-1"], ["evaluation.questions", "at least 0"]),
+        (["plan", "recipe=qwen2", "evaluation.questions=-1"], ["evaluation: questions", "at least 0"]),
         (["plan", "recipe=qwen2", "evaluation.tasks.sources.sum.options.task=summ"], ["options.task", "summ", "sum"]),
         (["run", "recipe=qwen2", "--bogus"], ["--bogus"]),
         (["run", "recipe=qwen2", "--cfg", "jb"], ["jb", "job"]),
@@ -305,6 +305,21 @@ def test_a_sweep_of_nothing_but_mistakes_runs_nothing(command, mine, tmp_path):
     assert (code, out) == (2, "")
     assert err.count("peak (number") == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_a_sweep_that_cannot_be_read(command, mine):
+    code, out, err = command("plan", "-m", *mine, "seed=range(1,3,0)")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "the sweep cannot be read" in err
+
+
+def test_a_sweep_of_nothing(command, mine):
+    code, out, err = command("plan", "-m", *mine, "seed=range(0)")
+    assert (code, out, err) == (
+        2,
+        "",
+        "error: command line: the sweep has no jobs. Give each key a value, as seed=0,1.\n",
+    )
 
 
 @pytest.mark.slow

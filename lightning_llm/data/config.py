@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_llm.settings import option
+from lightning_llm.settings import option, refuse_below
 
 SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
 
@@ -52,3 +52,6 @@ class TokenizerConfig:
     vocab_size: int = 2048
     sources: dict[str, SourceConfig] = field(default_factory=dict)  # none: the first stage's and the scale's corpora
     sample_bytes: int = 4_000_000  # of text per source
+
+    def __post_init__(self):
+        refuse_below(1, self, "sample_bytes")

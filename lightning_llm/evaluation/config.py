@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lightning_llm.data.config import DataConfig
-from lightning_llm.settings import option
+from lightning_llm.settings import option, refuse_below
 
 
 @option("evaluation", "standard")
@@ -23,3 +23,7 @@ class EvaluationConfig:
     preference_pairs: int = 200
     max_new_tokens: int = 48
     samples: int = 6  # conversations shown on the page
+
+    def __post_init__(self):
+        refuse_below(0, self, "long_documents", "questions", "preference_pairs", "samples")
+        refuse_below(1, self, "text_tokens", "max_new_tokens")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_llm.data.config import SourceConfig, TokenizerConfig
+from lightning_llm.data.config import SHORTEST_CONTEXT, SourceConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.generation.config import GenerationConfig
 from lightning_llm.models.config import ModelConfig
-from lightning_llm.settings import option
+from lightning_llm.settings import option, refuse_below
 from lightning_llm.stages.config import ComputeConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
 
@@ -23,6 +23,10 @@ class PhaseScale:
     batch_tokens: float | None = None  # of the phase's first stage at its start; ratios to it are kept
     lr_factor: float = 1.0  # for peak and final alike
 
+    def __post_init__(self):
+        refuse_below(1, self, "examples", "tokens_per_example", "batch_tokens")
+        refuse_below(0, self, "lr_factor")
+
 
 @dataclass
 class EvaluationScale:
@@ -34,6 +38,10 @@ class EvaluationScale:
     preference_pairs: int | None = None
     max_new_tokens: int | None = None
     samples: int | None = None
+
+    def __post_init__(self):
+        refuse_below(0, self, "long_documents", "questions", "preference_pairs", "samples")
+        refuse_below(1, self, "text_tokens", "max_new_tokens")
 
 
 @option("scale", "scale")
@@ -56,6 +64,13 @@ class ScaleConfig:
     validation: float | None = None  # share of rows held out, of every source
     corpora: dict[str, SourceConfig] = field(default_factory=dict)  # source -> where from; without a path it is dropped
     evaluation: EvaluationScale = field(default_factory=EvaluationScale)
+
+    def __post_init__(self):
+        refuse_below(1, self, "vocabulary", "pretraining_tokens", "minimum_steps")
+        refuse_below(0, self, "minimum_share", "minimum_peak_share", "minimum_warmup_steps", "validation")
+        refuse_below(SHORTEST_CONTEXT, self, "context")
+        if self.validation is not None and self.validation >= 1:
+            raise ValueError(f"validation must be a share below 1, is {self.validation:g}")
 
 
 @dataclass

@@ -59,6 +59,8 @@ def in_hydras_words(error: BaseException, loader: Any, overrides: Sequence[str])
     """A mistake that Hydra states as a plain ValueError, TypeError or AssertionError, without naming the key."""
     for override in _parsed(overrides):
         value = override.value()
+        if not override.key_or_group:
+            return UserError(COMMAND_LINE, f"{override.input_line!r} names no key", "Overrides have the form key=value")
         if loader.repository.group_exists(override.key_or_group) and not isinstance(value, str | list):
             if override.is_delete() and value is None:
                 continue
@@ -94,11 +96,14 @@ def _not_utf8(error: UnicodeDecodeError, loader: Any) -> UserError:
 
 def _unknown_option(error: MissingConfigException, loader: Any, overrides: Sequence[str]) -> UserError:
     path, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if not option and not _is_chosen(path, option, overrides):  # `recipe=qwen2/`
+        path, _, option = path.rpartition("/")
+        option += "/"
     where = COMMAND_LINE
     if (file := re.match(r"In '([^']*)'", str(error))) and not _is_chosen(path, option, overrides):
         where = file_of(file[1], loader)
     known = _options(path, loader) if path else [name for name in error.options or [] if not name.startswith("_")]
-    what = f"{option} is not an option of {path}" if path else f"there is no configuration {option}"
+    what = f"{option or repr(option)} is not an option of {path}" if path else f"there is no configuration {option}"
     return UserError(where, what, name_nearest(option, known))
 
 
@@ -120,7 +125,7 @@ def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, ove
     if mistake := _without_package(text, loader, overrides):
         return mistake
     if file := re.match(r"In '([^']*)': \w+ raised while composing config", text):
-        where = file_of(file[1], loader)
+        where = COMMAND_LINE if file[1].startswith("schema/") else file_of(file[1], loader)
         cause = error.__cause__ or error.__context__
         if isinstance(cause, OmegaConfBaseException):
             return _refused_value(cause, where, loader)
@@ -148,6 +153,12 @@ def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, ove
     ):
         value = " ".join(other[2].split())
         return UserError(COMMAND_LINE, f"{other[1]} is {value}, not {other[3]}", f"Take it away with ~{other[1]}")
+    if twice := re.match(r"Multiple values for (\S+)\. To override a value use 'override \S+: (.*)'", text):
+        return UserError(COMMAND_LINE, f"{twice[1]} is chosen already", f"Write {twice[1]}={twice[2]}, without the +")
+    if unchosen := re.match(r"Could not delete '([^']*)'. No match in the defaults list", text):
+        return UserError(
+            COMMAND_LINE, f"nothing chooses {unchosen[1]}, so ~{unchosen[1]} takes nothing away", "Leave it out"
+        )
     if there := re.match(r"\s*Could not append to config. An item is already at '([^']*)'", text):
         return UserError(COMMAND_LINE, f"{there[1]} is there already", f"Write {there[1]}=VALUE, without the +")
     if ambiguous := re.match(r"Ambiguous value for argument '([^']*)'", text):
@@ -211,6 +222,9 @@ def _refused_value(
             return unknown_setting(key, schema, where, more)
         if typed and is_open(key.rpartition(".")[0]):
             return _new_entry(key, typed, where)
+        group, _, name = key.rpartition(".")
+        if loader.repository.group_exists(group) and name in _options(group, loader):
+            return UserError(where, f"{key} is not there", f"Choose it first: {group}={name}")
         known = [str(name) for name in parent] if isinstance(parent, DictConfig) else []
         return unknown_entry(key, known, where)
     if asked and "dict is not a subclass of" in refused:  # `+stages.new.tokens=1`: the new stage is nothing yet
@@ -218,8 +232,12 @@ def _refused_value(
         name = key.rpartition(".")[2]
         path = ".".join(parts[: parts.index(name) + 1]) if name in parts else asked
         above, _, name = path.rpartition(".")
+        if name not in (known := known_entries(above) or [name]):
+            return unknown_entry(path, known, where)
         adding = f"+stage@{path}=sft" if above == "stages" else f"'+{above}={{{name}: {{...}}}}'"
         return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
+    if "is not a subclass of" in refused or refused.startswith("Cannot merge DictConfig with ListConfig"):
+        return UserError(where, f"{asked or key} cannot be {_given(error)}", "It is several settings")
     if "does not support deletion" in refused:
         return UserError(where, f"{key} cannot be taken away", "Give it a value instead")
     if "is not Optional" in refused and key.count(".") == 1 and key.startswith("stages."):
@@ -238,6 +256,10 @@ def _given(error: OmegaConfBaseException) -> str:
     value = error.value
     if value is None and "is not Optional" in str(error):
         return "null"
+    if "with ListConfig" in str(error):
+        return "a list"
+    if assigned := re.search(r"is not a subclass of \w+\. value: (.*)", str(error)):
+        return assigned[1]
     return repr(value) if isinstance(value, str | int | float | bool) else _first_line(error)
 
 

@@ -35,7 +35,7 @@ from lightning_llm.pipeline.mistakes import (
     without_schema,
 )
 from lightning_llm.schedules import as_ramp
-from lightning_llm.settings import Buildable, UserError
+from lightning_llm.settings import OPTIONS, Buildable, UserError
 from lightning_llm.stages.config import ComputeConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
 
@@ -101,6 +101,9 @@ def build_recipe(composition: Composition, settings: RecipeSettings | None = Non
     """
     settings = settings or build_settings(composition)
     assert composition.recipe is not None
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", composition.recipe):  # runs are put in a folder of this name
+        what = f"{composition.recipe!r} is a path"
+        raise UserError("recipe", what, "Give the name of a file in recipe/, and its folder with --config-dir")
     names = {f.name for f in dataclasses.fields(Recipe)} - {"name", "overrides", "pinned", "published", "is_scaled"}
     given = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     recipe = Recipe(
@@ -205,6 +208,8 @@ class _Reader:
                 raise UserError(self._origin(key), f"{key} cannot be taken away", "Give it a value instead")
             value = self.build(node[name], key)
             values[name] = tuple(value) if typing.get_origin(hints[name]) is tuple else value
+        if issubclass(schema, Buildable):
+            self._refuse_other_name(path, schema, values["name"])
         if (
             schema is ModelConfig
         ):  # a shape of the user's need not go with the published one, only with the scale's: `scaled`
@@ -234,6 +239,13 @@ class _Reader:
         if name == "name" and self.composition.loader and group in groups(self.composition.loader):
             return UserError(group, "nothing is chosen", f"Give {group}=NAME, or leave ~{group} out")
         return UserError(key, "has no value", f"Give {key}=..., or choose an option of the group")
+
+    def _refuse_other_name(self, path: str, schema: type, name: str) -> None:
+        """`objective.name=dpo` would train what it trained before, and call it dpo."""
+        for (group, option), settings in OPTIONS.items():
+            if settings is schema and OPTIONS.get((group, name), schema) is not schema:
+                what = f"{path}.name is {name}, and the settings are those of {option}"
+                raise UserError(self._origin(f"{path}.name"), what, f"Choose with {group}@{path}={name}")
 
     def _file_chosen(self, path: str) -> str | None:
         """The file that an option of a group, as `optimizer@stages.sft.optimizer=mine`, brings to a path."""
@@ -291,7 +303,8 @@ def check(recipe: Recipe) -> None:
     for name, stage in recipe.stages.items():
         _check_name(name)
         _check_stage(f"stages.{name}", stage, recipe)
-    _check_evaluation(recipe.evaluation)
+    for part in ("text", "tasks", "pairs"):
+        _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
     _one_of("compute.precision", recipe.compute.precision, ("fp32", "bf16"))
     _one_of("compute.strategy", recipe.compute.strategy, ("single", "ddp"))
@@ -307,7 +320,7 @@ def check(recipe: Recipe) -> None:
     for name in ("flops_per_second", "efficiency", "memory_gib"):
         _in_range(f"compute.{name}", getattr(recipe.compute, name), above=0)
     _in_range("limits.hours", recipe.limits.hours, low=0)
-    _in_range("seed", recipe.seed, low=0)
+    _in_range("seed", recipe.seed, low=0, below=2**63)
     known = _known_corpora(recipe)
     for name, source in recipe.scale.corpora.items():
         if name not in known:
@@ -330,7 +343,8 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
     given = [unit for unit in LENGTHS if getattr(stage, unit) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise UserError(key, f"wants exactly one of {', '.join(LENGTHS)}, has {found}", "Set the others to null")
+        remedy = "Set the others to null" if given else f"Give one, as {key}.tokens=1e6"
+        raise UserError(key, f"wants exactly one of {', '.join(LENGTHS)}, has {found}", remedy)
     for name in (*given, "epochs"):
         _in_range(f"{key}.{name}", getattr(stage, name), above=0)
     for name in ("context", "batch_tokens"):
@@ -358,6 +372,8 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
         raise UserError(f"{key}.lr", f"wants at most one of {', '.join(WARMUPS)}", "Set the others to null")
     for unit in warmups:
         _in_range(f"{key}.lr.{unit}", getattr(stage.lr, unit), low=0)
+    if stage.lr.warmup_share is not None and stage.lr.warmup_share > 1:
+        raise UserError(f"{key}.lr.warmup_share", f"is {stage.lr.warmup_share:g}", "It is a share: at most 1")
     _in_range(f"{key}.lr.peak", stage.lr.peak, low=0)
     if stage.lr.final is not None:
         _in_range(f"{key}.lr.final", stage.lr.final, low=0)
@@ -379,15 +395,6 @@ def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
     if objective.needs_reference and stage.starts_from is None:
         raise UserError(f"{key}.starts_from", f"has no value, and {objective.name} needs a reference", "Name a stage")
     _check_data(f"{key}.data", stage.data)
-
-
-def _check_evaluation(evaluation: EvaluationConfig) -> None:
-    for part in ("text", "tasks", "pairs"):
-        _check_data(f"evaluation.{part}", getattr(evaluation, part))
-    for name in ("long_documents", "questions", "preference_pairs", "samples"):
-        _in_range(f"evaluation.{name}", getattr(evaluation, name), low=0)
-    for name in ("text_tokens", "max_new_tokens"):
-        _in_range(f"evaluation.{name}", getattr(evaluation, name), low=1)
 
 
 def _check_data(key: str, data: DataConfig) -> None:

@@ -71,7 +71,14 @@ class CheckedSweeper(Sweeper):
 
         words = [f"{key}={value}" for key, value in self.params.items()] + arguments
         overrides = OverridesParser.create(config_loader=self.loader).parse_overrides(words)
-        grid = BasicSweeper.split_arguments(overrides, None)[0]
+        try:
+            grid = BasicSweeper.split_arguments(overrides, None)[0]
+        except (ValueError, TypeError) as error:  # as of range(1,3,0)
+            raise UserError(
+                "command line", f"the sweep cannot be read: {error}", "Write seed=0,1 or range(0,2)"
+            ) from error
+        if not grid:
+            raise UserError("command line", "the sweep has no jobs", "Give each key a value, as seed=0,1")
         jobs = [Job(f"[{i}/{len(grid)}] {' '.join(one)}", list(one)) for i, one in enumerate(grid, start=1)]
         for job in jobs:
             self._check(job)

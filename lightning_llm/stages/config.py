@@ -10,7 +10,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
-from lightning_llm.settings import came_later, option
+from lightning_llm.settings import came_later, option, refuse_below
 
 
 @option("stage", "train")
@@ -59,6 +59,11 @@ class ComputeConfig:
     )
     efficiency: float = 0.4  # the share of it that estimates of time count on
     memory_gib: float = 16.0  # of one device
+
+    def __post_init__(self):
+        refuse_below(1, self, "threads")
+        if self.efficiency > 1:
+            raise ValueError(f"efficiency is a share of flops_per_second, at most 1, is {self.efficiency:g}")
 
 
 # ---- what the verbs are handed (section "Verbs" of docs/architecture.md); all of it enters the stage's key ----
