@@ -91,7 +91,7 @@ def command(words: list[str]) -> int:
     except UserError as error:
         return _complain(error)
     except KeyboardInterrupt:
-        continues = "; the same command continues with the stage that was cut" if words[0] == "run" else ""
+        continues = "; the same command continues with the stage that was cut" if words[:1] == ["run"] else ""
         print(f"interrupted{continues}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head`
@@ -327,7 +327,9 @@ def _speaker(settings: Any) -> Any:
 
     if not settings.model.path:
         raise UserError("model", "is missing", "Give model=ARTIFACT, or a Hugging Face directory")
-    model = find_model(settings.model.path, Store(settings.store.root), lambda text: print(text, file=sys.stderr))
+    model = find_model(
+        settings.model.path, Store(settings.store.root), lambda text: print(f"note: {text}", file=sys.stderr)
+    )
     return load_speaker(model, settings, settings.compute)
 
 

@@ -278,6 +278,39 @@ def test_report_and_store_take_plain_words(command, run_folder, tmp_path):
     assert "no-such-thing" in err
 
 
+def test_examples_of_the_users_own_are_counted_and_corrected(run_folder, command, tmp_path):
+    """The plan says that it estimates, the run says by how much, and what it advises is right."""
+    (tmp_path / "artifacts").mkdir()
+    for artifact in {link.resolve() for link in (run_folder / "artifacts").iterdir()}:  # a store of its own, for
+        (tmp_path / "artifacts" / artifact.name).symlink_to(artifact)  # others count on what is in the run's
+    given = [f"say {number} over and over: " + "twenty words and one " * 8 for number in range(60)]
+    rows = [json.dumps({"prompt": prompt, "completion": "so it is said"}) for prompt in given]
+    (tmp_path / "mine.jsonl").write_text("\n".join(rows))
+    words = json.loads((run_folder / "run.json").read_text())["overrides"]
+    words = [word for word in words if not word.startswith(("runs=", "store.root=", "stages.sft.examples"))]
+    words += ["data@stages.sft.data=own_conversations", "stages.sft.data.sources.mine.path=mine.jsonl"]
+    words += ["stages.sft.examples=30", "stages.sft.epochs=4"]
+    code, out, _ = command("plan", *words)
+    assert code == 0
+    assert "sft: 30 examples are taken for 37 tokens each, as those of scale nano are; the run measures mine" in out
+    assert "dpo: " not in out  # its rows are the scale's own
+    code, _, err = command("run", *words, "only=sft")
+    assert code == 0, err
+    [(tokens, count, each, advice)] = re.findall(
+        r"\] sft  ([\d,]+) tokens are about (\d+) rows of (\d+) tokens, not 120 of 37; .*: (\S+)", err
+    )
+    made = json.loads(max(tmp_path.glob("runs/*/*/artifacts/sft.prepare/prepare.json")).read_text())
+    train = made["sources"]["mine"]["splits"]["train"]
+    assert int(each) == round(train["tokens"] / train["rows"])
+    assert int(tokens.replace(",", "")) == 120 * 37
+    assert int(count) == round(120 * 37 * train["rows"] / train["tokens"])
+    code, out, _ = command("plan", *words, advice)
+    assert "examples are taken" not in out
+    code, _, err = command("run", *words, "only=sft", advice)
+    assert code == 0, err
+    assert "tokens are about" not in err
+
+
 @pytest.mark.parametrize(
     ("line", "shown"),
     [("lightning-llm ", "run plan report generate chat store"), ("lightning-llm run recipe=qw", "recipe=qwen2")],

@@ -340,6 +340,11 @@ class StageData:
                     "Give more data, fewer tokens or less weight, or raise data.max_epochs",
                 )
 
+    @property
+    def rows(self) -> float:
+        """Conversations, pairs and documents' parts of a context's length that the stage consumes, about."""
+        return sum(self.epochs[feed.name] * len(feed.lengths) for feed in self.feeds)
+
     def context(self, step: int) -> int:
         """The context of a step: the ramp's value where the step begins."""
         return self._phases[self._phase(step)][1]

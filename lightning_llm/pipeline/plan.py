@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from lightning_llm.models.size import (
     recomputed_flops_per_token,
     training_flops_per_token,
 )
+from lightning_llm.pipeline.examples import estimated_lengths
 from lightning_llm.pipeline.expand import Node, expand
 from lightning_llm.pipeline.mistakes import name_nearest
 from lightning_llm.pipeline.recipe import Recipe, check
@@ -35,7 +36,7 @@ class Plan:
 
     recipe: Recipe  # scaled
     nodes: tuple[Node, ...]
-    notes: tuple[str, ...] = ()  # what would stop a run on this machine
+    notes: tuple[str, ...] = ()  # what would stop a run on this machine, what is an estimate
 
     @property
     def flops(self) -> float:
@@ -74,7 +75,7 @@ class Plan:
         kept = [node for node in self.nodes if node.stage in wanted]
         needed = {source for node in kept for source in node.inputs.values()}
         nodes = [node for node in self.nodes if node in kept or (node.stage in SHARED and node.name in needed)]
-        return Plan(self.recipe, tuple(nodes), missing_sources(nodes))
+        return Plan(self.recipe, tuple(nodes), _notes(self.recipe, nodes))
 
     def checked_stage(self, selector: str, name: str) -> str:
         """`name`, if it is a stage."""
@@ -139,7 +140,11 @@ def plan(recipe: Recipe) -> Plan:
         if any((node.kind, node.settings, node.inputs) == (n.kind, n.settings, n.inputs) for n in planned):
             figures |= {"disk_gib": 0.0, "seconds": 0.0}  # one artifact, made once
         planned.append(replace(node, figures=figures))
-    return Plan(recipe, tuple(planned), missing_sources(planned))
+    return Plan(recipe, tuple(planned), _notes(recipe, planned))
+
+
+def _notes(recipe: Recipe, nodes: Sequence[Node]) -> tuple[str, ...]:
+    return *missing_sources(nodes), *estimated_lengths(recipe, {node.name for node in nodes})
 
 
 def missing_sources(nodes: Iterable[Node]) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm import __version__
+from lightning_llm.pipeline.examples import planned_rows
 from lightning_llm.pipeline.expand import Node
 from lightning_llm.pipeline.key import canonical, node_keys, outside_key
 from lightning_llm.pipeline.plan import Plan, duration, plan
@@ -261,8 +262,9 @@ def _make(
     }
     recipe = whole.recipe
     logged = LoggedRun(recipe.name, record.folder.name, list(recipe.logger.values())) if recipe.logger else None
+    rows = planned_rows(recipe.stages[node.name]) if node.kind == "train" else None
     context = StageContext(
-        node.name, node.settings, inputs, claim.folder, recipe.compute, console, node.evaluate_every, logged
+        node.name, node.settings, inputs, claim.folder, recipe.compute, console, node.evaluate_every, logged, rows
     )
     began = time.monotonic()
     try:

@@ -29,6 +29,7 @@ class StageContext:
     console: StageConsole
     evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
     logged: LoggedRun | None = None  # where figures of training go besides metrics.jsonl
+    rows: float | None = None  # that the tokens of the stage were planned to be, where they were planned as rows
 
 
 @dataclass

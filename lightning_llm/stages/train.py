@@ -89,6 +89,8 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
     for source, rows in data.dropped.items():
         if rows:
             context.console.note(f"{rows} rows of {source} are longer than the context and left out")
+    if context.rows is not None and (other := count_of_rows(context.name, settings.tokens, context.rows, data.rows)):
+        context.console.note(other)
     model = build_model(context)
     objective = build_objective(context, model, tokenizer)
     if compute.compile:
@@ -106,6 +108,22 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
         flops_per_second=compute.flops_per_second * compute.devices,
     )
     return journal, objective, data, tokenizer
+
+
+def count_of_rows(name: str, tokens: int, planned: float, rows: float) -> str:
+    """What is to be said where a stage learns from another number of rows than was asked for; empty within a tenth.
+
+    Args:
+        tokens: of the stage, which are settled before any row is read.
+        planned: rows that were taken for so many tokens.
+        rows: how many they are.
+    """
+    if 0.9 * planned <= rows <= 1.1 * planned:
+        return ""
+    return (
+        f"{tokens:,} tokens are about {rows:,.0f} rows of {tokens / rows:.0f} tokens, not {planned:,.0f} of "
+        f"{tokens / planned:g}; for as many as planned: stages.{name}.data.tokens_per_example={tokens / rows:.0f}"
+    )
 
 
 def build_model(context: StageContext) -> Transformer:

@@ -240,6 +240,33 @@ def test_no_gpu(place):
         place.run(replace(place.recipe, compute=gpu))
 
 
+def test_ctrl_c_while_preparing(place, words):
+    """One line and its exit code; nothing half-written is left."""
+    rows = (json.dumps({"text": f"row {i} counts on to {i + 1} and so forth. " * 20}) + "\n" for i in range(200_000))
+    path = place.folder / "long.jsonl"
+    with path.open("w") as file:
+        file.writelines(rows)
+    own = ["data@stages.pretrain.data=own_text", f"stages.pretrain.data.sources.mine.path={path}", "until=pretrain"]
+    places = [f"store.root={place.folder}/artifacts", f"runs={place.folder}/runs"]
+    program = [sys.executable, "-m", "lightning_llm.cli", "run", "recipe=qwen2", *words, *own, *places]
+    started = subprocess.Popen(
+        program, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=place.folder
+    )
+    making = place.folder / "artifacts" / ".making"
+    while not list(making.glob("prepare-pretrain.prepare-*/sources/mine/*")) and started.poll() is None:
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    said = started.communicate(timeout=60)[1]
+    assert started.returncode == 130, said
+    last = said.splitlines()[-1]
+    assert last == "interrupted; the same command continues with the stage that was cut"
+    assert "Traceback" not in said
+    [run_folder] = (place.folder / "runs" / "qwen2").iterdir()
+    facts = json.loads((run_folder / "run.json").read_text())
+    assert (facts["status"], "tokenizer" in facts["stages"]) == ("interrupted", True)
+    assert not list(making.iterdir())
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
