@@ -161,10 +161,10 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
     """All metrics with their spread, and every claim with the value of each seed; it holds if it does on each."""
-    stages = {
-        stage: {name: spread([m[stage][name] for m in per_seed]) for name in sorted(per_seed[0][stage])}
-        for stage in ("start", *STAGES)
-    }
+    stages = {}
+    for stage in ("start", *STAGES):
+        names = set.intersection(*(set(metrics[stage]) for metrics in per_seed))  # no win rate where nobody ever wins
+        stages[stage] = {name: spread([metrics[stage][name] for metrics in per_seed]) for name in sorted(names)}
     judged = []
     for claim in CLAIMS:
         values = [claim.value(metrics) for metrics in per_seed]

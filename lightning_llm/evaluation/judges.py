@@ -33,19 +33,20 @@ def verify(question: Question, response: Response) -> bool:
 
 @dataclass(frozen=True)
 class StyleAndCorrectness:
-    """A wrong response has lost, whatever the other one is; of two right ones that in the preferred style wins.
+    """A wrong response has lost; of two right ones that in the preferred style wins, and equal ones tie.
 
-    So a policy gains neither by style alone nor where the other model is as wrong as it is: its win rate is at most the
-    share of its right responses, and that of a model over itself one half of it. Adding half the share of questions
-    that both got wrong (`judge/both_wrong`) gives the rate in which those are ties.
+    Where both are wrong both have lost and nobody has won, so no policy gains by style alone, and one half is what a
+    model reaches against itself. How often that happens belongs beside any win rate (`judge/both_wrong`).
     """
 
     preferred: str = "working"
 
-    def compare(self, question: Question, response: Response, other: Response) -> float:
-        """1 if `response` wins, 0 if it is wrong or `other` wins, 0.5 for two right ones of equal style."""
+    def compare(self, question: Question, response: Response, other: Response) -> float | None:
+        """1 if `response` wins, 0 if `other` does, 0.5 for a tie of two right ones, None if both have lost."""
         merit, other_merit = self._merit(question, response), self._merit(question, other)
-        return 0.5 if merit == other_merit > 0 else float(merit > other_merit)
+        if not merit and not other_merit:
+            return None
+        return 0.5 if merit == other_merit else float(merit > other_merit)
 
     def _merit(self, question: Question, response: Response) -> int:
         """0 for wrong, 1 for right, 2 for right in the preferred style."""

@@ -39,3 +39,18 @@ def win_rate(scores: Sequence[float], *, seed: int = 0) -> WinRate:
     draws = np.random.default_rng(seed).integers(values.size, size=(RESAMPLES, values.size))
     low, high = np.quantile(values[draws].mean(axis=1), [0.025, 0.975])
     return WinRate(float(values.mean()), float(low), float(high))
+
+
+def judge_metrics(scores: Sequence[float | None], *, seed: int = 0) -> dict[str, float]:
+    """The share of questions that both models have lost, and the win rate with its interval over the others, if any.
+
+    Args:
+        scores: of a judge's `compare`, one per question; None where both have lost.
+        seed: of the interval's resampling.
+    """
+    decided = [score for score in scores if score is not None]
+    metrics = {"judge/both_wrong": 1 - len(decided) / len(scores)}
+    if decided:
+        rate = win_rate(decided, seed=seed)
+        metrics |= {"judge/win_rate": rate.mean, "judge/win_rate_low": rate.low, "judge/win_rate_high": rate.high}
+    return metrics

@@ -292,8 +292,8 @@ def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]
     # late tokens once more, each eighth of a short context at the end of a whole one (evaluation/perplexity.py)
     passes = 1 + (4 if settings.full_context > settings.context else 0)
     text = sizes.text_tokens * len(parts.text.sources) + passes * sizes.long_documents * settings.full_context
-    # by either model, and some drawn for the divergence from the reference
-    answers = sizes.questions * sizes.max_new_tokens * both if parts.tasks.sources else 0
+    # greedy once, and sampled once from either model where there are two
+    answers = sizes.questions * sizes.max_new_tokens * (1 if both == 1 else 3) if parts.tasks.sources else 0
     pairs = sizes.preference_pairs * pair * both if parts.pairs.sources else 0
     tokens = round(text + answers + pairs)
     return {

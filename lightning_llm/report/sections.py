@@ -153,8 +153,7 @@ def evaluation(runs: Sequence[Run]) -> Section | None:
         tables = [f"<details><summary>Stage by stage, for each run</summary>{''.join(tables)}</details>"]
     note = (
         "After each training stage, on rows that no stage has seen. The win rate is over the model that the stage "
-        "started from, by greedy responses and with its 95 % interval; a wrong one is lost, against another wrong one "
-        "too."
+        "started from, with its 95 % interval, on questions that not both got wrong: a wrong response has lost."
     )
     return Section(
         "evaluation",

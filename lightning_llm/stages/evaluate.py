@@ -29,7 +29,7 @@ from lightning_llm.evaluation.perplexity import (
 )
 from lightning_llm.evaluation.preference import kl_to_reference, preference_accuracy, response_logps, sample_pairs
 from lightning_llm.evaluation.tasks import respond, sample_questions, task_metrics
-from lightning_llm.evaluation.win_rate import win_rate
+from lightning_llm.evaluation.win_rate import judge_metrics
 from lightning_llm.models import Transformer
 from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.size import forward_flops_per_token
@@ -44,7 +44,9 @@ from lightning_llm.stages.context import (
     threads,
 )
 
+TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by
+VERDICTS = {1.0: "win", 0.5: "tie", 0.0: "loss", None: "both wrong"}
 
 
 def run(context: StageContext) -> StageResult:
@@ -137,20 +139,17 @@ class Evaluation:
         if self.predecessor is None:
             self._write_samples(questions, greedy)
             return
-        # Judged is what counts for exact match and what a user is told: the greedy answers of both.
-        others = self._respond(self.predecessor, questions, temperature=0.0)
+        # Both models answer at temperature 1 with the same random numbers: a greedy answer would hide in which share of
+        # its responses a model has a style, and that share is what preference training changes.
+        drawn = self._respond(self.model, questions, temperature=TEMPERATURE)
+        others = self._respond(self.predecessor, questions, temperature=TEMPERATURE)
         judge = StyleAndCorrectness()
-        games = list(zip(questions, greedy, others, strict=True))
-        scores = [judge.compare(*game) for game in games]
-        rate = win_rate(scores, seed=self.settings.seed)
-        self.metrics |= {"judge/win_rate": rate.mean, "judge/win_rate_low": rate.low, "judge/win_rate_high": rate.high}
-        both_wrong = sum(not verify(question, one) and not verify(question, other) for question, one, other in games)
-        self.metrics["judge/both_wrong"] = both_wrong / len(games)  # lost by both; ties in the usual reckoning
-        self._write_samples(questions, greedy, others, scores)
+        scores = [judge.compare(*game) for game in zip(questions, drawn, others, strict=True)]
+        self.metrics |= judge_metrics(scores, seed=self.settings.seed)
+        self._write_samples(questions, drawn, others, scores)
         if self._has_reference:
-            drawn = self._respond(self.model, questions[:KL_SAMPLES], temperature=1.0)
             prompts = [question.prompt_ids for question in questions[:KL_SAMPLES]]
-            responses = [[response.ids] for response in drawn]
+            responses = [[response.ids] for response in drawn[:KL_SAMPLES]]
             policy, reference = (
                 self._response_logps(model, prompts, responses)[:, 0] for model in (self.model, self.predecessor)
             )
@@ -184,7 +183,7 @@ class Evaluation:
         questions: list[Question],
         responses: list[Response],
         others: list[Response] | None = None,
-        scores: list[float] | None = None,
+        scores: list[float | None] | None = None,
     ) -> None:
         """The first few conversations, which are of different tasks."""
         samples = []
@@ -199,9 +198,11 @@ class Evaluation:
                 "verdict": None,
             }
             if others is not None and scores is not None:
-                other_right = verify(question, others[i])
-                verdict = {1.0: "win", 0.5: "tie", 0.0: "loss" if other_right else "both wrong"}[scores[i]]
-                sample |= {"starts_from": others[i].text, "starts_from_right": other_right, "verdict": verdict}
+                sample |= {
+                    "starts_from": others[i].text,
+                    "starts_from_right": verify(question, others[i]),
+                    "verdict": VERDICTS[scores[i]],
+                }
             samples.append(sample)
         self.write("samples.json", samples)
 

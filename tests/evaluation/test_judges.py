@@ -53,8 +53,8 @@ def test_what_was_cut_off_is_wrong():
         (RIGHT_BARE, CUT_OFF, 1.0),
         (RIGHT_WORKING, WRONG_WORKING, 1.0),
         (WRONG_WORKING, RIGHT_BARE, 0.0),
-        (WRONG_WORKING, WRONG_BARE, 0.0),
-        (WRONG_BARE, CUT_OFF, 0.0),
+        (WRONG_WORKING, WRONG_BARE, None),
+        (WRONG_BARE, CUT_OFF, None),
     ],
 )
 def test_correctness_first_then_style(one, other, score):
@@ -66,9 +66,14 @@ def test_judging_is_fair_and_a_wrong_response_has_lost():
     everyone = (RIGHT_BARE, RIGHT_WORKING, WRONG_BARE, WRONG_WORKING, CUT_OFF)
     for one, other in itertools.product(everyone, repeat=2):
         score = judge.compare(QUESTION, one, other)
-        a_right_one = verify(QUESTION, one) or verify(QUESTION, other)
-        assert score + judge.compare(QUESTION, other, one) == a_right_one  # both lose where neither is right
-        assert verify(QUESTION, one) or score == 0
+        reverse = judge.compare(QUESTION, other, one)
+        if score is None:
+            assert reverse is None
+            assert not verify(QUESTION, one)
+            assert not verify(QUESTION, other)
+        else:
+            assert score + reverse == 1
+            assert verify(QUESTION, one) or score == 0
 
 
 def test_the_preferred_style_is_the_judges():

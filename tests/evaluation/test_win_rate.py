@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lightning_llm.evaluation.win_rate import win_rate
+from lightning_llm.evaluation.win_rate import judge_metrics, win_rate
 
 
 def test_a_tie_counts_one_half():
@@ -35,3 +35,11 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
 def test_scores_outside_their_range_are_refused(scores):
     with pytest.raises(ValueError):
         win_rate(scores)
+
+
+def test_questions_that_both_lost_are_told_and_not_counted():
+    metrics = judge_metrics([1.0, None, 0.5, None, 1.0, 0.0, None, 1.0], seed=3)
+    rate = win_rate([1.0, 0.5, 1.0, 0.0, 1.0], seed=3)
+    expected = {"both_wrong": 3 / 8, "win_rate": 0.7, "win_rate_low": rate.low, "win_rate_high": rate.high}
+    assert metrics == pytest.approx({f"judge/{name}": value for name, value in expected.items()})
+    assert judge_metrics([None, None]) == {"judge/both_wrong": 1.0}
