@@ -105,7 +105,7 @@ def test_the_page_is_small_and_complete_without_scripts(page_path):
     html = page_path.read_text(encoding="utf-8")
     assert len(html) < 3_000_000
     assert not re.search(r"""(src|href)=["'](https?:)?//""", html)
-    for figure in ("tasks/exact_match", "preference/accuracy", "judge/win_rate", "perplexity/"):
+    for figure in ("tasks/exact_match", "preference/accuracy", "judge/both_wrong", "perplexity/"):
         assert figure in text(html)
 
 
