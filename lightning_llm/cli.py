@@ -323,8 +323,10 @@ def _speaker(settings: Any) -> Any:
     """The model that a verb is to speak with."""
     from lightning_llm.generation.speaker import load_speaker
     from lightning_llm.pipeline.find_model import find_model
+    from lightning_llm.pipeline.recipe import check_compute
     from lightning_llm.pipeline.store import Store
 
+    check_compute(settings.compute)
     if not settings.model.path:
         raise UserError("model", "is missing", "Give model=ARTIFACT, or a Hugging Face directory")
     model = find_model(

@@ -157,6 +157,13 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["--shell-completion"], ["--shell-completion", "install=bash"]),
         (["plan", "-sc", "install=sh"], ["-sc", "install=bash"]),
         (["-sc", "query=bash"], ["-sc install=bash"]),
+        (["generate", "model=.", "prompt=a", "recipe=qwen2"], ["recipe is not a setting of generate", "run and plan"]),
+        (["generate", "model=.", "prompt=a", "batch_size=0"], ["batch_size", "at least 1"]),
+        (["generate", "model=.", "prompt=a", "compute.precision=fp8"], ["compute.precision", "bf16, fp32"]),
+        (["run", "recipe=qwen2", "runs=file/runs"], ["runs: ", "file/runs cannot be a folder"]),
+        (["run", "recipe=qwen2", "store.root=file"], ["store.root: ", "file cannot be a folder"]),
+        (["store", "list", "force=[a]"], ["force cannot be ['a']", "true or false"]),
+        (["plan", "recipe=qwen2", "stages.sft.optimizer.betas=[a,0]"], ["betas[0] cannot be 'a'", "number"]),
         (["chat", "prompt=y"], ["chat takes no prompt", "generate takes prompt=TEXT"]),
         (["plan", "recipe=qwen2", "force=[dpo]"], ["force is not a setting of plan", "belongs to run and store"]),
         (["plan", "recipe=qwen2", "limits.hours=1"], ["limits is not a setting of plan", "belongs to run."]),
@@ -171,7 +178,8 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["chat", "model=.", "dual_chunk.chunk_size=8", "dual_chunk.local_size=8"], ["dual_chunk: local_size"]),
     ],
 )
-def test_other_mistakes(words, parts, command):
+def test_other_mistakes(words, parts, command, tmp_path):
+    (tmp_path / "file").touch()
     code, out, err = command(*words)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("error: ")
@@ -244,8 +252,16 @@ def test_a_recipe_of_the_users_own_without_its_first_line(text, command, tmp_pat
             "defaults: [qwen2_0_5b, _self_]\nrope_parameters: {rope_tehta: 1.0}\n",
             r"model/mine\.yaml: model\.rope_parameters\.rope_tehta .* rope_theta",
         ),
+        ("recipe/mine.yaml", "# @package _global_\n- a\n", r"recipe/mine\.yaml: what it says cannot be a list"),
+        ("recipe/mine.yaml", "# @package _global_\ndefaults: qwen2\n", r"recipe/mine\.yaml: its defaults are no list"),
+        (
+            "recipe/mine.yaml",
+            "# @package _global_\ndefaults: [qwen2, {override /model: qwen2_7}, _self_]\n",
+            r"recipe/mine\.yaml: qwen2_7 is not an option of model\. The nearest is qwen2_7b",
+        ),
+        ("logger/mine.yaml", "name: mine\n", r"logger/mine\.yaml: lacks its first line.* `# @package logger\.mine`"),
     ],
-    ids=["scale", "recipe", "model"],
+    ids=["scale", "recipe", "model", "list", "defaults", "override", "logger"],
 )
 def test_a_mistake_in_a_file_of_the_users_own_names_the_file(file, content, line, command, tmp_path):
     path = tmp_path / file

@@ -172,6 +172,10 @@ class GenerateSettings(SpeakSettings):
     format: str = "text"  # text | jsonl
     batch_size: int = 16  # prompts computed together
 
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_below(1, self, "batch_size")
+
 
 @option("verb", "chat")
 @dataclass

@@ -25,6 +25,7 @@ from lightning_llm.pipeline.mappings import is_open, known_entries
 from lightning_llm.settings import OPTIONS, UserError
 
 COMMAND_LINE = "command line"
+WITH_RECIPE = ("run", "plan")  # verbs
 
 
 def as_user_error(error: BaseException, verb: str, loader: Any, overrides: Sequence[str]) -> UserError | None:
@@ -57,6 +58,9 @@ def as_user_error(error: BaseException, verb: str, loader: Any, overrides: Seque
 
 def in_hydras_words(error: BaseException, loader: Any, overrides: Sequence[str]) -> UserError:
     """A mistake that Hydra states as a plain ValueError, TypeError or AssertionError, without naming the key."""
+    if invalid := re.match(r"Invalid defaults list in '([^']*)', defaults must be a list", str(error)):
+        remedy = "Write them in brackets: defaults: [NAME, _self_]"
+        return UserError(file_of(invalid[1], loader), "its defaults are no list", remedy)
     for override in _parsed(overrides):
         value = override.value()
         if not override.key_or_group:
@@ -101,10 +105,19 @@ def _unknown_option(error: MissingConfigException, loader: Any, overrides: Seque
         option += "/"
     where = COMMAND_LINE
     if (file := re.match(r"In '([^']*)'", str(error))) and not _is_chosen(path, option, overrides):
-        where = file_of(file[1], loader)
+        where = _file_naming(option, file_of(file[1], loader), loader, overrides)
     known = _options(path, loader) if path else [name for name in error.options or [] if not name.startswith("_")]
     what = f"{option or repr(option)} is not an option of {path}" if path else f"there is no configuration {option}"
     return UserError(where, what, name_nearest(option, known))
+
+
+def _file_naming(option: str, file: str, loader: Any, overrides: Sequence[str]) -> str:
+    """The file that names an option: Hydra blames the one that chose before, where another has overridden that."""
+    chosen = [file_of(f"{o.key_or_group}/{o.value()}", loader) for o in _parsed(overrides) if not o.is_delete()]
+    for path in (file, *chosen):
+        if Path(path).is_file() and re.search(rf"\b{re.escape(option)}\b", Path(path).read_text("utf-8")):
+            return path
+    return file
 
 
 def _is_chosen(group: str, option: str, overrides: Sequence[str]) -> bool:
@@ -137,6 +150,9 @@ def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, ove
             typed = next((o for o in overrides if o.partition("=")[0] == package[1]), "")
             return _refused_value(error.__cause__, COMMAND_LINE, loader, asked=package[1], typed=typed)
         file = re.match(r"In '([^']*)'", text)
+        if verb not in WITH_RECIPE and package[1] in groups(loader):
+            what = f"{package[1]} is not a setting of {verb}"
+            return UserError(COMMAND_LINE, what, f"It belongs to {_listed(WITH_RECIPE)}")
         choices = re.findall(r"[\w/]+(?:@[\w.]+)?(?=[,?])", text.partition("Did you mean to override")[2])
         near = nearest(package[1], choices)
         remedy = f"The nearest is {near}" if near else "Address it as group@key, as objective@stages.dpo.objective"
@@ -237,7 +253,11 @@ def _refused_value(
         adding = f"+stage@{path}=sft" if above == "stages" else f"'+{above}={{{name}: {{...}}}}'"
         return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
     if "is not a subclass of" in refused or refused.startswith("Cannot merge DictConfig with ListConfig"):
-        return UserError(where, f"{asked or key} cannot be {_given(error)}", "It is several settings")
+        if (own := re.search(r"logger/(\w+)\.yaml$", where)) and key.startswith("logger."):
+            remedy = f"Begin the file with `# @package logger.{own[1]}`, on a line of its own"
+            return UserError(where, "lacks its first line, so that it names no logger", remedy)
+        what = asked or (key if error.key is not None else "what it says")
+        return UserError(where, f"{what} cannot be {_given(error)}", "It is several settings")
     if "does not support deletion" in refused:
         return UserError(where, f"{key} cannot be taken away", "Give it a value instead")
     if "is not Optional" in refused and key.count(".") == 1 and key.startswith("stages."):
@@ -249,6 +269,9 @@ def _refused_value(
             return UserError(where, f"{key} cannot be {_given(error)}", f"It is {describe(schema, name)}")
     if "nterpolation" in type(error).__name__ or "nterpolation" in refused:
         return UserError(where, f"{key}: {refused}", "Refer to a key that is there")
+    if kind := re.search(r"could not be converted to (Float|Integer)", refused):
+        remedy = {"Float": "It is a number", "Integer": "It is a whole number"}[kind[1]]
+        return UserError(where, f"{key} cannot be {_given(error)}", remedy)
     return UserError(where, f"{key}: {refused}", "See --help")
 
 
@@ -256,6 +279,9 @@ def _given(error: OmegaConfBaseException) -> str:
     value = error.value
     if value is None and "is not Optional" in str(error):
         return "null"
+    unfit = re.search(r"Value '(.*?)'(?: of type '\w+')? (?:is not a valid|could not be converted)", str(error))
+    if unfit and not isinstance(value, str | int | float | bool):
+        return unfit[1] if unfit[1].startswith(("[", "{")) else repr(unfit[1])
     if "with ListConfig" in str(error):
         return "a list"
     if assigned := re.search(r"is not a subclass of \w+\. value: (.*)", str(error)):

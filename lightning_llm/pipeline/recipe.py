@@ -237,7 +237,7 @@ class _Reader:
             )
         group, _, name = key.rpartition(".")
         if name == "name" and self.composition.loader and group in groups(self.composition.loader):
-            return UserError(group, "nothing is chosen", f"Give {group}=NAME, or leave ~{group} out")
+            return UserError(group, "nothing is chosen", f"Give {group}=NAME, or choose one in the defaults of a file")
         return UserError(key, "has no value", f"Give {key}=..., or choose an option of the group")
 
     def _refuse_other_name(self, path: str, schema: type, name: str) -> None:
@@ -306,19 +306,7 @@ def check(recipe: Recipe) -> None:
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
-    _one_of("compute.precision", recipe.compute.precision, ("fp32", "bf16"))
-    _one_of("compute.strategy", recipe.compute.strategy, ("single", "ddp"))
-    _one_of("compute.accelerator", recipe.compute.accelerator, ("cpu", "gpu"))
-    _one_of("compute.attention", recipe.compute.attention, ATTENTION)
-    _one_of("compute.activation_checkpointing", recipe.compute.activation_checkpointing, ("none", "full"))
-    _in_range("compute.devices", recipe.compute.devices, low=1)
-    if recipe.compute.devices > 1 and recipe.compute.strategy == "single":
-        raise UserError(
-            "compute.devices", f"is {recipe.compute.devices} with strategy single", "Set compute.strategy=ddp"
-        )
-    _in_range("compute.micro_batch_tokens", recipe.compute.micro_batch_tokens, low=1)
-    for name in ("flops_per_second", "efficiency", "memory_gib"):
-        _in_range(f"compute.{name}", getattr(recipe.compute, name), above=0)
+    check_compute(recipe.compute)
     _in_range("limits.hours", recipe.limits.hours, low=0)
     _in_range("seed", recipe.seed, low=0, below=2**63)
     known = _known_corpora(recipe)
@@ -328,6 +316,25 @@ def check(recipe: Recipe) -> None:
         _check_source(f"scale.corpora.{name}", source)
     for name, source in recipe.tokenizer.sources.items():
         _check_source(f"tokenizer.sources.{name}", source)
+
+
+def check_compute(compute: ComputeConfig) -> None:
+    """Refuse devices, precisions and kernels that are none.
+
+    Raises:
+        UserError: names the key.
+    """
+    _one_of("compute.precision", compute.precision, ("fp32", "bf16"))
+    _one_of("compute.strategy", compute.strategy, ("single", "ddp"))
+    _one_of("compute.accelerator", compute.accelerator, ("cpu", "gpu"))
+    _one_of("compute.attention", compute.attention, ATTENTION)
+    _one_of("compute.activation_checkpointing", compute.activation_checkpointing, ("none", "full"))
+    _in_range("compute.devices", compute.devices, low=1)
+    if compute.devices > 1 and compute.strategy == "single":
+        raise UserError("compute.devices", f"is {compute.devices} with strategy single", "Set compute.strategy=ddp")
+    _in_range("compute.micro_batch_tokens", compute.micro_batch_tokens, low=1)
+    for name in ("flops_per_second", "efficiency", "memory_gib"):
+        _in_range(f"compute.{name}", getattr(compute, name), above=0)
 
 
 def _check_name(name: str) -> None:

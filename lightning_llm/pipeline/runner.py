@@ -168,6 +168,8 @@ def check_run(
     store = Store(whole.recipe.store.root)
     there = {n.name: store.find(n.kind, n.name, keys[n.name]) for n in whole.nodes}
     to_make = [node for node in chosen.nodes if there[node.name] is None or node.stage in force]
+    _refuse_folder("store.root", store.root)
+    _refuse_folder("runs", Path(whole.recipe.runs).expanduser().absolute())
     _refuse_long(whole.recipe, to_make)
     refuse_absent(whole.recipe.logger.values())
     _refuse_absent_device(whole.recipe, to_make)
@@ -182,6 +184,14 @@ def _refuse_missing(chosen: Plan, whole: Plan, there: dict[str, Path | None]) ->
             if source in all_names and source not in names and there[source] is None:
                 stage = source.partition(".")[0]
                 raise UserError(f"only={node.stage}", f"{source} is not in the store", f"Make it first: until={stage}")
+
+
+def _refuse_folder(key: str, folder: Path) -> None:
+    """Before anything is made, not after: a folder that nothing can be put in."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = f"{folder} cannot be a folder" if not there.is_dir() else f"{there} may not be written to"
+        raise UserError(key, what, "Name a folder of your own")
 
 
 def _refuse_long(recipe: Recipe, nodes: Sequence[Node]) -> None:
