@@ -18,7 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_llm.pipeline.mappings import is_open, known_entries
@@ -53,6 +53,10 @@ def as_user_error(error: BaseException, verb: str, loader: Any, overrides: Seque
         return _not_composed(error, verb, loader, overrides)
     if isinstance(error, HydraException):
         return UserError(COMMAND_LINE, _first_line(error), "See --help")
+    if isinstance(error, RecursionError):
+        chosen = _chosen_files(overrides, loader)
+        what = f"the defaults of the files that {chosen} chooses name each other in a circle"
+        return UserError(COMMAND_LINE, what, "Let none of them name itself, or a file that names it")
     return None
 
 
@@ -85,12 +89,18 @@ def _parsed(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
+def _chosen_files(overrides: Sequence[str], loader: Any) -> str:
+    """`recipe=mine and experiment=x`: what of the command line chooses files."""
+    chosen = (o.input_line for o in _parsed(overrides) if loader.repository.group_exists(o.key_or_group))
+    return " and ".join(filter(None, chosen)) or "the verb"
+
+
 def _not_utf8(error: UnicodeDecodeError, loader: Any) -> UserError:
     """Python names the bytes and not the file."""
     for source in loader.get_sources():
         folder = Path(source.path)
         for path in sorted(folder.rglob("*.yaml")) if source.scheme() == "file" and folder.is_dir() else ():
-            content = path.read_bytes()
+            content = path.read_bytes() if path.is_file() else b""
             if error.object in content:
                 line = content[: content.index(error.object) + error.start].count(b"\n") + 1
                 byte = f"0x{error.object[error.start]:02x}"
@@ -100,12 +110,14 @@ def _not_utf8(error: UnicodeDecodeError, loader: Any) -> UserError:
 
 def _unknown_option(error: MissingConfigException, loader: Any, overrides: Sequence[str]) -> UserError:
     path, _, option = (error.missing_cfg_file or "").rpartition("/")
-    if not option and not _is_chosen(path, option, overrides):  # `recipe=qwen2/`
+    if not option and not loader.repository.group_exists(path):  # `recipe=qwen2/`
         path, _, option = path.rpartition("/")
         option += "/"
     where = COMMAND_LINE
     if (file := re.match(r"In '([^']*)'", str(error))) and not _is_chosen(path, option, overrides):
         where = _file_naming(option, file_of(file[1], loader), loader, overrides)
+    if path and not loader.repository.group_exists(path):
+        return UserError(where, f"there is no group {path}", name_nearest(path, groups(loader)))
     known = _options(path, loader) if path else [name for name in error.options or [] if not name.startswith("_")]
     what = f"{option or repr(option)} is not an option of {path}" if path else f"there is no configuration {option}"
     return UserError(where, what, name_nearest(option, known))
@@ -124,7 +136,8 @@ def _is_chosen(group: str, option: str, overrides: Sequence[str]) -> bool:
     """Whether the command line names the option, alone or in a list."""
     for override in _parsed(overrides):
         value = override.value()
-        if override.key_or_group == group and option in (value if isinstance(value, list) else [value]):
+        values = value if isinstance(value, list) else [value]
+        if f"{group}/{option}" in (f"{override.key_or_group}/{value}" for value in values):  # `recipe=/a/b`, too
             return True
     return False
 
@@ -167,10 +180,16 @@ def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, ove
     if other := re.match(
         r"Could not delete from config. The value of '(\S*)' is (.*) and not (.*)\.$", text, re.DOTALL
     ):
-        value = " ".join(other[2].split())
+        value = "several settings" if other[2].startswith("{") else " ".join(other[2].split())
         return UserError(COMMAND_LINE, f"{other[1]} is {value}, not {other[3]}", f"Take it away with ~{other[1]}")
     if twice := re.match(r"Multiple values for (\S+)\. To override a value use 'override \S+: (.*)'", text):
-        return UserError(COMMAND_LINE, f"{twice[1]} is chosen already", f"Write {twice[1]}={twice[2]}, without the +")
+        if any(word.startswith(f"+{twice[1]}=") for word in overrides):
+            remedy = f"Write {twice[1]}={twice[2]}, without the +"
+            return UserError(COMMAND_LINE, f"{twice[1]} is chosen already", remedy)
+        what = (
+            f"{twice[1]} is chosen twice in the defaults of the files that {_chosen_files(overrides, loader)} chooses"
+        )
+        return UserError(COMMAND_LINE, what, "Write `override` before the second, at the end of its list")
     if unchosen := re.match(r"Could not delete '([^']*)'. No match in the defaults list", text):
         return UserError(
             COMMAND_LINE, f"nothing chooses {unchosen[1]}, so ~{unchosen[1]} takes nothing away", "Leave it out"
@@ -184,6 +203,8 @@ def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, ove
         )
     if sweep := re.match(r"Sweep parameters '([^']*)' requires --multirun", text):
         return UserError(COMMAND_LINE, f"{sweep[1]} is a sweep", "Add -m to run all of it")
+    if file := re.match(r"In '?([\w/.-]+)'?: (.*)", text):
+        return UserError(file_of(file[1], loader), file[2], "Mend its defaults")
     return UserError(COMMAND_LINE, _first_line(error), "See --help")
 
 
@@ -234,7 +255,8 @@ def _refused_value(
     if "is not in struct" in refused or re.match(r"Key '.*' not in '", refused):
         schema = error.object_type if dataclasses.is_dataclass(error.object_type) else None
         if schema is not None:
-            more = groups(loader) if asked is not None and "." not in asked else ()
+            chooses = asked is not None and "." not in asked and _has(schema, "stages")  # other verbs choose no files
+            more = groups(loader) if chooses else ()
             return unknown_setting(key, schema, where, more)
         if typed and is_open(key.rpartition(".")[0]):
             return _new_entry(key, typed, where)
@@ -252,12 +274,6 @@ def _refused_value(
             return unknown_entry(path, known, where)
         adding = f"+stage@{path}=sft" if above == "stages" else f"'+{above}={{{name}: {{...}}}}'"
         return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
-    if "is not a subclass of" in refused or refused.startswith("Cannot merge DictConfig with ListConfig"):
-        if (own := re.search(r"logger/(\w+)\.yaml$", where)) and key.startswith("logger."):
-            remedy = f"Begin the file with `# @package logger.{own[1]}`, on a line of its own"
-            return UserError(where, "lacks its first line, so that it names no logger", remedy)
-        what = asked or (key if error.key is not None else "what it says")
-        return UserError(where, f"{what} cannot be {_given(error)}", "It is several settings")
     if "does not support deletion" in refused:
         return UserError(where, f"{key} cannot be taken away", "Give it a value instead")
     if "is not Optional" in refused and key.count(".") == 1 and key.startswith("stages."):
@@ -266,13 +282,32 @@ def _refused_value(
     if schema is not None and dataclasses.is_dataclass(schema):
         name = str(error.key)
         if name in {f.name for f in dataclasses.fields(schema)}:
-            return UserError(where, f"{key} cannot be {_given(error)}", f"It is {describe(schema, name)}")
+            what = f"{key} cannot be {_given(error)}"
+            if group := _group_with(error.value, typing.get_type_hints(schema)[name], loader):
+                return UserError(where, what, f"Choose it with {group}@{key}={error.value}")
+            return UserError(where, what, f"It is {describe(schema, name)}")
+    if "is not a subclass of" in refused or re.match(
+        r"Cannot merge DictConfig with|Cannot assign \w+ to Dict", refused
+    ):
+        if (own := re.search(r"logger/(\w+)\.yaml$", where)) and key.startswith("logger."):
+            remedy = f"Begin the file with `# @package logger.{own[1]}`, on a line of its own"
+            return UserError(where, "lacks its first line, so that it names no logger", remedy)
+        return UserError(where, f"{_key_of(asked or key, refused)} cannot be {_given(error)}", "It is several settings")
     if "nterpolation" in type(error).__name__ or "nterpolation" in refused:
         return UserError(where, f"{key}: {refused}", "Refer to a key that is there")
     if kind := re.search(r"could not be converted to (Float|Integer)", refused):
         remedy = {"Float": "It is a number", "Integer": "It is a whole number"}[kind[1]]
         return UserError(where, f"{key} cannot be {_given(error)}", remedy)
     return UserError(where, f"{key}: {refused}", "See --help")
+
+
+def _key_of(key: str, refused: str) -> str:
+    """The key; where a whole file or group is no mapping OmegaConf names none, but for a group its schema."""
+    if key != "None":
+        return key
+    schema = re.search(r"is not a subclass of (\w+)", refused)
+    groups_of = {option.__name__: group for (group, _), option in OPTIONS.items()}
+    return groups_of.get(schema[1], "what it says") if schema else "what it says"
 
 
 def _given(error: OmegaConfBaseException) -> str:
@@ -286,7 +321,19 @@ def _given(error: OmegaConfBaseException) -> str:
         return "a list"
     if assigned := re.search(r"is not a subclass of \w+\. value: (.*)", str(error)):
         return assigned[1]
+    if isinstance(value, list | tuple | ListConfig):
+        return "a list"
+    if isinstance(value, dict | DictConfig):
+        return "several settings"
     return repr(value) if isinstance(value, str | int | float | bool) else _first_line(error)
+
+
+def _group_with(option: Any, hint: Any, loader: Any) -> str | None:
+    """The group whose options give what `hint` says, if `option` is one of them."""
+    if not isinstance(option, str) or not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+        return None
+    own = {group for (group, _), schema in OPTIONS.items() if schema in (hint, *_subclasses(hint))}
+    return next((group for group in groups(loader) if group in own and option in _options(group, loader)), None)
 
 
 # ---- names that are none ----
@@ -316,6 +363,8 @@ def unknown_setting(key: str, schema: type, where: str, more: Iterable[str] = ()
             what,
             f"It is one of {options}: begin the file with its defaults, as [{schema_name(owners[0])}, _self_]",
         )
+    if name in more:
+        return UserError(where, f"{key} chooses a file", f"Give {key}=NAME")
     near = nearest(name, [*known, *more])
     if near in known:
         return UserError(where, what, f"The nearest is {near} ({describe(schema, near)})")
