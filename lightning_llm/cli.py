@@ -206,7 +206,8 @@ def _refuse_flags(verb: str, flags: Namespace) -> None:
 def _check_tree(verb: str, flags: Namespace, loader: Any) -> None:
     """Refuse an unknown key also where Hydra itself prints the tree, and a part of it that is not there."""
     from lightning_llm.pipeline.composition import compose_tree, select_package
-    from lightning_llm.pipeline.recipe import build_recipe, refuse_unknown_keys
+    from lightning_llm.pipeline.reader import refuse_unknown_keys
+    from lightning_llm.pipeline.recipe import build_recipe
 
     composition = compose_tree(verb, flags.overrides, loader=loader)
     refuse_unknown_keys(composition)
@@ -245,7 +246,8 @@ def _job(verb: str, outcome: list[int | BaseException]) -> Callable[[Any], Any]:
 
 def _run(composition: Composition) -> tuple[int, str]:
     from lightning_llm.pipeline import run
-    from lightning_llm.pipeline.recipe import build_recipe, build_settings
+    from lightning_llm.pipeline.reader import build_settings
+    from lightning_llm.pipeline.recipe import build_recipe
 
     settings = build_settings(composition)
     recipe = build_recipe(composition, settings)
@@ -259,7 +261,8 @@ def _run(composition: Composition) -> tuple[int, str]:
 
 def _plan(composition: Composition) -> tuple[int, None]:
     from lightning_llm.pipeline import plan
-    from lightning_llm.pipeline.recipe import build_recipe, build_settings
+    from lightning_llm.pipeline.reader import build_settings
+    from lightning_llm.pipeline.recipe import build_recipe
 
     settings = build_settings(composition)
     if settings.format not in ("text", "json"):
@@ -275,7 +278,7 @@ def _plan(composition: Composition) -> tuple[int, None]:
 
 
 def _report(composition: Composition) -> tuple[int, str]:
-    from lightning_llm.pipeline.recipe import build_settings
+    from lightning_llm.pipeline.reader import build_settings
     from lightning_llm.report import report
 
     settings = build_settings(composition)
@@ -285,7 +288,7 @@ def _report(composition: Composition) -> tuple[int, str]:
 
 
 def _store(composition: Composition) -> tuple[int, None]:
-    from lightning_llm.pipeline.recipe import build_settings
+    from lightning_llm.pipeline.reader import build_settings
     from lightning_llm.pipeline.store_report import list_store, remove_from_store, verify_store
 
     settings = build_settings(composition)
@@ -300,7 +303,7 @@ def _store(composition: Composition) -> tuple[int, None]:
 def _generate(composition: Composition) -> tuple[int, None]:
     from lightning_llm.generation.output import write_replies
     from lightning_llm.generation.prompts import read_prompts
-    from lightning_llm.pipeline.recipe import build_settings
+    from lightning_llm.pipeline.reader import build_settings
 
     settings = build_settings(composition)
     prompts = read_prompts(settings.prompt, settings.prompts)
@@ -313,7 +316,7 @@ def _generate(composition: Composition) -> tuple[int, None]:
 
 def _chat(composition: Composition) -> tuple[int, None]:
     from lightning_llm.generation.chat import chat
-    from lightning_llm.pipeline.recipe import build_settings
+    from lightning_llm.pipeline.reader import build_settings
 
     chat(_speaker(build_settings(composition)))
     return 0, None
@@ -322,8 +325,8 @@ def _chat(composition: Composition) -> tuple[int, None]:
 def _speaker(settings: Any) -> Any:
     """The model that a verb is to speak with."""
     from lightning_llm.generation.speaker import load_speaker
+    from lightning_llm.pipeline.checks import check_compute
     from lightning_llm.pipeline.find_model import find_model
-    from lightning_llm.pipeline.recipe import check_compute
     from lightning_llm.pipeline.store import Store
 
     check_compute(settings.compute)

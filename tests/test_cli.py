@@ -28,7 +28,7 @@ from lightning_llm.generation.config import GenerationConfig
 from lightning_llm.generation.speaker import load_speaker
 from lightning_llm.pipeline.composition import compose_tree
 from lightning_llm.pipeline.config import ChatSettings, GenerateSettings
-from lightning_llm.pipeline.recipe import build_settings
+from lightning_llm.pipeline.reader import build_settings
 from lightning_llm.stages.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]

@@ -32,9 +32,8 @@ from lightning_llm.pipeline.mistakes import (
     as_user_error,
     file_of,
     in_hydras_words,
-    unknown_entry,
-    unknown_setting,
 )
+from lightning_llm.pipeline.names import unknown_entry, unknown_setting
 from lightning_llm.settings import OPTIONS, UserError
 
 PACKAGE = Path(__file__).parents[1]

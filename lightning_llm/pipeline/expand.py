@@ -25,7 +25,8 @@ from lightning_llm.data.places import is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
-from lightning_llm.pipeline.recipe import Recipe, order_of_stages
+from lightning_llm.pipeline.order import order_of_stages
+from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
 from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, warmup_tokens
 from lightning_llm.settings import UserError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_llm.pipeline.mistakes import name_nearest
+from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.pipeline.store import Store
 from lightning_llm.settings import UserError
 from lightning_llm.stages.context import model_directory

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import re
-import shlex
-import types
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,17 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lightning_llm.pipeline.mappings import is_open, known_entries
+from lightning_llm.pipeline.names import (
+    describe,
+    has_field,
+    listed,
+    name_nearest,
+    nearest,
+    new_entry,
+    subclasses,
+    unknown_entry,
+    unknown_setting,
+)
 from lightning_llm.settings import OPTIONS, UserError
 
 COMMAND_LINE = "command line"
@@ -165,7 +173,7 @@ def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, ove
         file = re.match(r"In '([^']*)'", text)
         if verb not in WITH_RECIPE and package[1] in groups(loader):
             what = f"{package[1]} is not a setting of {verb}"
-            return UserError(COMMAND_LINE, what, f"It belongs to {_listed(WITH_RECIPE)}")
+            return UserError(COMMAND_LINE, what, f"It belongs to {listed(WITH_RECIPE)}")
         choices = re.findall(r"[\w/]+(?:@[\w.]+)?(?=[,?])", text.partition("Did you mean to override")[2])
         near = nearest(package[1], choices)
         remedy = f"The nearest is {near}" if near else "Address it as group@key, as objective@stages.dpo.objective"
@@ -255,11 +263,13 @@ def _refused_value(
     if "is not in struct" in refused or re.match(r"Key '.*' not in '", refused):
         schema = error.object_type if dataclasses.is_dataclass(error.object_type) else None
         if schema is not None:
-            chooses = asked is not None and "." not in asked and _has(schema, "stages")  # other verbs choose no files
+            chooses = (
+                asked is not None and "." not in asked and has_field(schema, "stages")
+            )  # other verbs choose no files
             more = groups(loader) if chooses else ()
             return unknown_setting(key, schema, where, more)
         if typed and is_open(key.rpartition(".")[0]):
-            return _new_entry(key, typed, where)
+            return new_entry(key, typed, where)
         group, _, name = key.rpartition(".")
         if loader.repository.group_exists(group) and name in _options(group, loader):
             return UserError(where, f"{key} is not there", f"Choose it first: {group}={name}")
@@ -332,138 +342,8 @@ def _group_with(option: Any, hint: Any, loader: Any) -> str | None:
     """The group whose options give what `hint` says, if `option` is one of them."""
     if not isinstance(option, str) or not (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
         return None
-    own = {group for (group, _), schema in OPTIONS.items() if schema in (hint, *_subclasses(hint))}
+    own = {group for (group, _), schema in OPTIONS.items() if schema in (hint, *subclasses(hint))}
     return next((group for group in groups(loader) if group in own and option in _options(group, loader)), None)
-
-
-# ---- names that are none ----
-
-
-def unknown_setting(key: str, schema: type, where: str, more: Iterable[str] = ()) -> UserError:
-    """`key` ends in a name that is no field of `schema`; the remedy is the nearest one, or one of that name below it.
-
-    Args:
-        more: names that are right there too, as groups beside the settings of a verb.
-    """
-    name = key.rsplit(".", 1)[-1]
-    prefix = key.rsplit(".", 1)[0] + "." if "." in key else ""
-    what = f"{key} is not a setting of {schema_name(schema)}"
-    known = [f.name for f in dataclasses.fields(schema)]
-    below = next((path for path in _paths(schema) if path.endswith(f".{name}")), None)
-    if below is not None:
-        return UserError(where, what, f"The nearest is {prefix}{below}")
-    verbs = [verb for (group, verb), other in OPTIONS.items() if group == "verb" and _has(other, name)]
-    if verbs and schema in (option for (group, _), option in OPTIONS.items() if group == "verb"):
-        return UserError(where, what, f"It belongs to {_listed(verbs)}")
-    kinds = _subclasses(schema)
-    if owners := [kind for kind in kinds if _has(kind, name)]:  # a file of the user's own that names no schema
-        options = " or ".join(map(schema_name, owners))
-        return UserError(
-            where,
-            what,
-            f"It is one of {options}: begin the file with its defaults, as [{schema_name(owners[0])}, _self_]",
-        )
-    if name in more:
-        return UserError(where, f"{key} chooses a file", f"Give {key}=NAME")
-    near = nearest(name, [*known, *more])
-    if near in known:
-        return UserError(where, what, f"The nearest is {near} ({describe(schema, near)})")
-    for kind in kinds if near is None else ():
-        if close := nearest(name, [f.name for f in dataclasses.fields(kind)]):
-            begin = f"begin the file with the defaults [{schema_name(kind)}, _self_]"
-            return UserError(where, what, f"The nearest is {close} of {schema_name(kind)}: {begin}")
-    return UserError(where, what, f"The nearest is {near}" if near else f"Known: {', '.join(known)}")
-
-
-def _listed(words: Sequence[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
-
-
-def _has(schema: type, name: str) -> bool:
-    return any(f.name == name for f in dataclasses.fields(schema))
-
-
-def unknown_entry(key: str, known: Sequence[str], where: str) -> UserError:
-    """`key` ends in a name that is no entry of an open mapping."""
-    parent, _, name = key.rpartition(".")
-    return UserError(where, f"{key} is not there" if parent else f"there is no {key}", name_nearest(name, known))
-
-
-def _new_entry(key: str, typed: str, where: str) -> UserError:
-    """`key` is not in an open mapping yet: misspelt, or typed without the plus that Hydra wants before new keys."""
-    path, _, name = key.rpartition(".")
-    known = known_entries(path)
-    if known is not None and name not in known:
-        return unknown_entry(key, known, where)
-    return UserError(
-        where, f"{key} is not there yet", f"Type {shlex.quote('+' + typed)}, with a plus before what is new"
-    )
-
-
-def name_nearest(name: str, known: Sequence[str]) -> str:
-    """The remedy for a name that is none of `known`."""
-    near = nearest(name, known)
-    others = f"known: {', '.join(sorted(known))}" if known else "there are none"
-    return f"The nearest is {near} ({others})" if near else others[0].upper() + others[1:]
-
-
-def nearest(name: str, known: Sequence[str]) -> str | None:
-    """The name out of `known` that is spelt most alike, if any comes near."""
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
-
-
-def without_schema(path: str, schema: type, where: str) -> UserError:
-    """A file of the user's own has chosen no kind: `schema` is what all kinds have in common, and builds nothing."""
-    kinds = [schema_name(kind) for kind in _subclasses(schema)]
-    remedy = f"Begin the file with the defaults of one of {', '.join(kinds)}, as [{kinds[0]}, _self_]"
-    return UserError(where, f"{path} is {schema_name(schema)} of no kind", remedy)
-
-
-def schema_name(schema: type) -> str:
-    """A dataclass as the user knows it: `dpo`, `the stage`, `a source`."""
-    for (group, name), option in OPTIONS.items():
-        if option is schema:
-            return name if group in ("objective", "optimizer", "verb") else _a(group)
-    return _a(re.sub(r"(Config|Settings|Conf)$", "", schema.__name__).lower())
-
-
-def _a(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
-def describe(schema: type, name: str) -> str:
-    """`number, default 0.1`"""
-    setting = next(f for f in dataclasses.fields(schema) if f.name == name)
-    kind = _kind(typing.get_type_hints(schema)[name])
-    if setting.default in (dataclasses.MISSING, "???"):
-        return kind
-    return f"{kind}, default {'null' if setting.default is None else setting.default}"
-
-
-def _kind(hint: Any) -> str:
-    names = {int: "whole number", float: "number", str: "text", bool: "true or false", Any: "any value"}
-    if hint in names:
-        return names[hint]
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return " or ".join(_kind(part) if part is not type(None) else "null" for part in typing.get_args(hint))
-    origin = typing.get_origin(hint)
-    return "list" if origin in (list, tuple) else "several settings"
-
-
-def _paths(schema: type, prefix: str = "") -> Iterable[str]:
-    """Dotted names of all fields of the dataclasses inside `schema`, nearest first."""
-    inside = []
-    for name, hint in typing.get_type_hints(schema).items():
-        if dataclasses.is_dataclass(hint) and name in {f.name for f in dataclasses.fields(schema)}:
-            parts = [hint, *_subclasses(hint)]  # pyright: ignore[reportArgumentType]
-            yield from dict.fromkeys(f"{prefix}{name}.{f.name}" for part in parts for f in dataclasses.fields(part))
-            inside.append((hint, f"{prefix}{name}."))
-    for hint, path in inside:
-        yield from _paths(hint, path)
-
-
-def _subclasses(schema: type) -> list[type]:
-    return [option for option in OPTIONS.values() if issubclass(option, schema) and option is not schema]
 
 
 def groups(loader: Any) -> list[str]:

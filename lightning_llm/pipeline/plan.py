@@ -15,10 +15,11 @@ from lightning_llm.models.size import (
     recomputed_flops_per_token,
     training_flops_per_token,
 )
+from lightning_llm.pipeline.checks import check
 from lightning_llm.pipeline.examples import estimated_lengths
 from lightning_llm.pipeline.expand import Node, expand
-from lightning_llm.pipeline.mistakes import name_nearest
-from lightning_llm.pipeline.recipe import Recipe, check
+from lightning_llm.pipeline.names import name_nearest
+from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
 from lightning_llm.settings import UserError

@@ -11,8 +11,9 @@ from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline.config import PhaseScale, ScaleConfig
-from lightning_llm.pipeline.mistakes import name_nearest
-from lightning_llm.pipeline.recipe import Recipe, order_of_stages
+from lightning_llm.pipeline.names import name_nearest
+from lightning_llm.pipeline.order import order_of_stages
+from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.schedules import BatchPlan, Ramp, as_ramp, ramp_value
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainStage

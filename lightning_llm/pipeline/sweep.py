@@ -17,7 +17,8 @@ from omegaconf import DictConfig
 
 from lightning_llm.pipeline.composition import compose_tree
 from lightning_llm.pipeline.plan import plan
-from lightning_llm.pipeline.recipe import build_recipe, build_settings
+from lightning_llm.pipeline.reader import build_settings
+from lightning_llm.pipeline.recipe import build_recipe
 from lightning_llm.pipeline.runner import check_run
 from lightning_llm.settings import UserError
 

@@ -10,7 +10,8 @@ import pytest
 
 from lightning_llm import compose, plan
 from lightning_llm.pipeline.composition import CONF, compose_tree, register_schemas
-from lightning_llm.pipeline.recipe import build_recipe, build_settings
+from lightning_llm.pipeline.reader import build_settings
+from lightning_llm.pipeline.recipe import build_recipe
 from lightning_llm.settings import OPTIONS, Buildable
 
 GOLDEN = Path(__file__).parent / "golden"

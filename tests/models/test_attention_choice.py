@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_llm.models.attention import Request, Segments, attention, choice, choose_backend, explain, flash
-from lightning_llm.pipeline import recipe
+from lightning_llm.pipeline import checks
 from lightning_llm.settings import UserError
 
 CPU = Request("cpu", torch.float32, 64)
@@ -33,7 +33,7 @@ def _gpu_software(monkeypatch):
 
 
 def test_the_setting_knows_all_backends():
-    assert set(recipe.ATTENTION) == {"auto", *choice.BACKENDS}
+    assert set(checks.ATTENTION) == {"auto", *choice.BACKENDS}
     assert all(sorted(order) == sorted(choice.BACKENDS) for order in choice.ORDER.values())
 
 

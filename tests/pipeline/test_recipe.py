@@ -11,7 +11,8 @@ import pytest
 from lightning_llm import compose
 from lightning_llm.data.config import DataConfig
 from lightning_llm.optimization.config import LearningRateConfig
-from lightning_llm.pipeline.recipe import check, order_of_stages
+from lightning_llm.pipeline.checks import check
+from lightning_llm.pipeline.order import order_of_stages
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainStage
 

@@ -1,0 +1,211 @@
+"""What a tree of known keys may still have wrong: names, ranges, and what does not go together."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf
+
+from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig
+from lightning_llm.data.embedded.options import check_embedded
+from lightning_llm.data.places import is_prepared, source_options, split_path
+from lightning_llm.models.config import check_scaling
+from lightning_llm.pipeline.mappings import PHASES
+from lightning_llm.pipeline.names import name_nearest, unknown_entry
+from lightning_llm.pipeline.order import order_of_stages
+from lightning_llm.schedules import as_ramp
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import ComputeConfig, TrainStage
+
+if TYPE_CHECKING:
+    from lightning_llm.pipeline.recipe import Recipe
+
+MOST_TOKENS = 2**31  # of a context or a batch: kernels count a batch's tokens in 32 bits
+ATTENTION = ("auto", "sdpa", "varlen", "flex", "flash")  # compute.attention
+LENGTHS = ("tokens", "examples", "steps")
+WARMUPS = ("warmup_tokens", "warmup_steps", "warmup_share")
+
+
+def check(recipe: Recipe) -> None:
+    """Refuse what cannot run, before anything does.
+
+    Raises:
+        UserError: names the key.
+    """
+    if not recipe.stages:
+        raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
+    for name, stage in recipe.stages.items():
+        _check_name(name)
+        _check_stage(f"stages.{name}", stage, recipe)
+    for part in ("text", "tasks", "pairs"):
+        _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
+    order_of_stages(recipe.stages)
+    check_compute(recipe.compute)
+    _in_range("limits.hours", recipe.limits.hours, low=0)
+    _in_range("seed", recipe.seed, low=0, below=2**63)
+    known = _known_corpora(recipe)
+    for name, source in recipe.scale.corpora.items():
+        if name not in known:
+            raise UserError(f"scale.corpora.{name}", "is the corpus of no mixture", name_nearest(name, sorted(known)))
+        _check_source(f"scale.corpora.{name}", source)
+    for name, source in recipe.tokenizer.sources.items():
+        _check_source(f"tokenizer.sources.{name}", source)
+
+
+def check_compute(compute: ComputeConfig) -> None:
+    """Refuse devices, precisions and kernels that are none.
+
+    Raises:
+        UserError: names the key.
+    """
+    _one_of("compute.precision", compute.precision, ("fp32", "bf16"))
+    _one_of("compute.strategy", compute.strategy, ("single", "ddp"))
+    _one_of("compute.accelerator", compute.accelerator, ("cpu", "gpu"))
+    _one_of("compute.attention", compute.attention, ATTENTION)
+    _one_of("compute.activation_checkpointing", compute.activation_checkpointing, ("none", "full"))
+    _in_range("compute.devices", compute.devices, low=1)
+    if compute.devices > 1 and compute.strategy == "single":
+        raise UserError("compute.devices", f"is {compute.devices} with strategy single", "Set compute.strategy=ddp")
+    _in_range("compute.micro_batch_tokens", compute.micro_batch_tokens, low=1)
+    for name in ("flops_per_second", "efficiency", "memory_gib"):
+        _in_range(f"compute.{name}", getattr(compute, name), above=0)
+
+
+def _check_name(name: str) -> None:
+    if not name.replace("_", "").isalnum() or name in ("tokenizer", "evaluation"):
+        raise UserError(
+            f"stages.{name}", "is no name for a stage", "Use letters, digits and _; tokenizer and evaluation are taken"
+        )
+
+
+def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
+    _one_of(f"{key}.kind", stage.kind, ("train",))
+    _one_of(f"{key}.phase", stage.phase, PHASES)
+    given = [unit for unit in LENGTHS if getattr(stage, unit) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        remedy = "Set the others to null" if given else f"Give one, as {key}.tokens=1e6"
+        raise UserError(key, f"wants exactly one of {', '.join(LENGTHS)}, has {found}", remedy)
+    for name in (*given, "epochs"):
+        _in_range(f"{key}.{name}", getattr(stage, name), above=0)
+    for name in ("context", "batch_tokens"):
+        if getattr(stage, name) is None:
+            raise UserError(f"{key}.{name}", "has no value", f"Give {key}.{name}=...")
+        try:
+            ramp = as_ramp(getattr(stage, name))
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{key}.{name}", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
+        for entry in ramp:
+            _whole(f"{key}.{name}", entry["value"], low=SHORTEST_CONTEXT if name == "context" else 1, below=MOST_TOKENS)
+        if (
+            name == "context"
+            and len(ramp) > 1
+            and stage.data.on_long == "truncate_left"
+            and stage.objective.needs_reference
+        ):
+            raise UserError(
+                f"{key}.context",
+                "is a ramp, and data.on_long truncates: the reference would see other prompts than the policy",
+                f"Give one context, or set {key}.data.on_long=drop",
+            )
+    warmups = [unit for unit in WARMUPS if getattr(stage.lr, unit) is not None]
+    if len(warmups) > 1:
+        raise UserError(f"{key}.lr", f"wants at most one of {', '.join(WARMUPS)}", "Set the others to null")
+    for unit in warmups:
+        _in_range(f"{key}.lr.{unit}", getattr(stage.lr, unit), low=0)
+    if stage.lr.warmup_share is not None and stage.lr.warmup_share > 1:
+        raise UserError(f"{key}.lr.warmup_share", f"is {stage.lr.warmup_share:g}", "It is a share: at most 1")
+    _in_range(f"{key}.lr.peak", stage.lr.peak, low=0)
+    if stage.lr.final is not None:
+        _in_range(f"{key}.lr.final", stage.lr.final, low=0)
+    if stage.evaluate_every is not None:
+        _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
+    if stage.rope_scaling:
+        try:
+            check_scaling(stage.rope_scaling)
+        except ValueError as error:
+            remedy = "Give {rope_type: linear, factor: ...} or another"
+            raise UserError(f"{key}.rope_scaling", str(error), remedy) from error
+    objective = stage.objective
+    if objective.needs_pairs != (stage.data.form == "pairs"):
+        raise UserError(
+            f"{key}.data",
+            f"{stage.data.name} holds {stage.data.form}, and {objective.name} does not learn from that",
+            "causal_lm learns from text and conversations, dpo and ipo from pairs",
+        )
+    if objective.needs_reference and stage.starts_from is None:
+        raise UserError(f"{key}.starts_from", f"has no value, and {objective.name} needs a reference", "Name a stage")
+    _check_data(f"{key}.data", stage.data)
+
+
+def _check_data(key: str, data: DataConfig) -> None:
+    _one_of(f"{key}.form", data.form, ("text", "conversations", "pairs", "questions"))
+    _one_of(f"{key}.on_error", data.on_error, ("stop", "skip"))
+    _one_of(f"{key}.on_long", data.on_long, ("drop", "truncate_left", "stop"))
+    _in_range(f"{key}.validation", data.validation, low=0, below=1)
+    _in_range(f"{key}.max_epochs", data.max_epochs, above=0)
+    for name, source in data.sources.items():
+        _check_source(f"{key}.sources.{name}", source)
+
+
+def _known_corpora(recipe: Recipe) -> set[str]:
+    """What a corpus may be called: as a source of this recipe, or of a scale of ours (which serve all recipes)."""
+    mixtures = [stage.data for stage in recipe.stages.values()]
+    mixtures += [getattr(recipe.evaluation, part) for part in ("text", "tasks", "pairs")]
+    return {name for data in mixtures for name in data.sources} | _corpora_of_our_scales()
+
+
+@functools.cache
+def _corpora_of_our_scales() -> frozenset[str]:
+    from lightning_llm.pipeline.composition import CONF
+
+    files = (OmegaConf.to_container(OmegaConf.load(path)) for path in sorted(CONF.glob("scale/*.yaml")))
+    return frozenset(name for file in files if isinstance(file, dict) for name in file.get("corpora", {}))
+
+
+def _check_source(key: str, source: SourceConfig) -> None:
+    if source.path is not None:
+        known = source_options(source.path, key)
+        for name in source.options:
+            if name not in known:
+                raise unknown_entry(f"{key}.options.{name}", known, source.path)
+        kind, name = split_path(source.path, key)
+        if kind == "embedded":
+            check_embedded(name, source.options, key)
+        for name in ("columns", "max_rows"):
+            if getattr(source, name) and is_prepared(source.path):
+                what = f"is given, and {source.path} holds tokens, no rows any more"
+                raise UserError(f"{key}.{name}", what, "Take it away, or name the rows that the tokens were made of")
+    try:
+        ramp = as_ramp(source.weight)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}.weight", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
+    for entry in ramp:
+        _in_range(f"{key}.weight", entry["value"], low=0)
+
+
+def _one_of(key: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise UserError(key, f"{value!r} is not one of its values", name_nearest(str(value), known))
+
+
+def _in_range(
+    key: str, value: Any, low: float = float("-inf"), above: float = float("-inf"), below: float = float("inf")
+) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(key, f"is {value!r} and not a number", "Give a number")
+    if not (value >= low and value > above and value < below):
+        wanted = [f"at least {low:g}" * (low > float("-inf")), f"above {above:g}" * (above > float("-inf"))]
+        wanted += [f"below {below:g}" * (below < float("inf"))]
+        if not math.isfinite(value):
+            wanted = ["finite", *wanted]
+        raise UserError(key, f"is {value:g}", f"It must be {' and '.join(filter(None, wanted))}")
+
+
+def _whole(key: str, value: Any, low: int, below: int) -> None:
+    _in_range(key, value, low=low, below=below)
+    if value != int(value):
+        raise UserError(key, f"is {value:g} tokens", "Give a whole number")
