@@ -15,7 +15,7 @@ from lightning_llm.data.embedded.options import check_embedded
 from lightning_llm.data.fingerprints import source_fingerprint
 from lightning_llm.data.json_rows import read_json
 from lightning_llm.data.places import datasets_folder, file_kind, source_files, split_path
-from lightning_llm.data.rows import SKIP, Row, read_row
+from lightning_llm.data.rows import Row, read_row
 from lightning_llm.data.tables import commit_on_hub, read_datasets_folder, read_hub, read_parquet
 from lightning_llm.data.text_files import DOCUMENTS, read_text
 from lightning_llm.settings import UserError
@@ -81,7 +81,7 @@ class Source:
     def _read_file(self, path: Path) -> Found:
         kind, _ = file_kind(path) or ("", "")
         if not path.stat().st_size:
-            return iter([(str(path), UserError(str(path), "is empty", f"Fill it, {SKIP}"))])
+            return iter([(str(path), UserError(str(path), "is empty", "Fill it, or take it away"))])
         if kind == "text":
             return read_text(path, self.config.options.get("documents", DOCUMENTS[0]))
         return read_parquet(path) if kind == "parquet" else read_json(path)

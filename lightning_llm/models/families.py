@@ -283,7 +283,11 @@ def write_weights(directory: Path, config: ModelConfig, parameters: dict[str, Te
         else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     )
     for name, shard in zip(names, shards, strict=True):
-        save_file(shard, directory / name, metadata={"format": "pt"})
+        path = directory / name
+        path.touch()  # the library makes files that nobody else may read: others share a store
+        mode = path.stat().st_mode
+        save_file(shard, path, metadata={"format": "pt"})
+        path.chmod(mode)
     if count > 1:
         weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         write_json(

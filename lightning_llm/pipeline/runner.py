@@ -118,7 +118,7 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
     checked = check_run(recipe, until=until, only=only, force=force)
     whole, chosen, keys = checked.whole, checked.chosen, checked.keys
     recipe, store = whole.recipe, Store(whole.recipe.store.root)
-    _refuse_missing(chosen, whole, checked.there)
+    _refuse_missing(checked, store)
     record = RunRecord(_new_folder(Path(recipe.runs).expanduser() / recipe.name), chosen)
     store.register(record.folder)
     began = time.monotonic()
@@ -177,13 +177,14 @@ def check_run(
     return CheckedRun(whole, chosen, keys, there)
 
 
-def _refuse_missing(chosen: Plan, whole: Plan, there: dict[str, Path | None]) -> None:
-    names, all_names = {node.name for node in chosen.nodes}, {node.name for node in whole.nodes}
-    for node in chosen.nodes:
+def _refuse_missing(checked: CheckedRun, store: Store) -> None:
+    chosen, others = {node.name for node in checked.chosen.nodes}, {node.name: node for node in checked.whole.nodes}
+    for node in checked.chosen.nodes:
         for source in node.inputs.values():
-            if source in all_names and source not in names and there[source] is None:
-                stage = source.partition(".")[0]
-                raise UserError(f"only={node.stage}", f"{source} is not in the store", f"Make it first: until={stage}")
+            if source in others and source not in chosen and checked.there[source] is None:
+                path = store.place(others[source].kind, source, checked.keys[source])
+                what = f"{source} is {'damaged' if path.is_dir() else 'not'} in the store"
+                raise UserError(f"only={node.stage}", what, f"Make it first: until={source.partition('.')[0]}")
 
 
 def _refuse_folder(key: str, folder: Path) -> None:

@@ -92,6 +92,11 @@ def test_a_window_that_no_layer_uses_is_none(saved):
     assert families.read_config(saved) == CONFIG
 
 
+def test_others_may_read_what_they_may_read_of_the_rest(saved):
+    modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
+    assert modes["model.safetensors"] == modes["config.json"]
+
+
 def test_shards_are_written_and_read(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(families, "SHARD_BYTES", 2000)
     model = Transformer.from_pretrained(saved)

@@ -113,6 +113,12 @@ def test_selectors(place):
             place.run(**selector)
     with pytest.raises(UserError, match=r"only=dpo: sft is not in the store.*until=sft"):
         place.run(place.changed("sft", rope_theta=77.0), only="dpo")
+    weights = place.artifact("train-sft") / "model" / "model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(content[::-1])
+    with pytest.raises(UserError, match=r"only=dpo: sft is damaged in the store.*until=sft"):
+        place.run(only="dpo", force=["dpo"])
+    weights.write_bytes(content)
 
 
 def test_an_altered_artifact_is_made_again(place):

@@ -249,7 +249,7 @@ def damaged(tmp_path):
         "no parquet": ("a.parquet", b"PAR1....", r"a\.parquet: cannot be read as parquet"),
         "CSV": ("a.csv", csv, r"a\.csv: is of an unknown kind\. .*convert others, as CSV"),
         "CSV as jsonl": ("a.jsonl", csv, r"a\.jsonl:1: is not JSON .*looks like the head of a CSV table"),
-        "empty": ("a.jsonl", b"", r"a\.jsonl: is empty"),
+        "empty": ("a.jsonl", b"", r"a\.jsonl: is empty\. Fill it, or take it away"),
         "empty inside": ("a.jsonl.zst", zstandard.compress(b""), r"a\.jsonl\.zst has no rows"),
         "cut array": ("a.json", b'[{"text": "a"},\n{"text": "b"}\n', r"a\.json:3: the array has no end"),
         "wrong array": ("a.json", b'[{"text": "a"},\n{text: "b"}]' + b" " * 99, r"a\.json:2: is not JSON"),
