@@ -87,15 +87,15 @@ def late_loss(
 ) -> LateLoss:
     """The tokens of each window's second half, once with all of the window before them, once with a short context.
 
-    The second time they are scored in pieces of an eighth of a short context, each at the end of one: a token has from
-    seven eighths of it to the whole before it. One piece a token would cost eight times as much for as good as nothing.
+    The second time they are scored in pieces of a quarter of a short context, each at the end of one: a token has from
+    three quarters of it to the whole before it. One piece a token would cost many times as much for as good as nothing.
 
     Args:
         windows: of equal length, longer than `short_context`.
         losses: of these windows, from `losses_by_position`: [windows, L - 1].
         short_context: tokens.
     """
-    length, piece = len(windows[0]), max(short_context // 8, 1)
+    length, piece = len(windows[0]), max(short_context // 4, 1)
     ends = range(length, max(length // 2, short_context - 1), -piece)
     cut = [window[end - short_context : end] for window in windows for end in ends]
     short = losses_by_position(model, cut, max_tokens)[:, -piece:]

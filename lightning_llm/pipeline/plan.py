@@ -290,8 +290,8 @@ def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]
     both = 2 if "starts_from" in node.inputs else 1
     phase = recipe.scale.phases.get("preference")
     pair = (phase and phase.tokens_per_example) or settings.context
-    # late tokens once more, each eighth of a short context at the end of a whole one (evaluation/perplexity.py)
-    passes = 1 + (4 if settings.full_context > settings.context else 0)
+    # late tokens once more, each quarter of a short context at the end of a whole one (evaluation/perplexity.py)
+    passes = 1 + (2 if settings.full_context > settings.context else 0)
     text = sizes.text_tokens * len(parts.text.sources) + passes * sizes.long_documents * settings.full_context
     # greedy once, and sampled once from either model where there are two
     answers = sizes.questions * sizes.max_new_tokens * (1 if both == 1 else 3) if parts.tasks.sources else 0

@@ -123,7 +123,7 @@ class Evaluation:
         self.write("loss_by_position.json", curve)
         if full_context > context:
             late = late_loss(self.model, windows, losses, context, self.max_tokens)
-            self.tokens += 4 * len(windows) * full_context  # half of them, eight times as many with those before them
+            self.tokens += 2 * len(windows) * full_context  # half of them, four times as many with those before them
             self.metrics |= {"late_loss/full": late.full, "late_loss/short": late.short, "late_loss/gain": late.gain}
             self.metrics["late_loss/gain_error"] = late.gain_error
 

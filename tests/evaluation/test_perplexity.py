@@ -88,15 +88,15 @@ def test_losses_by_position_are_those_of_each_window_alone(model, max_tokens):
 
 @pytest.mark.parametrize(
     ("length", "ends"),
-    [(40, [*range(40, 20, -2)]), (17, [17]), (21, [21, 19, 17])],
+    [(40, [*range(40, 20, -4)]), (17, [17]), (25, [25, 21, 17])],
     ids=["many", "one", "uneven"],
 )
 def test_late_loss_scores_the_same_tokens_twice(model, length, ends):
     windows, short = documents(length, length, seed=1), 16
     losses = perplexity.losses_by_position(model, windows, 1000)
     late = perplexity.late_loss(model, windows, losses, short, 1000)
-    full_losses = torch.stack([plain_losses(model, window)[end - 3 : end - 1] for window in windows for end in ends])
-    short_losses = torch.stack([plain_losses(model, window[end - 16 : end])[-2:] for window in windows for end in ends])
+    full_losses = torch.stack([plain_losses(model, window)[end - 5 : end - 1] for window in windows for end in ends])
+    short_losses = torch.stack([plain_losses(model, window[end - 16 : end])[-4:] for window in windows for end in ends])
     assert late.full == pytest.approx(full_losses.mean().item(), rel=1e-4)
     assert late.short == pytest.approx(short_losses.mean().item(), rel=1e-4)
     assert late.gain == pytest.approx((short_losses - full_losses).mean().item(), rel=1e-3)
