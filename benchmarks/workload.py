@@ -73,6 +73,11 @@ def pairs(calls: int, rows: int = 8) -> list[list[tuple[Tokens, Tokens, Tokens]]
     ]
 
 
+def response_lengths(calls: int, rows: int) -> list[list[int]]:
+    """For each call so many lengths of 8 to 128 tokens, all alike likely."""
+    return [rng.integers(8, 129, rows).tolist() for rng in _generators(calls)]
+
+
 def products() -> list[tuple[int, int, int]]:
     """The matrix products of a step on 2,048 tokens as (rows, inputs, outputs); the vocabulary's in chunks."""
     config, tokens, chunk = MODEL, 2048, 256

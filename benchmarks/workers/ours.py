@@ -11,6 +11,8 @@ from torch import nn
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.packing import Window
+from lightning_llm.generation.config import Sampling
+from lightning_llm.generation.engine import sample
 from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.base import Objective, token_logps
@@ -139,6 +141,23 @@ def train(calls: Calls, objective: Objective, batch_of: Callable[[int], SegmentB
     fit(objective, AskedFor(calls, objective, batch_of, steps), ComputeConfig(), precision="fp32")  # pyright: ignore[reportArgumentType]
 
 
+def generate(calls: Calls) -> None:
+    calls.before_building()
+    model = load(calls).eval()
+    for index in calls:
+        responses = sample(
+            model,
+            calls.settings["prompts"][index],
+            samples=calls.settings["samples"],
+            max_new_tokens=calls.settings["limits"][index],
+            stop_ids=(),
+            sampling=Sampling(1.0),
+            seed=index,
+            batch_size=calls.settings["places"],
+        )
+        calls.done(tokens=sum(len(response.ids) for response in responses))
+
+
 def limit(calls: Calls) -> None:
     """float32 matrix products of the model's shapes, forward and for both gradients, into memory that is there."""
     shapes: Sequence[Sequence[int]] = calls.settings["products"]
@@ -167,5 +186,5 @@ def vocabulary(calls: Calls) -> None:
 
 
 if __name__ == "__main__":
-    jobs = [pretrain, pretrain_with_lightning, sft, dpo, limit, vocabulary]
+    jobs = [pretrain, pretrain_with_lightning, sft, dpo, generate, limit, vocabulary]
     serve({job.__name__: job for job in jobs}, ["lightning", "transformers"])

@@ -1,4 +1,4 @@
-"""Keys and values of running requests, and the two ways to attend with them: a whole prompt, and a token more."""
+"""Keys and values of running requests, and two ways to attend with them: whole prompts, and a token more of each."""
 
 from __future__ import annotations
 
@@ -17,78 +17,93 @@ from lightning_llm.models.transformer import Transformer
 
 
 class Cache:
-    """Keys and values of B running requests, [B, K, slots, D] per layer.
+    """Keys and values of at most `rows` running requests, [rows, K, slots, D] per layer.
 
-    Prompts end in the same column, so a step writes one column of all rows; what lies before a shorter one is hidden.
-    A layer with a window has as many slots as its window is wide and is a ring: column c stands in slot c mod slots, so
-    that a new column takes the place of the one that has just left the window. All other layers have a slot per column.
+    The token at position p of a request stands in slot p mod slots of its row. A layer with a window has as many slots
+    as its window is wide and is a ring: a token takes the place of the one that has just left the window. All other
+    layers have a slot per position. Requests come and go on their own; the rows in use are the first ones, without a
+    gap, so that a step computes nothing for nobody.
     """
 
-    def __init__(self, model: Transformer, lengths: Sequence[int], max_new_tokens: int, dual_chunk: DualChunk | None):
-        self.used = max(lengths)
-        columns = self.used + max_new_tokens - 1  # the last token is never a key
-        self.asked = [model.config.layer_attention(layer) for layer in range(model.config.num_hidden_layers)]
-        self.slots = slots_of_layers(model.config, columns)
-        self.before = [self.used - length for length in lengths]  # columns before a request's first
+    def __init__(self, model: Transformer, rows: int, positions: int, dual_chunk: DualChunk | None = None):
+        """
+        Args:
+            rows: requests that run at once, at most.
+            positions: of the longest of them, prompt and response; its last token needs none.
+        """
+        layers = range(model.config.num_hidden_layers)
+        self.rows = rows
+        self.asked = [model.config.layer_attention(layer) for layer in layers]
+        self.slots = slots_of_layers(model.config, positions)
+        self.lengths: list[int] = []  # tokens of each row in use
         self.device = model.embed_tokens.weight.device
         self.dual_chunk = dual_chunk
-        self.keys: list[Tensor] = []
+        self.keys: list[Tensor] = []  # made by the first prompts, in the type that they are computed in
         self.values: list[Tensor] = []
 
-    @property
-    def lengths(self) -> Tensor:
-        """[B] tokens of each request so far."""
-        return self.used - torch.tensor(self.before, device=self.device)
+    def add(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, slots: Tensor) -> None:
+        """Put keys and values [T, K, D] into rows [T] and slots [T]."""
+        if layer == len(self.keys):
+            shape = (self.rows, k.shape[1], self.slots[layer], k.shape[2])
+            self.keys.append(k.new_zeros(shape))
+            self.values.append(v.new_zeros(shape))
+        self.keys[layer][rows, :, slots], self.values[layer][rows, :, slots] = k, v
 
-    def keep(self, rows: list[int]) -> None:
-        """Forget the other rows."""
-        self.before = [self.before[row] for row in rows]
-        index = torch.tensor(rows, device=self.device)
-        for layer in range(len(self.keys)):
-            self.keys[layer], self.values[layer] = self.keys[layer][index], self.values[layer][index]
-
-    def columns_held(self, slots: int) -> Tensor:
-        """Columns that the filled ones of `slots` slots hold, the newest among them, which is `used`."""
-        return self.used - (self.used - torch.arange(min(slots, self.used + 1), device=self.device)) % slots
+    def remove(self, row: int) -> None:
+        """Forget a request; the last one moves into its row."""
+        last = len(self.lengths) - 1
+        if row != last:
+            for stored in (*self.keys, *self.values):
+                filled = min(self.lengths[last], stored.shape[2])
+                stored[row, :, :filled] = stored[last, :, :filled]
+            self.lengths[row] = self.lengths[last]
+        self.lengths.pop()
 
     def mask(self, slots: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of a step's queries, [B, 1, 1, filled slots]: -inf before a request's first
-        column; None where all is seen."""
-        if max(self.before) <= max(self.used + 1 - slots, 0):  # the oldest column that is held
+        """What is added to the scores of a step's queries, [B, 1, 1, filled slots]: -inf where a shorter row has
+        nothing yet; None where all rows are filled alike."""
+        filled = min(max(self.lengths) + 1, slots)
+        if min(self.lengths) + 1 >= filled:
             return None
-        before = torch.tensor(self.before, device=self.device)
-        hidden = self.columns_held(slots) < before[:, None]
-        return torch.zeros(hidden.shape, dtype=dtype, device=self.device).masked_fill_(hidden, -torch.inf)[
-            :, None, None
-        ]
+        newest = torch.tensor(self.lengths, device=self.device)[:, None]
+        empty = torch.arange(filled, device=self.device) > newest
+        return torch.zeros(empty.shape, dtype=dtype, device=self.device).masked_fill_(empty, -torch.inf)[:, None, None]
 
 
-def slots_of_layers(config: ModelConfig, columns: int) -> list[int]:
-    """Slots of each layer for texts of so many columns."""
+def slots_of_layers(config: ModelConfig, positions: int) -> list[int]:
+    """Slots of each layer for texts of so many positions."""
     windows = [config.layer_attention(layer).window for layer in range(config.num_hidden_layers)]
-    return [min(columns, window or columns) for window in windows]
+    return [min(positions, window or positions) for window in windows]
 
 
-def cache_bytes(config: ModelConfig, columns: int, dtype: torch.dtype) -> int:
+def cache_bytes(config: ModelConfig, positions: int, dtype: torch.dtype) -> int:
     """What one request's keys and values take in memory."""
     of_slot = 2 * config.num_key_value_heads * config.head_size * dtype.itemsize
-    return of_slot * sum(slots_of_layers(config, columns))
+    return of_slot * sum(slots_of_layers(config, positions))
 
 
-def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Compute the prompts as one flat batch and fill the cache; hidden states [B, d] of their last tokens."""
+def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
+    """Compute prompts as one flat batch, each once, and give each as many new rows as it has copies.
+
+    Returns:
+        [P, d] hidden states of the prompts' last tokens.
+    """
     batch = SegmentBatch.from_documents(prompts).to(cache.device)
     segments = Segments(batch.lengths, batch.prefixes)
-    rows = torch.arange(len(prompts), device=cache.device).repeat_interleave(cache.lengths)
-    columns = batch.positions + torch.tensor(cache.before, device=cache.device)[rows]
-    kept = {slots: (columns >= cache.used - slots).nonzero()[:, 0] for slots in set(cache.slots)}
+    places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # slots of a layer -> which tokens go where
+    for slots in set(cache.slots):
+        tokens, rows, row = [], [], len(cache.lengths)
+        for begin, length, count in zip(batch.cu_seqlens.tolist(), batch.lengths, copies, strict=False):
+            kept = torch.arange(begin + max(length - slots, 0), begin + length)
+            tokens += [kept] * count
+            rows += [torch.full_like(kept, row + copy) for copy in range(count)]
+            row += count
+        chosen = torch.cat(tokens).to(cache.device)
+        places[slots] = chosen, torch.cat(rows).to(cache.device), batch.positions[chosen] % slots
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        slots = cache.slots[layer]
-        tokens = kept[slots]
-        for store, new in ((cache.keys, k), (cache.values, v)):
-            store.append(new.new_zeros(len(prompts), new.shape[1], slots, new.shape[2]))
-            store[layer][rows[tokens], :, columns[tokens] % slots] = new[tokens]
+        tokens, rows, slots = places[cache.slots[layer]]
+        cache.add(layer, k[tokens], v[tokens], rows, slots)
         asked = cache.asked[layer]
         if cache.dual_chunk is not None:
             return cache.dual_chunk.attend(q, k, v, batch.lengths, asked.scale, asked.softcap)
@@ -104,32 +119,35 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]]) 
         )
 
     positions = batch.positions if cache.dual_chunk is None else batch.positions % cache.dual_chunk.period
-    return model.run(batch.input_ids, positions, attend)[batch.cu_seqlens[1:] - 1]
+    hidden = model.run(batch.input_ids, positions, attend)[batch.cu_seqlens[1:] - 1]
+    cache.lengths += [length for length, count in zip(batch.lengths, copies, strict=True) for _ in range(count)]
+    return hidden
 
 
 def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
-    """Compute one more token [B] of each row and add it to the cache; hidden states [B, d]."""
-    positions = cache.lengths
-    masks: dict[int, Tensor | None] = {}
+    """Compute one more token [B] of each row in use and add it to the cache; hidden states [B, d]."""
+    positions = torch.tensor(cache.lengths, device=cache.device)
+    count, longest = len(cache.lengths), max(cache.lengths)
+    rows = torch.arange(count, device=cache.device)
+    masks = {slots: cache.mask(slots, model.embed_tokens.weight.dtype) for slots in set(cache.slots)}
+    places = {slots: positions % slots for slots in set(cache.slots)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slots, asked = cache.slots[layer], cache.asked[layer]
-        keys, values = cache.keys[layer], cache.values[layer]
-        keys[:, :, cache.used % slots], values[:, :, cache.used % slots] = k, v
-        seen = slice(cache.used + 1)
-        keys, values = keys[:, :, seen], values[:, :, seen]
-        if slots not in masks:
-            masks[slots] = cache.mask(slots, q.dtype)
+        cache.add(layer, k, v, rows, places[slots])
+        filled = min(longest + 1, slots)
+        keys, values = cache.keys[layer][:count, :, :filled], cache.values[layer][:count, :, :filled]
+        mask = masks[slots]
+        mask = None if mask is None else mask.to(q.dtype)
         if cache.dual_chunk is not None:
-            of_keys = cache.columns_held(slots) - torch.tensor(cache.before, device=cache.device)[:, None]
-            return cache.dual_chunk.attend_step(
-                q, keys, values, positions, of_keys, masks[slots], asked.scale, asked.softcap
-            )
+            held = torch.arange(filled, device=cache.device)  # the newest position of each slot, below 0 where empty
+            of_keys = positions[:, None] - (positions[:, None] - held) % slots
+            return cache.dual_chunk.attend_step(q, keys, values, positions, of_keys, mask, asked.scale, asked.softcap)
         grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, D]: the heads of a group are queries to the same keys
-        return attend_step(grouped, keys, values, masks[slots], asked.scale, asked.softcap).flatten(1, 2)
+        return attend_step(grouped, keys, values, mask, asked.scale, asked.softcap).flatten(1, 2)
 
     hidden = model.run(tokens, positions if cache.dual_chunk is None else positions % cache.dual_chunk.period, attend)
-    cache.used += 1
+    cache.lengths = [length + 1 for length in cache.lengths]
     return hidden
 
 

@@ -1,9 +1,13 @@
-"""Continue prompts: those of like length in one batch, computed once, then a token at a time over a KV cache."""
+"""Continue prompts, many at a time: whoever ends makes place for the next, and a prompt with several samples is
+computed once."""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,34 +21,61 @@ from lightning_llm.models.transformer import Transformer
 from lightning_llm.settings import UserError
 
 GREEDY = Sampling()
+REFILL = 8  # new prompts are computed when an eighth of the places is free: a few at a time cost more
 Listener = Callable[
     [int, int, bool], bool
-]  # request, its new token, whether that is its last -> whether to end it here
+]  # response, its new token, whether that is its last -> whether to end it here
 
 
-@torch.inference_mode()
+@dataclass
+class Sample:
+    """A response to a prompt."""
+
+    ids: list[int] = field(default_factory=list)  # the stop token included, if there is one
+    logps: list[float] = field(default_factory=list)  # of each token in what it was drawn from, in nats; greedy: 0
+
+
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
     *,
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     stop_ids: Collection[int],
+    **options: Any,
+) -> list[list[int]]:
+    """The ids of a response to each prompt; options, and errors, are those of `sample`."""
+    found = sample(model, prompts, max_new_tokens=max_new_tokens, stop_ids=stop_ids, **options)
+    return [response.ids for response in found]
+
+
+@torch.inference_mode()
+def sample(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int | Sequence[int],
+    stop_ids: Collection[int],
+    samples: int = 1,
     sampling: Sampling = GREEDY,
     seed: int = 0,
     batch_size: int = 64,
     context: int | None = None,
     dual_chunk: DualChunkConfig | None = None,
     listen: Listener | None = None,
-) -> list[list[int]]:
-    """A response to each prompt, the stop token included if there is one.
+) -> list[Sample]:
+    """So many responses to each prompt: all of the first prompt's, then the second's, and so on.
+
+    They run in `batch_size` places. One that ends leaves its place at once, and when enough are free the next come in,
+    shortest prompts first (continuous batching; Yu et al. 2022, Orca).
 
     Args:
         prompts: token ids, at least one each.
-        max_new_tokens: a response is cut after so many.
+        max_new_tokens: a response is cut after so many; one number, or one for each response.
         stop_ids: tokens that end a response.
+        samples: of each prompt, which is computed once for as many of them as there are places.
         sampling: how tokens are drawn.
-        seed: of sampling. A sample depends on the seed and the request's place in `prompts`, not on its batch.
-        batch_size: prompts computed together.
+        seed: of sampling. A response depends on the seed and its own number, not on what runs beside it.
+        batch_size: responses that run at once, at most.
         context: prompt and response have so many tokens at most; None: any number.
         dual_chunk: dual chunk attention in the place of the model's own.
         listen: hears every token as soon as it is known.
@@ -53,50 +84,93 @@ def generate(
         ValueError: an empty prompt, one that leaves no room in the context, or a number out of range.
         UserError: dual chunk attention of a model with sliding windows.
     """
-    if max_new_tokens < 1 or batch_size < 1:
-        raise ValueError("max_new_tokens and batch_size are at least 1")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is at least 1, is {batch_size}")
+    limits = response_limits(prompts, samples, max_new_tokens, context)
+    chunks = build_dual_chunk(model, dual_chunk)
+    responses = [Sample() for _ in limits]
+    draws = [request_uniforms(number, limit, seed) for number, limit in enumerate(limits)]
+    positions = max((len(prompts[number // samples]) + limit - 1 for number, limit in enumerate(limits)), default=0)
+    cache = Cache(model, min(batch_size, len(limits)), positions, chunks)
+    waiting = deque(in_groups(prompts, samples, cache.rows))
+    running: list[int] = []  # the responses in the cache's rows
+    tokens: list[int] = []  # the newest of each
+    said = said_already(model, []) if sampling.repetition_penalty != 1 else None
+
+    def is_over(number: int, token: int, logp: float) -> bool:
+        response = responses[number]
+        response.ids.append(token)
+        response.logps.append(logp)
+        is_last = token in stop_ids or len(response.ids) == limits[number]
+        return (listen is not None and listen(number, token, is_last)) or is_last
+
+    while waiting or running:
+        hidden = [decode(model, cache, torch.tensor(tokens, device=cache.device))] if running else []
+        if groups := next_groups(waiting, cache.rows - len(running), cache.rows):
+            firsts = [prompts[group[0] // samples] for group in groups]
+            copies = torch.tensor([len(group) for group in groups])
+            of_prompts = prefill(model, cache, firsts, copies.tolist())
+            hidden.append(of_prompts.repeat_interleave(copies.to(cache.device), dim=0))
+            running += [number for group in groups for number in group]
+            if said is not None:
+                new = said_already(model, firsts).repeat_interleave(copies.to(cache.device), dim=0)
+                said = torch.cat((said, new))
+        uniforms = torch.stack([draws[number][len(responses[number].ids)] for number in running])
+        chosen, logps = next_tokens(model.logits(torch.cat(hidden)), uniforms.to(cache.device), sampling, said)
+        if said is not None:
+            said.scatter_(1, chosen[:, None], True)
+        tokens = chosen.tolist()
+        over = [row for row, heard in enumerate(zip(running, tokens, logps.tolist(), strict=True)) if is_over(*heard)]
+        for row in reversed(over):  # the last takes the place of each
+            cache.remove(row)
+            running[row], tokens[row] = running[-1], tokens[-1]
+            running.pop(), tokens.pop()
+            if said is not None:
+                said[row] = said[-1]
+                said = said[:-1]
+    return responses
+
+
+def response_limits(
+    prompts: Sequence[Sequence[int]], samples: int, max_new_tokens: int | Sequence[int], context: int | None
+) -> list[int]:
+    """Tokens of each response, at most.
+
+    Raises:
+        ValueError: as `sample`.
+    """
+    count = len(prompts) * samples
+    limits = [max_new_tokens] * count if isinstance(max_new_tokens, int) else list(max_new_tokens)
+    if samples < 1 or len(limits) != count:
+        raise ValueError(f"{len(limits)} lengths for {count} responses; samples is at least 1, is {samples}")
+    if min(limits, default=1) < 1 or (isinstance(max_new_tokens, int) and max_new_tokens < 1):
+        raise ValueError("max_new_tokens is at least 1")
     if not all(len(prompt) for prompt in prompts):
         raise ValueError("a prompt has at least one token")
-    limits = [min(max_new_tokens, (context or math.inf) - len(prompt)) for prompt in prompts]
-    if min(limits, default=1) < 1:
+    room = [int(min(limit, (context or math.inf) - len(prompts[n // samples]))) for n, limit in enumerate(limits)]
+    if min(room, default=1) < 1:
         raise ValueError(f"the context of {context} tokens has at least one token more than a prompt")
-    chunks = build_dual_chunk(model, dual_chunk)
-    responses: list[list[int]] = [[] for _ in prompts]
+    return room
 
-    def goes_on(request: int, token: int) -> bool:
-        response = responses[request]
-        response.append(token)
-        is_last = token in stop_ids or len(response) == limits[request]
-        return not (listen is not None and listen(request, token, is_last)) and not is_last
 
-    by_length = sorted(range(len(prompts)), key=lambda request: len(prompts[request]))
-    for first in range(0, len(prompts), batch_size):
-        running = by_length[first : first + batch_size]  # requests, in the order of the cache's rows
-        steps = int(max(limits[request] for request in running))
-        draws = torch.stack([request_uniforms(request, steps, seed) for request in running])  # [B, steps]
-        cache = Cache(model, [len(prompts[request]) for request in running], steps, chunks)
-        hidden = prefill(model, cache, [prompts[request] for request in running])
-        said = (
-            said_already(model, [prompts[request] for request in running]) if sampling.repetition_penalty != 1 else None
-        )
-        ended: set[int] = set()
-        for step in range(steps):
-            tokens = next_tokens(model.logits(hidden), draws[:, step].to(hidden.device), sampling, said)
-            for request, token in zip(running, tokens.tolist(), strict=True):
-                if request not in ended and not goes_on(request, token):
-                    ended.add(request)
-            unfinished = [row for row, request in enumerate(running) if request not in ended]
-            if not unfinished:
-                break
-            if len(unfinished) <= len(running) * 3 // 4:  # moving the cache pays only if many rows go
-                running, draws = [running[row] for row in unfinished], draws[unfinished]
-                tokens = tokens[torch.tensor(unfinished, device=tokens.device)]
-                cache.keep(unfinished)
-                said = None if said is None else said[unfinished]
-            if said is not None:
-                said.scatter_(1, tokens[:, None], True)
-            hidden = decode(model, cache, tokens)
-    return responses
+def in_groups(prompts: Sequence[Sequence[int]], samples: int, places: int) -> list[list[int]]:
+    """Responses that come in together because they share a prompt, at most as many as there are places; shortest
+    prompts first."""
+    groups = []
+    for prompt in sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt])):
+        numbers = list(range(prompt * samples, (prompt + 1) * samples))
+        groups += [numbers[first : first + places] for first in range(0, samples, places)]
+    return groups
+
+
+def next_groups(waiting: deque[list[int]], free: int, places: int) -> list[list[int]]:
+    """Take those who come in now: none while few places are free, then all that find room."""
+    groups = []
+    if free * REFILL >= places:
+        while waiting and len(waiting[0]) <= free:
+            groups.append(waiting.popleft())
+            free -= len(groups[-1])
+    return groups
 
 
 def said_already(model: Transformer, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -14,25 +14,32 @@ def request_uniforms(request: int, count: int, seed: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64)
 
 
-def next_tokens(logits: Tensor, uniforms: Tensor, sampling: Sampling, said: Tensor | None = None) -> Tensor:
-    """One token per row, int64 [B].
+def next_tokens(
+    logits: Tensor, uniforms: Tensor, sampling: Sampling, said: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One token per row, int64 [B], and its log-probability in what it was drawn from, nats, float32 [B].
 
     Args:
         logits: [B, V].
         uniforms: [B] in [0, 1), float64: where in the cumulated distribution a row's token is taken.
-        sampling: what is drawn from; temperature 0 takes the largest logit.
+        sampling: what is drawn from; temperature 0 takes the largest logit, which is then the only possible token.
         said: bool [B, V], the tokens that a row has already; None: none is penalised.
     """
     if said is not None:
         logits = torch.where(said, penalised(logits, sampling.repetition_penalty), logits)
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(-1)
+        return logits.argmax(-1), torch.zeros(len(logits), device=logits.device)
+    logits = logits.float() / sampling.temperature
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
     if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
-        return draw(probabilities, uniforms)
-    probabilities, tokens = probabilities.sort(dim=-1, descending=True, stable=True)
-    choice = draw(likeliest(probabilities, sampling), uniforms)
-    return tokens.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+        choice = tokens = draw(weights, uniforms)
+    else:
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
+        weights = likeliest(weights / weights.sum(-1, keepdim=True), sampling)
+        choice = draw(weights, uniforms)
+        tokens = order.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+    drawn = weights.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
+    return tokens, (drawn / weights.sum(-1)).log()
 
 
 def penalised(logits: Tensor, penalty: float) -> Tensor:

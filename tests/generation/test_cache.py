@@ -72,48 +72,61 @@ def test_greedy_over_several_windows(model, lengths):
 
 
 def test_a_ring_gives_the_hidden_states_of_a_cache_of_everything(model):
-    """Also when rows leave. The cache of everything has a slot per column, and its window is masked by hand."""
-    given = prompts(13, 5, 21)
-    caches = [Cache(model, [13, 5, 21], 30, None) for _ in range(2)]
-    whole = caches[1]
-    whole.slots = [50] * 3
-    tried = []
-
-    def mask(slots, dtype, windowed):
-        held = whole.columns_held(slots)
-        hidden = held < torch.tensor(whole.before)[:, None]
-        return hidden | (held <= whole.used - WINDOW) if windowed else hidden
-
+    """Also when requests leave and others take their rows. The cache of everything has a slot for each position, and
+    its window is masked by hand."""
+    given, late = prompts(13, 5, 21), prompts(4, 11)
+    ring, everything = (Cache(model, 3, 50) for _ in range(2))
+    everything.slots = [50] * 3
+    tokens = torch.randint(0, 43, (29, 3), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
-        for cache in caches:
-            tried.append([prefill(model, cache, given)])
-        tokens = torch.randint(0, 43, (29, 3), generator=torch.Generator().manual_seed(2))
-        rows = [0, 1, 2]
+        tried = [[prefill(model, cache, given, [1, 1, 1])] for cache in (ring, everything)]
         for step in range(29):
             if step == 12:
-                rows = [0, 2]
-                for cache in caches:
-                    cache.keep(rows)
-            tried[0].append(decode(model, caches[0], tokens[step, rows]))
-            tried[1].append(_decode_masked(model, whole, tokens[step, rows], mask))
-    for ring, everything in zip(*tried, strict=True):
-        torch.testing.assert_close(ring, everything, rtol=0, atol=1e-5)
-    assert [keys.shape[2] for keys in caches[0].keys] == [8, 50, 8]
+                for cache in (ring, everything):
+                    cache.remove(0)
+                assert ring.lengths == [33, 17]  # the last has moved
+            if step == 15:
+                for cache, found in zip((ring, everything), tried, strict=True):
+                    cache.remove(1)
+                    found.append(prefill(model, cache, late, [1, 1]))
+                assert ring.lengths == [36, 4, 11]
+            rows = len(ring.lengths)
+            tried[0].append(decode(model, ring, tokens[step, :rows]))
+            tried[1].append(_decode_masked(model, everything, tokens[step, :rows]))
+    for one, other in zip(*tried, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+    assert [keys.shape[2] for keys in ring.keys] == [8, 50, 8]
 
 
-def _decode_masked(model, cache, tokens, mask):
+def _decode_masked(model, cache, tokens):
+    newest, rows = torch.tensor(cache.lengths)[:, None], torch.arange(len(tokens))
+
     def attend(layer, q, k, v):
         asked, keys, values = cache.asked[layer], cache.keys[layer], cache.values[layer]
-        keys[:, :, cache.used], values[:, :, cache.used] = k, v
-        keys, values = (x[:, :, : cache.used + 1].repeat_interleave(3, dim=1) for x in (keys, values))
+        keys[rows, :, newest[:, 0]], values[rows, :, newest[:, 0]] = k, v
+        keys, values = (x[: len(tokens)].repeat_interleave(3, dim=1) for x in (keys, values))
         scores = torch.einsum("bhd,bhcd->bhc", q, keys) * asked.scale
         scores = scores if asked.softcap is None else asked.softcap * (scores / asked.softcap).tanh()
-        scores = scores.masked_fill(mask(50, q.dtype, asked.window is not None)[:, None], -torch.inf)
-        return torch.einsum("bhc,bhcd->bhd", scores.softmax(-1), values)
+        hidden = (torch.arange(50) > newest) | (torch.arange(50) <= newest - (asked.window or 50))
+        return torch.einsum("bhc,bhcd->bhd", scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1), values)
 
-    hidden = model.run(tokens, cache.lengths, attend)
-    cache.used += 1
+    hidden = model.run(tokens, newest[:, 0], attend)
+    cache.lengths = [length + 1 for length in cache.lengths]
     return hidden
+
+
+def test_copies_of_a_prompt_are_rows_of_their_own(model):
+    """A prompt computed once for three, and each went on with by itself, is three prompts."""
+    given, tokens = prompts(11, 6), torch.arange(5)
+    once, each = Cache(model, 5, 20), Cache(model, 5, 20)
+    with torch.inference_mode():
+        hidden = prefill(model, once, given, [3, 2]).repeat_interleave(torch.tensor([3, 2]), dim=0)
+        expected = prefill(model, each, [given[0]] * 3 + [given[1]] * 2, [1] * 5)
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+        for _ in range(3):
+            hidden, expected = decode(model, once, tokens), decode(model, each, tokens)
+            torch.testing.assert_close(hidden, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(hidden[0], hidden[1], atol=1e-2)
 
 
 def test_dual_chunks_of_windows_are_refused(model):
@@ -124,9 +137,9 @@ def test_dual_chunks_of_windows_are_refused(model):
 def test_a_windowed_layer_takes_no_more_than_its_window(model):
     size = 2 * 2 * 4 * 4  # keys and values of two heads of four float32
     for length, new in ((100, 50), (5, 200)):
-        cache = Cache(model, [length], new, None)
+        cache = Cache(model, 1, length + new - 1)
         with torch.inference_mode():
-            prefill(model, cache, prompts(length))
+            prefill(model, cache, prompts(length), [1])
         columns = length + new - 1
         taken = sum(stored.nbytes for stored in (*cache.keys, *cache.values))
         assert taken == size * (WINDOW + columns + WINDOW)  # windowed, full, windowed

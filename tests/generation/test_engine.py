@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.generation import engine
 from lightning_llm.generation.config import Sampling
-from lightning_llm.generation.engine import generate
+from lightning_llm.generation.engine import generate, sample
 from lightning_llm.models import ModelConfig, Transformer
 
 
@@ -90,11 +91,71 @@ def test_samples_follow_the_models_distribution(model):
     torch.testing.assert_close(shares, expected, rtol=0, atol=4 * 0.5 / 4000**0.5)
 
 
+@pytest.mark.parametrize("batch_size", [2, 5, 64])
+def test_places_are_filled_again(model, prompts, batch_size):
+    """Responses of all lengths, in fewer places than there are; each is what it would be alone."""
+    limits = [1, 9, 3, 30, 2, 5, 5, 14, 1, 7, 20]
+    alone = [without_cache(model, prompt, n, {7}) for prompt, n in zip(prompts, limits, strict=True)]
+    assert generate(model, prompts, max_new_tokens=limits, stop_ids={7}, batch_size=batch_size) == alone
+
+
+@pytest.mark.parametrize("batch_size", [3, 8, 64])
+def test_samples_of_a_prompt_are_those_of_its_copies(model, prompts, batch_size, monkeypatch):
+    computed = []
+    prefill = engine.prefill
+
+    def counted(model, cache, prompts, copies):
+        computed.extend(prompts)
+        return prefill(model, cache, prompts, copies)
+
+    monkeypatch.setattr(engine, "prefill", counted)
+    options = {"max_new_tokens": 9, "stop_ids": {7}, "sampling": Sampling(1.0, top_p=0.95), "seed": 3}
+    found = sample(model, prompts[:4], samples=5, batch_size=batch_size, **options)
+    assert len(computed) == (8 if batch_size == 3 else 4)  # once for those that have a place at the same time
+    copies = [prompt for prompt in prompts[:4] for _ in range(5)]
+    assert [response.ids for response in found] == generate(model, copies, **options)
+    assert len({tuple(response.ids) for response in found[:5]}) == 5
+
+
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7), Sampling(1.2, top_k=5), Sampling(1.0, top_p=0.8)])
+def test_log_probabilities_are_those_of_what_was_drawn_from(model, prompts, sampling):
+    """Against the whole text at once and the cut distribution, renormalised."""
+    found = sample(model, prompts, max_new_tokens=6, stop_ids=(), sampling=sampling, seed=1)
+    for prompt, response in zip(prompts, found, strict=True):
+        with torch.no_grad():
+            hidden = model(SegmentBatch.from_documents([prompt + response.ids]))
+            logits = model.logits(hidden[len(prompt) - 1 : -1]) / sampling.temperature
+        probabilities, order = logits.double().softmax(-1).sort(descending=True)
+        kept = torch.ones_like(probabilities, dtype=torch.bool)
+        if sampling.top_k:
+            kept[:, sampling.top_k :] = False
+        kept &= probabilities.cumsum(-1) - probabilities < sampling.top_p
+        cut = torch.zeros_like(probabilities).scatter(-1, order, probabilities * kept)
+        expected = (cut / cut.sum(-1, keepdim=True)).log()[torch.arange(6), torch.tensor(response.ids)]
+        torch.testing.assert_close(torch.tensor(response.logps).double(), expected, rtol=0, atol=1e-4)
+
+
+def test_greedy_has_no_choice(model, prompts):
+    assert {logp for response in sample(model, prompts, max_new_tokens=3, stop_ids=()) for logp in response.logps} == {
+        0
+    }
+
+
 def test_no_prompts_no_responses(model):
     assert generate(model, [], max_new_tokens=4, stop_ids=()) == []
 
 
-@pytest.mark.parametrize("wrong", [{"max_new_tokens": 0}, {"batch_size": 0}, {"context": 1}, {"prompts": [[1], []]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"batch_size": 0},
+        {"context": 1},
+        {"prompts": [[1], []]},
+        {"samples": 0},
+        {"max_new_tokens": [4, 4]},
+    ],
+)
 def test_impossible_requests_are_refused(model, wrong):
     with pytest.raises(ValueError, match="at least"):
         generate(model, **{"prompts": [[1]], "max_new_tokens": 4, "stop_ids": (), **wrong})

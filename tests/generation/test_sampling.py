@@ -11,7 +11,7 @@ GRID = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000  # every share
 
 
 def shares(*sampling: float, **named: float) -> torch.Tensor:
-    tokens = next_tokens(LOGITS.expand(len(GRID), -1), GRID, Sampling(*sampling, **named))
+    tokens, _ = next_tokens(LOGITS.expand(len(GRID), -1), GRID, Sampling(*sampling, **named))
     return torch.bincount(tokens, minlength=5) / len(GRID)
 
 
@@ -37,7 +37,7 @@ def test_the_ends_of_the_interval_draw_possible_tokens():
     ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     logits = torch.tensor([-torch.inf, 1.0, 1.0, -torch.inf]).expand(2, -1)
     for top_p in (1.0, 0.99):
-        assert next_tokens(logits, ends, Sampling(1.0, top_p=top_p)).tolist() == [1, 2]
+        assert next_tokens(logits, ends, Sampling(1.0, top_p=top_p))[0].tolist() == [1, 2]
 
 
 def test_uniforms_belong_to_seed_and_request():
@@ -68,13 +68,14 @@ def test_what_is_drawn_from_is_what_transformers_draws_from(sampling):
     if sampling.min_p:
         theirs = logits_process.MinPLogitsWarper(sampling.min_p)(None, theirs)
     for row, expected in zip(logits, theirs.softmax(-1), strict=True):
-        tokens = next_tokens(row.expand(len(GRID), -1), GRID, sampling)
+        tokens, logps = next_tokens(row.expand(len(GRID), -1), GRID, sampling)
         torch.testing.assert_close(torch.bincount(tokens, minlength=20) / len(GRID), expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(logps, expected.log()[tokens], rtol=0, atol=1e-5)
 
 
 def test_the_penalty_is_the_papers():
     """A token that was said loses a fifth of a positive logit, and gets five quarters of a negative one."""
     logits = torch.tensor([[1.0, 0.85, -1.0], [-1.0, -1.1, -5.0]])
     said = torch.tensor([[True, False, False], [True, False, True]])
-    assert next_tokens(logits, torch.zeros(2), Sampling(repetition_penalty=1.25), said).tolist() == [1, 1]
-    assert next_tokens(logits, torch.zeros(2), Sampling(repetition_penalty=1.05), said).tolist() == [0, 0]
+    assert next_tokens(logits, torch.zeros(2), Sampling(repetition_penalty=1.25), said)[0].tolist() == [1, 1]
+    assert next_tokens(logits, torch.zeros(2), Sampling(repetition_penalty=1.05), said)[0].tolist() == [0, 0]
