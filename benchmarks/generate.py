@@ -17,7 +17,7 @@ import machine
 import workload
 from interleave import Task, interleaved
 
-CALLS, WARM_UP = 3, 1
+CALLS, WARM_UP = 8, 1
 PLACES = 32
 TASKS = {"ours": Task("ours", "generate"), "transformers": Task("in_transformers", "generate", "transformers")}
 

@@ -123,8 +123,9 @@ def sample(
         over = [row for row, heard in enumerate(zip(running, tokens, logps.tolist(), strict=True)) if is_over(*heard)]
         for row in reversed(over):  # the last takes the place of each
             cache.remove(row)
-            running[row], tokens[row] = running[-1], tokens[-1]
-            running.pop(), tokens.pop()
+            for kept in (running, tokens):
+                kept[row] = kept[-1]
+                kept.pop()
             if said is not None:
                 said[row] = said[-1]
                 said = said[:-1]
