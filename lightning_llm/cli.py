@@ -147,8 +147,11 @@ def _hydra(verb: str, words: list[str]) -> int:
     flags = parser.parse_args(words)
     _refuse_flags(verb, flags)
     loader = build_loader(flags.config_dir)
+    if flags.cfg == "job":
+        _print_tree(_checked_tree(verb, flags, loader), flags)
+        return 0
     if flags.cfg or flags.info:
-        _check_tree(verb, flags, loader)
+        _checked_tree(verb, flags, loader)
     use_checked_sweeper()
     argv, kept = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     sys.argv = ["lightning-llm", *words]
@@ -203,9 +206,9 @@ def _refuse_flags(verb: str, flags: Namespace) -> None:
         raise UserError("command line", f"{' and '.join(several)} cannot be given together", "Leave one out")
 
 
-def _check_tree(verb: str, flags: Namespace, loader: Any) -> None:
-    """Refuse an unknown key also where Hydra itself prints the tree, and a part of it that is not there."""
-    from lightning_llm.pipeline.composition import compose_tree, select_package
+def _checked_tree(verb: str, flags: Namespace, loader: Any) -> Composition:
+    """The composed tree; refuses an unknown key also where nothing runs, and a figure that is out of range."""
+    from lightning_llm.pipeline.composition import compose_tree
     from lightning_llm.pipeline.reader import refuse_unknown_keys
     from lightning_llm.pipeline.recipe import build_recipe
 
@@ -213,8 +216,24 @@ def _check_tree(verb: str, flags: Namespace, loader: Any) -> None:
     refuse_unknown_keys(composition)
     if composition.recipe is not None:
         build_recipe(composition)
-    if flags.package and flags.cfg == "job":
-        select_package(composition, flags.package)
+    return composition
+
+
+def _print_tree(composition: Composition, flags: Namespace) -> None:
+    """What `--cfg job` prints, as Hydra does, which would compose the tree once more: half of a second."""
+    from omegaconf import OmegaConf
+
+    from lightning_llm.pipeline.composition import select_package
+
+    part = select_package(composition, flags.package) if flags.package else composition.config
+    if not OmegaConf.is_config(part):
+        print(part)
+        return
+    if flags.package not in (None, "_global_"):
+        print(f"# @package {flags.package}")
+    if flags.resolve:
+        OmegaConf.resolve(part)
+    print(OmegaConf.to_yaml(part), end="")
 
 
 def _job(verb: str, outcome: list[int | BaseException]) -> Callable[[Any], Any]:

@@ -83,13 +83,29 @@ def program(*words: str, cwd: Path) -> subprocess.CompletedProcess:
     ],
 )
 def test_it_answers_soon(words, seconds, shown, tmp_path):
+    assert min(_cpu_seconds(words, shown, tmp_path) for _ in range(3)) < seconds  # a busy core's seconds are shorter
+    assert not list(tmp_path.iterdir())
+
+
+def _cpu_seconds(words, shown, cwd):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = program(*words, cwd=tmp_path)
+    done = program(*words, cwd=cwd)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "")
     assert shown in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < seconds
-    assert not list(tmp_path.iterdir())
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("words", [[], ["--resolve"], ["-p", "stages.dpo"], ["-p", "seed"], ["-p", "_global_"]])
+def test_cfg_job_prints_what_hydra_prints(words, command, tmp_path):
+    hydra = "from hydra import main; main(config_path=sys.argv.pop(1), config_name='run', version_base='1.3')(print)()"
+    register = "import sys; from lightning_llm.pipeline.composition import CONF, register_schemas; register_schemas()"
+    asked = ["recipe=qwen2", "--cfg", "job", *words]
+    python = [sys.executable, "-c", f"{register}; {hydra}", str(ROOT / "conf"), *asked]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    theirs = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert theirs.stdout
+    assert command("run", *asked) == (0, theirs.stdout, "")
 
 
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):

@@ -42,14 +42,21 @@ def win_rate(scores: Sequence[float], *, seed: int = 0) -> WinRate:
 
 
 def judge_metrics(scores: Sequence[float | None], *, seed: int = 0) -> dict[str, float]:
-    """The share of questions that both models have lost, and the win rate with its interval over the others, if any.
+    """The share of questions that both models have lost, the win rate with its interval over the others, if any, and
+    the win rate over all questions in which what both have lost is a loss of the judged model.
+
+    The first rate is one half for a model against itself. The second is not: it falls short of that by half the
+    questions that both have lost, and says how much of the first rests on leaving them out.
 
     Args:
         scores: of a judge's `compare`, one per question; None where both have lost.
         seed: of the interval's resampling.
     """
     decided = [score for score in scores if score is not None]
-    metrics = {"judge/both_wrong": 1 - len(decided) / len(scores)}
+    metrics = {
+        "judge/both_wrong": 1 - len(decided) / len(scores),
+        "judge/strict_win_rate": sum(decided) / len(scores),
+    }
     if decided:
         rate = win_rate(decided, seed=seed)
         metrics |= {"judge/win_rate": rate.mean, "judge/win_rate_low": rate.low, "judge/win_rate_high": rate.high}

@@ -41,5 +41,6 @@ def test_questions_that_both_lost_are_told_and_not_counted():
     metrics = judge_metrics([1.0, None, 0.5, None, 1.0, 0.0, None, 1.0], seed=3)
     rate = win_rate([1.0, 0.5, 1.0, 0.0, 1.0], seed=3)
     expected = {"both_wrong": 3 / 8, "win_rate": 0.7, "win_rate_low": rate.low, "win_rate_high": rate.high}
+    expected["strict_win_rate"] = 3.5 / 8
     assert metrics == pytest.approx({f"judge/{name}": value for name, value in expected.items()})
-    assert judge_metrics([None, None]) == {"judge/both_wrong": 1.0}
+    assert judge_metrics([None, None]) == {"judge/both_wrong": 1.0, "judge/strict_win_rate": 0.0}

@@ -90,7 +90,7 @@ PERPLEXITY = {"perplexity/prose", "perplexity/lists"}
 TASKS = {"tasks/exact_match", "tasks/reverse", "tasks/sort", "tasks/largest", "tasks/sum"}
 RESPONSES = {"responses/complete", "responses/bare", "responses/working"}
 LATE = {"late_loss/full", "late_loss/short", "late_loss/gain", "late_loss/gain_error"}
-JUDGE = {"judge/both_wrong"}  # of models that know nothing; else judge/win_rate, its ends, too
+JUDGE = {"judge/both_wrong", "judge/strict_win_rate"}  # of models that know nothing; else judge/win_rate, its ends, too
 
 
 def test_a_first_stage_has_no_predecessor_to_compare_with(evaluated, models):
