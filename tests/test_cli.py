@@ -178,6 +178,8 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["generate", "model=.", "prompt=a", "compute.precision=fp8"], ["compute.precision", "bf16, fp32"]),
         (["run", "recipe=qwen2", "runs=file/runs"], ["runs: ", "file/runs cannot be a folder"]),
         (["run", "recipe=qwen2", "store.root=file"], ["store.root: ", "file cannot be a folder"]),
+        (["run", "recipe=qwen2", "store.root=/proc/none"], ["store.root: ", "/proc/none cannot be made (No such file"]),
+        (["store", "list", "store.root=file"], ["store.root: ", "file cannot be a folder"]),
         (["store", "list", "force=[a]"], ["force cannot be ['a']", "true or false"]),
         (["plan", "recipe=qwen2", "stages.sft.optimizer.betas=[a,0]"], ["betas[0] cannot be 'a'", "number"]),
         (["chat", "prompt=y"], ["chat takes no prompt", "generate takes prompt=TEXT"]),

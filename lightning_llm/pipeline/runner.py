@@ -119,6 +119,7 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
     whole, chosen, keys = checked.whole, checked.chosen, checked.keys
     recipe, store = whole.recipe, Store(whole.recipe.store.root)
     _refuse_missing(checked, store)
+    store.make()
     record = RunRecord(_new_folder(Path(recipe.runs).expanduser() / recipe.name), chosen)
     store.register(record.folder)
     began = time.monotonic()

@@ -69,7 +69,25 @@ class Store:
     """A folder of artifacts."""
 
     def __init__(self, root: Path | str):
+        """
+        Raises:
+            UserError: there is something else than a folder.
+        """
         self.root = Path(root).expanduser().absolute()
+        if self.root.exists() and not self.root.is_dir():
+            raise UserError("store.root", f"{self.root} cannot be a folder", "Name a folder of your own")
+
+    def make(self) -> None:
+        """Make the store's folder where there is none.
+
+        Raises:
+            UserError: it cannot be made.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            what = f"{self.root} cannot be made ({error.strerror})"
+            raise UserError("store.root", what, "Name a folder of your own") from error
 
     def place(self, kind: str, name: str, key: str) -> Path:
         """Where an artifact of this key lies, or would. The name of its node is for the reader; the key decides."""
