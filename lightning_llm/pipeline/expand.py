@@ -61,13 +61,21 @@ class Node:
 
 
 def expand(recipe: Recipe) -> list[Node]:
-    """All nodes of a scaled recipe, each after its inputs.
+    """All nodes of a scaled recipe, each after its inputs, and data before models: what is wrong with a row of the last
+    stage is known before the first one trains.
 
     Raises:
         UserError: a model of elsewhere that is none, a mixture without sources.
     """
     assert recipe.is_scaled, "expand(scaled(recipe))"
-    return list(_Expansion(recipe).nodes())
+    data: dict[str, Node] = {}
+    later: list[Node] = []
+    for node in _Expansion(recipe).nodes():
+        if node.kind == "prepare" and data.keys() >= set(node.inputs.values()):
+            data[node.name] = node
+        else:
+            later.append(node)
+    return [*data.values(), *later]
 
 
 class _Expansion:

@@ -153,6 +153,10 @@ def test_the_users_own_data_and_its_mistakes(place):
     )
     with pytest.raises(UserError, match=r"mine\.jsonl:41.*completion"):
         place.run(place.changed("sft", data=mine), only="sft")
+    trained = [path for path in (place.folder / "artifacts").glob("train-*")]
+    with pytest.raises(UserError, match=r"mine\.jsonl:41.*completion"):
+        place.run(replace(place.changed("sft", data=mine), seed=17))  # all is to be made anew, and none of it was
+    assert [path for path in (place.folder / "artifacts").glob("train-*")] == trained
     record = place.run(place.changed("sft", data=replace(mine, on_error="skip")), only="sft")
     assert made(record) == {"sft.prepare", "sft", "sft.evaluate"}
 
