@@ -187,15 +187,38 @@ class SegmentBatch:
         Raises:
             ValueError: a prompt has another number of responses than two.
         """
+        chosen, rejected = self.groups(values, 2).unbind(1)
+        return chosen, rejected
+
+    def groups(self, values: Tensor, size: int | None = None) -> Tensor:
+        """Of `values` [S] those of the responses, by prompt [P, G].
+
+        A batch in which nothing is continued and nothing counts, as fills up a rank's share, has no groups [0, G].
+
+        Args:
+            size: G; None: as many as the first prompt has.
+
+        Raises:
+            ValueError: a prompt has another number of responses.
+        """
         responses = Counter(p for p in self.prefixes if p >= 0)
+        size = size or next(iter(responses.values()), 1)
         if responses or any(self.target_counts):
-            alone = [s for s, p in enumerate(self.prefixes) if p < 0 and responses[s] != 2]
-            if alone:
-                raise ValueError(f"a pair is two responses to a prompt; segment {alone[0]} has {responses[alone[0]]}")
-        # a stable sort by prompt, as responses need not stand next to one another
+            for segment, prefix in enumerate(self.prefixes):
+                if prefix < 0 and responses[segment] != size:
+                    what = "a pair is two responses to a prompt" if size == 2 else f"prompts have {size} responses each"
+                    raise ValueError(f"{what}; segment {segment} has {responses[segment]}")
+        return values[self._responses(values.device)].view(-1, size)
+
+    def to_targets(self, grouped: Tensor) -> Tensor:
+        """Of a value per response [P, G], ordered as by `groups`, that of every target's response [N]; in prompts 0."""
+        by_segment = grouped.new_zeros(self.num_segments)
+        return by_segment.index_copy(0, self._responses(grouped.device), grouped.flatten())[self.target_segment]
+
+    def _responses(self, device: torch.device) -> Tensor:
+        """Segments that continue a prompt, by prompt: a stable sort, as they need not stand next to one another."""
         order = sorted((s for s, p in enumerate(self.prefixes) if p >= 0), key=self.prefixes.__getitem__)
-        index = torch.tensor(order, dtype=torch.int64, device=values.device)
-        return values[index[0::2]], values[index[1::2]]
+        return torch.tensor(order, dtype=torch.int64, device=device)
 
 
 def _lengths(arrays: Sequence[Any]) -> np.ndarray:

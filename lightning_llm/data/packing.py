@@ -61,6 +61,7 @@ class Window:
     segments: list[tuple[int, int]]  # tokens, and of the prefix, of each over all ranks: what attention costs
     samples: int  # units that begin in this window: conversations, pairs, documents' parts of a context's length
     context: int
+    responses: int = 0  # over all ranks, where several of a policy's own are drawn for each prompt
 
 
 class Feed:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_llm.settings import Buildable, option
+from lightning_llm.settings import Buildable, option, refuse_below
 
 
 @dataclass
@@ -15,6 +16,7 @@ class ObjectiveConfig(Buildable):
     name: str = "???"
     needs_pairs: ClassVar[bool] = False  # a row is a prompt with a chosen and a rejected response
     needs_reference: ClassVar[bool] = False  # wants the column of a `<stage>.reference` node
+    needs_samples: ClassVar[bool] = False  # learns from responses that the policy itself draws meanwhile
 
 
 @option("objective", "causal_lm")
@@ -65,3 +67,96 @@ class IPOConfig(PreferenceConfig):
 
     implementation: ClassVar[str] = "lightning_llm.objectives.dpo:IPO"
     name: str = "ipo"
+
+
+@dataclass
+class PolicyConfig(ObjectiveConfig):
+    """What the policy gradients share: responses that the policy has drawn, judged, and weighed within each prompt."""
+
+    needs_samples: ClassVar[bool] = True
+    beta: float = 0.05  # >= 0; reward that a nat of KL to the reference costs
+
+    def __post_init__(self):
+        refuse_below(0, self, "beta")
+
+
+@dataclass
+class ClippedConfig(PolicyConfig):
+    """Those that clip the ratio of policy and iterate."""
+
+    clip_low: float = 0.2  # in (0, 1]; the ratio earns nothing below 1 - clip_low
+    clip_high: float = 0.2  # > 0; nor above 1 + clip_high
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.clip_low <= 1:
+            raise ValueError(f"clip_low must lie in (0, 1], is {self.clip_low:g}")
+        if not 0 < self.clip_high < math.inf:
+            raise ValueError(f"clip_high must be a positive number, is {self.clip_high:g}")
+
+
+@option("objective", "mdpo")
+@dataclass
+class MDPOConfig(PolicyConfig):
+    """Mirror-descent policy optimisation with leave-one-out advantages (AFM's MDLOO)."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.policy:MDPO"
+    name: str = "mdpo"
+    gamma: float = 0.1  # >= 0; 1 / the step size: what a nat of KL to the iterate costs
+    trust_region: str = "sequence"  # sequence (a response is one action) | token (the sum over its tokens)
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_below(0, self, "gamma")
+        if self.trust_region not in ("sequence", "token"):
+            raise ValueError(f"trust_region is sequence or token, is {self.trust_region!r}")
+
+
+@option("objective", "rloo")
+@dataclass
+class RLOOConfig(PolicyConfig):
+    """REINFORCE with leave-one-out advantages."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.policy:RLOO"
+    name: str = "rloo"
+
+
+@option("objective", "ppo")
+@dataclass
+class PPOConfig(ClippedConfig):
+    """The clipped surrogate with leave-one-out advantages, and no critic."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.policy:PPO"
+    name: str = "ppo"
+    ratio: str = "token"  # token | sequence: what is clipped
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ratio not in ("token", "sequence"):
+            raise ValueError(f"ratio is token or sequence, is {self.ratio!r}")
+
+
+@option("objective", "grpo")
+@dataclass
+class GRPOConfig(ClippedConfig):
+    """Group relative policy optimisation: rewards in units of their prompt's deviation, the KL in the loss."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.policy:GRPO"
+    name: str = "grpo"
+    kl_estimator: str = "k3"  # k1 | k2 | k3, of each token (lightning_llm/losses/policy.py)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.kl_estimator not in ("k1", "k2", "k3"):
+            raise ValueError(f"kl_estimator is k1, k2 or k3, is {self.kl_estimator!r}")
+
+
+@option("objective", "dapo")
+@dataclass
+class DAPOConfig(ClippedConfig):
+    """GRPO without KL, clipped less above than below, every token of a step alike."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.policy:DAPO"
+    name: str = "dapo"
+    beta: float = 0.0
+    clip_high: float = 0.28
