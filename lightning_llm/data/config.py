@@ -8,6 +8,7 @@ from typing import Any
 from lightning_llm.settings import option, refuse_below
 
 SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
+STAGE = "stage:"  # begins the path of a source whose rows another stage of the recipe makes
 
 
 @dataclass
@@ -15,7 +16,7 @@ class SourceConfig:
     """One source of rows."""
 
     # A file, glob or folder (jsonl, .gz, .zst, parquet, txt), a folder of `datasets` or of prepared tokens,
-    # "hub:<org>/<name>" or "embedded:<name>"; none: scale.corpora[<source>]
+    # "hub:<org>/<name>", "embedded:<name>" or "stage:<name>" (rows that a stage makes); none: scale.corpora[<source>]
     path: str | None = None
     weight: Any = 1.0  # share of the consumed tokens, or a ramp [{at: <share of the stage's tokens>, value: ...}]
     columns: dict[str, str] = field(

@@ -1,6 +1,7 @@
 """What the `path` of a source leads to. Standard library only: `plan` asks it before anything is read.
 
 embedded   embedded:<name>
+stage      stage:<name>, the rows that another stage of the recipe makes
 hub        hub:<org>/<name>, or hub:<folder> laid out like a data set's repository
 tokens     a folder of tokens that `prepare` made, of this run or another
 datasets   a folder that `datasets` wrote with save_to_disk
@@ -13,6 +14,7 @@ import glob
 import json
 from pathlib import Path
 
+from lightning_llm.data.config import STAGE
 from lightning_llm.data.embedded import CONTENTS, OPTIONS
 from lightning_llm.settings import UserError
 
@@ -39,12 +41,17 @@ def split_path(path: str | None, where: str) -> tuple[str, str]:
     kind, colon, rest = path.partition(":")
     if colon and kind == "embedded" and rest not in CONTENTS:
         raise UserError(f"{where}.path", f"there is no {path}", f"Embedded are {', '.join(CONTENTS)}")
-    if colon and kind in ("embedded", "hub"):
+    if colon and (kind in ("embedded", "hub") or path.startswith(STAGE)):
         return kind, rest
     folder = Path(path).expanduser()
     if is_datasets_folder(folder):
         return "datasets", path
     return ("tokens" if prepared_facts(folder) else "files"), path
+
+
+def is_of_stage(path: str | None) -> bool:
+    """Whether a path leads to rows that a stage makes: they are no files yet, and have no fingerprint but its key."""
+    return bool(path) and path.startswith(STAGE)
 
 
 def lies_here(path: str) -> bool:

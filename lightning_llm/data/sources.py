@@ -121,7 +121,7 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     """Rows that come with the installation.
 
     Options: of text max_bytes; of instructions and preferences rows, held_out (rows), seed; of tasks task (one of
-    the four; none: all), questions (held-out ones of each task), seed.
+    the four; none: all), questions (of each task), split (train or validation; none: what is asked for), seed.
     """
     form, _ = CONTENTS[name]
     check_embedded(name, options, where)
@@ -134,7 +134,7 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     seed = options.get("seed", 0)
     if form == "questions":
         chosen = [options["task"]] if options.get("task") else list(tasks.TASKS)
-        for split in splits:
+        for split in (split for split in splits if options.get("split", split) == split):
             for task in chosen:
                 for question in tasks.questions(split, task, options.get("questions", 150), seed):
                     content = {key: question[key] for key in ("answer", "task")}

@@ -32,6 +32,27 @@ class Sampling:
 
 
 @dataclass
+class SamplingConfig:
+    """How a stage draws responses: the policy itself, unless something is cut off."""
+
+    temperature: float = 1.0  # logits are divided by it; 0 takes the likeliest token
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        self.resolved()
+
+    def resolved(self) -> Sampling:
+        """What the engine is given.
+
+        Raises:
+            ValueError: a number is out of range.
+        """
+        return Sampling(**vars(self))
+
+
+@dataclass
 class DualChunkConfig:
     """Dual chunk attention (An et al. 2024, arXiv 2402.17463): text longer than the model knows positions for.
 

@@ -18,7 +18,7 @@ from lightning_llm.pipeline.names import name_nearest, unknown_entry
 from lightning_llm.pipeline.order import order_of_stages
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import ComputeConfig, TrainStage
+from lightning_llm.stages.config import INSERTED, ComputeConfig, GenerateStage, StageConfig, TrainStage
 
 if TYPE_CHECKING:
     from lightning_llm.pipeline.recipe import Recipe
@@ -39,7 +39,7 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
     for name, stage in recipe.stages.items():
         _check_name(name)
-        _check_stage(f"stages.{name}", stage, recipe)
+        _check_stage(f"stages.{name}", stage)
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
@@ -70,18 +70,37 @@ def check_compute(compute: ComputeConfig) -> None:
     if compute.devices > 1 and compute.strategy == "single":
         raise UserError("compute.devices", f"is {compute.devices} with strategy single", "Set compute.strategy=ddp")
     _in_range("compute.micro_batch_tokens", compute.micro_batch_tokens, low=1)
-    for name in ("flops_per_second", "efficiency", "memory_gib"):
+    for name in ("flops_per_second", "efficiency", "generation_efficiency", "memory_gib"):
         _in_range(f"compute.{name}", getattr(compute, name), above=0)
 
 
 def _check_name(name: str) -> None:
-    if not name.replace("_", "").isalnum() or name in ("tokenizer", "evaluation"):
-        raise UserError(
-            f"stages.{name}", "is no name for a stage", "Use letters, digits and _; tokenizer and evaluation are taken"
-        )
+    if not name.replace("_", "").isalnum() or name in INSERTED:
+        taken = f"{', '.join(INSERTED[:-1])} and {INSERTED[-1]}"
+        raise UserError(f"stages.{name}", "is no name for a stage", f"Use letters, digits and _; {taken} are taken")
 
 
-def _check_stage(key: str, stage: TrainStage, recipe: Recipe) -> None:
+def _check_stage(key: str, stage: StageConfig) -> None:
+    if isinstance(stage, TrainStage):
+        _check_training(key, stage)
+    elif isinstance(stage, GenerateStage):
+        _check_generation(key, stage)
+
+
+def _check_generation(key: str, stage: GenerateStage) -> None:
+    _one_of(f"{key}.kind", stage.kind, ("generate",))
+    if not stage.models:
+        raise UserError(f"{key}.models", "names nobody", "Name a stage, or several: [sft, dpo]")
+    if len(set(stage.models)) < len(stage.models):
+        raise UserError(f"{key}.models", "names one twice", "Raise per_prompt instead")
+    _one_of(f"{key}.data.form", stage.data.form, ("questions",))
+    _check_data(f"{key}.data", stage.data)
+    for name, source in stage.data.sources.items():
+        if not isinstance(source.weight, int | float):
+            raise UserError(f"{key}.data.sources.{name}.weight", "is a ramp", "Give a number: prompts have no order")
+
+
+def _check_training(key: str, stage: TrainStage) -> None:
     _one_of(f"{key}.kind", stage.kind, ("train",))
     _one_of(f"{key}.phase", stage.phase, PHASES)
     given = [unit for unit in LENGTHS if getattr(stage, unit) is not None]
@@ -153,7 +172,8 @@ def _check_data(key: str, data: DataConfig) -> None:
 
 def _known_corpora(recipe: Recipe) -> set[str]:
     """What a corpus may be called: as a source of this recipe, or of a scale of ours (which serve all recipes)."""
-    mixtures = [stage.data for stage in recipe.stages.values()]
+    own = [getattr(stage, "data", None) for stage in recipe.stages.values()]
+    mixtures = [data for data in own if isinstance(data, DataConfig)]
     mixtures += [getattr(recipe.evaluation, part) for part in ("text", "tasks", "pairs")]
     return {name for data in mixtures for name in data.sources} | _corpora_of_our_scales()
 

@@ -10,7 +10,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.generation.config import GenerationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.settings import option, refuse_below
-from lightning_llm.stages.config import ComputeConfig, TrainStage
+from lightning_llm.stages.config import ComputeConfig, StageConfig
 from lightning_llm.training.config import LoggerConfig
 
 
@@ -44,6 +44,19 @@ class EvaluationScale:
         refuse_below(1, self, "text_tokens", "max_new_tokens")
 
 
+@dataclass
+class GenerationScale:
+    """What a scale does to the stages that generate. None keeps the recipe's own figure."""
+
+    prompts: float | None = None
+    per_prompt: int | None = None  # responses of each model to each prompt
+    max_new_tokens: int | None = None
+    tokens_per_prompt: float | None = None  # mean length of one, where the data does not say it itself
+
+    def __post_init__(self):
+        refuse_below(1, self, "prompts", "per_prompt", "max_new_tokens", "tokens_per_prompt")
+
+
 @option("scale", "scale")
 @dataclass
 class ScaleConfig:
@@ -61,6 +74,7 @@ class ScaleConfig:
     minimum_steps: int = 1  # optimizer steps of every stage, and of every segment of a ramp
     minimum_warmup_steps: int = 0  # where a stage warms up at all
     phases: dict[str, PhaseScale] = field(default_factory=dict)
+    generation: GenerationScale = field(default_factory=GenerationScale)
     validation: float | None = None  # share of rows held out, of every source
     corpora: dict[str, SourceConfig] = field(default_factory=dict)  # source -> where from; without a path it is dropped
     evaluation: EvaluationScale = field(default_factory=EvaluationScale)
@@ -94,7 +108,7 @@ class RecipeSettings:
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    stages: dict[str, TrainStage] = field(default_factory=dict)
+    stages: dict[str, StageConfig] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

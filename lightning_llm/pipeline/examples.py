@@ -6,12 +6,14 @@ from collections.abc import Collection
 
 from lightning_llm.pipeline.config import PhaseScale
 from lightning_llm.pipeline.recipe import Recipe
-from lightning_llm.stages.config import TrainStage
+from lightning_llm.stages.config import StageConfig, TrainStage
 
 
-def planned_rows(stage: TrainStage) -> float | None:
+def planned_rows(stage: StageConfig | None) -> float | None:
     """Rows that a stage is to learn from, epochs included; None where its length is not given in examples."""
-    return None if stage.examples is None else stage.examples * stage.epochs
+    if not isinstance(stage, TrainStage) or stage.examples is None:
+        return None
+    return stage.examples * stage.epochs
 
 
 def estimated_lengths(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]:
@@ -26,7 +28,7 @@ def estimated_lengths(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]
     assert recipe.is_scaled, "estimated_lengths(scaled(recipe), ...)"
     lines = []
     for name, stage in recipe.stages.items():
-        if name not in names:
+        if name not in names or not isinstance(stage, TrainStage):
             continue
         key = f"stages.{name}.data.tokens_per_example"
         cost = stage.data.tokens_per_example

@@ -4,7 +4,7 @@
     evaluation.prepare   prepare   held-out rows that all evaluations share
     <stage>.prepare      prepare   its data as tokens
     <stage>.reference    score     log-probabilities under the model it starts from, for preferences
-    <stage>              train
+    <stage>              train, generate, ...: what the recipe says
     <stage>.evaluate     evaluate
 
 A stage that starts from a model of elsewhere brings that model's tokenizer: `<stage>.tokenizer`, and with it
@@ -14,14 +14,14 @@ A stage that starts from a model of elsewhere brings that model's tokenizer: `<s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
-from lightning_llm.data.embedded.options import fewest_held_out
-from lightning_llm.data.places import is_prepared
+from lightning_llm.data.config import STAGE, DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.embedded.options import fewest_questions
+from lightning_llm.data.places import is_of_stage, is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
@@ -31,9 +31,13 @@ from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
 from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, warmup_tokens
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
+    INSERTED,
     EvaluateSettings,
+    GenerateSettings,
+    GenerateStage,
     PrepareSettings,
     ScoreSettings,
+    StageConfig,
     TokenizerSettings,
     TrainSettings,
     TrainStage,
@@ -48,7 +52,7 @@ class Node:
     """One stage as it will run."""
 
     name: str
-    kind: str  # the verb's file: prepare | score | train | evaluate
+    kind: str  # the verb's file: prepare | score | train | evaluate | generate
     settings: Any  # one of stages/config.py
     inputs: dict[str, str] = field(default_factory=dict)  # role -> name of a node, or the path of a model of elsewhere
     evaluate_every: float | None = None  # tokens; not part of the settings, since it decides nothing
@@ -57,7 +61,8 @@ class Node:
     @property
     def stage(self) -> str:
         """The recipe's stage that it belongs to; `tokenizer` and `evaluation` belong to all."""
-        return self.name.partition(".")[0]
+        stage, _, inserted = self.name.rpartition(".")
+        return stage if stage and inserted in INSERTED else self.name
 
 
 def expand(recipe: Recipe) -> list[Node]:
@@ -83,25 +88,49 @@ class _Expansion:
         self.recipe = recipe
         self.models: dict[str, ModelConfig] = {}  # stage -> shape
         self.order = order_of_stages(recipe.stages)
-        self.first = recipe.stages[self.order[0]]
+        self.first = next((stage for name in self.order if isinstance(stage := recipe.stages[name], TrainStage)), None)
 
     def nodes(self) -> Iterator[Node]:
         """Every node once, after its inputs."""
         made: set[str] = set()
         for name in self.order:
-            stage = self.recipe.stages[name]
-            self.models[name] = self._model(name, stage)
-            for node in self._nodes_of(name, stage):
+            for node in self._nodes_of(name, self.recipe.stages[name]):
                 if node.name not in made:  # the shared ones come up with every stage
                     made.add(node.name)
                     yield node
 
-    def _nodes_of(self, name: str, stage: TrainStage) -> Iterator[Node]:
+    def _nodes_of(self, name: str, stage: StageConfig) -> Iterator[Node]:
+        if isinstance(stage, TrainStage):
+            self.models[name] = self._model(stage)
+            yield from self._training(name, stage)
+        elif isinstance(stage, GenerateStage):
+            yield from self._generation(name, stage)
+
+    def _generation(self, name: str, stage: GenerateStage) -> Iterator[Node]:
+        tokenizer, _ = self._shared(stage.models[0], name)
+        yield Node(tokenizer, "prepare", self._tokenizer(self._root(stage.models[0], name)[1]))
+        data = PrepareSettings(_rows_of(stage.data), [], ["train"], DATA_SEED)
+        yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer})
+        models = {f"model.{number}": self._source(model) for number, model in enumerate(stage.models)}
+        prompts = round(stage.prompts)
+        settings = GenerateSettings(
+            models=_called(stage.models),
+            weights={source: float(config.weight) for source, config in stage.data.sources.items()},
+            prompts=prompts,
+            first=stage.round * prompts,
+            per_prompt=stage.per_prompt,
+            max_new_tokens=stage.max_new_tokens,
+            sampling=stage.sampling,
+            precision=self.recipe.compute.precision,
+            seed=self.recipe.seed,
+        )
+        yield Node(name, "generate", settings, models | {"data": f"{name}.prepare", "tokenizer": tokenizer})
+
+    def _training(self, name: str, stage: TrainStage) -> Iterator[Node]:
         recipe = self.recipe
-        root, outside = self._root(name)
-        tokenizer, held_out = ("tokenizer", "evaluation.prepare") if outside is None else (
-            f"{root}.tokenizer", f"{root}.evaluation")  # fmt: skip
-        yield Node(tokenizer, "prepare", self._tokenizer(outside))
+        assert self.first is not None, "it is this stage, or one before it"
+        tokenizer, held_out = self._shared(name)
+        yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
         evaluates = stage.evaluate and any(part.sources for part in _parts(recipe.evaluation).values())
         if evaluates:
             yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
@@ -110,7 +139,9 @@ class _Expansion:
         data = PrepareSettings(
             _rows_of(stage.data), contexts if stage.data.form != "text" else [], ["train", "validation"], DATA_SEED
         )
-        yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer})
+        made = {n: source.path for n, source in stage.data.sources.items() if source.path and is_of_stage(source.path)}
+        rows = {f"source.{source}": path.removeprefix(STAGE) for source, path in made.items()}
+        yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer, **rows})
         inputs = {"data": f"{name}.prepare", "tokenizer": tokenizer}
         source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
         if stage.objective.needs_reference:
@@ -134,15 +165,27 @@ class _Expansion:
                 {"model": name, "data": held_out, "tokenizer": tokenizer, **source},
             )
 
-    def _root(self, name: str) -> tuple[str, str | None]:
-        """The stage where a stage's line of models begins, and the model of elsewhere that it begins from."""
-        source = self.recipe.stages[name].starts_from
-        return self._root(source) if source in self.recipe.stages else (name, source)
+    def _shared(self, model: str, user: str = "") -> tuple[str, str]:
+        """Names of the tokenizer and of the held-out data that go with a model."""
+        root, outside = self._root(model, user)
+        return ("tokenizer", "evaluation.prepare") if outside is None else (f"{root}.tokenizer", f"{root}.evaluation")
+
+    def _root(self, model: str, user: str = "") -> tuple[str, str | None]:
+        """The stage where a model's line begins, and the model of elsewhere that it begins from.
+
+        Args:
+            model: a training stage, or a model of elsewhere that the stage `user` names.
+        """
+        stage = self.recipe.stages.get(model)
+        if stage is None:
+            return user, model
+        assert isinstance(stage, TrainStage), "checked by order_of_stages"
+        return self._root(stage.starts_from, model) if stage.starts_from is not None else (model, None)
 
     def _source(self, starts_from: str) -> str:
         return starts_from if starts_from in self.recipe.stages else str(Path(starts_from).expanduser().resolve())
 
-    def _model(self, name: str, stage: TrainStage) -> ModelConfig:
+    def _model(self, stage: TrainStage) -> ModelConfig:
         if stage.starts_from in self.models:
             return self.models[stage.starts_from]
         if stage.starts_from is None:
@@ -162,10 +205,11 @@ class _Expansion:
                 )
         if source != "train":
             return TokenizerSettings(TokenizerConfig(), source, DATA_SEED)
+        assert self.first is not None, "a model of random weights is trained by a stage"
         config, first = recipe.tokenizer, self.first.data
         if not config.sources:
             # conversations too: spelt out letter by letter, the words of a chat would cost several tokens each
-            own = {name: source for name, source in first.sources.items() if not is_prepared(source.path)}
+            own = {name: source for name, source in first.sources.items() if not is_prepared(source.path) and not is_of_stage(source.path)}
             sources = {**recipe.scale.corpora, **own}  # of tokens no merges can be learnt
             config = replace(config, sources={name: source for name, source in sources.items() if source.path})
         sources = {name: replace(source, weight=1.0) for name, source in config.sources.items()}
@@ -184,10 +228,11 @@ class _Expansion:
                 sources[f"{part}/{name}"] = source
                 shares.add(data.validation)
         for name, stage in self.recipe.stages.items():
-            if shares and stage.data.validation < max(shares):
+            data = getattr(stage, "data", None)
+            if shares and isinstance(data, DataConfig) and data.validation < max(shares):
                 raise UserError(
                     f"stages.{name}.data.validation",
-                    f"holds out {stage.data.validation:g} of the rows, the evaluation takes {max(shares):g}",
+                    f"holds out {data.validation:g} of the rows, the evaluation takes {max(shares):g}",
                     "Make it at least as large, so that nothing evaluated has been trained on",
                 )
         data = DataConfig(name="evaluation", sources=sources, validation=max(shares, default=0.0))
@@ -220,12 +265,18 @@ def resolve_learning_rate(lr: LearningRateConfig, tokens: int, batch: Ramp) -> L
     return replace(lr, final=final_learning_rate(lr), warmup_tokens=float(min(warmup, tokens)), warmup_share=None)
 
 
+def _called(models: Sequence[str]) -> list[str]:
+    """What tables call models: a stage by its name, one of elsewhere by its folder's, two of one name by their paths."""
+    names = [Path(model).parent.name if Path(model).name == "model" else Path(model).name for model in models]
+    return [name if name and names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
+
+
 def _refuse_questions_that_are_not(evaluation: EvaluationConfig) -> None:
     """Embedded questions are made by rule, but each of them once: of two-digit sums few are held out."""
     sources = evaluation.tasks.sources.values()
     asked = [source.options for source in sources if source.path == "embedded:tasks"]
     each = math.ceil(evaluation.questions / max(len(sources), 1))
-    counts = [fewest_held_out(options.get("task"), each) for options in asked if "questions" not in options]
+    counts = [fewest_questions(options.get("task"), each) for options in asked if "questions" not in options]
     task, count = min(counts, key=lambda entry: entry[1], default=("", each))
     if count < each:
         raise UserError(

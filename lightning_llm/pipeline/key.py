@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_llm.data.config import SourceConfig
+from lightning_llm.data.config import STAGE, SourceConfig
 from lightning_llm.data.fingerprints import file_sha256, source_fingerprint
-from lightning_llm.data.places import lies_here
+from lightning_llm.data.places import is_of_stage, lies_here
 from lightning_llm.pipeline.expand import Node
 from lightning_llm.settings import AS_BEFORE
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
@@ -27,6 +27,7 @@ CONTRACTS = {
     "score": 1,
     "train": 1,
     "evaluate": 3,
+    "generate": 1,
 }  # raised when a verb makes other artifacts of the same settings
 MODEL_FILES = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -77,12 +78,14 @@ def _settings(node: Node) -> Any:
             plain["source"] = "files"
         mixture = plain["tokenizer"]
     else:
-        mixture = plain.get("data", {})
+        mixture = plain.get("data", {})  # of a stage that reads rows
     if "model" in plain:
         del plain["model"]["name"]  # what it is called decides nothing
     mixture.pop("max_epochs", None)  # a permission: what it allows is in the other settings
     for source in mixture.get("sources", {}).values():
-        if source["path"] and lies_here(source["path"]):
+        if is_of_stage(source["path"]):
+            source["path"] = STAGE  # which one is told by the key among the inputs
+        elif source["path"] and lies_here(source["path"]):
             source["path"] = "files"
     return plain
 
@@ -92,7 +95,8 @@ def _fingerprints(node: Node, fingerprint: Fingerprint) -> Any:
     settings = node.settings
     if isinstance(settings, PrepareSettings):
         where = "evaluation.sources" if node.name.startswith("evaluation.") else f"stages.{node.stage}.data.sources"
-        return {name: fingerprint(source, f"{where}.{name}") for name, source in settings.data.sources.items()}
+        sources = {name: source for name, source in settings.data.sources.items() if not is_of_stage(source.path)}
+        return {name: fingerprint(source, f"{where}.{name}") for name, source in sources.items()}
     if isinstance(settings, TokenizerSettings):
         if settings.source == "train":
             sources = settings.tokenizer.sources

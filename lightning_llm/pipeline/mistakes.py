@@ -31,6 +31,7 @@ from lightning_llm.pipeline.names import (
     unknown_setting,
 )
 from lightning_llm.settings import OPTIONS, UserError
+from lightning_llm.stages.config import StageConfig
 
 COMMAND_LINE = "command line"
 WITH_RECIPE = ("run", "plan")  # verbs
@@ -262,6 +263,11 @@ def _refused_value(
     refused = _first_line(error)
     if "is not in struct" in refused or re.match(r"Key '.*' not in '", refused):
         schema = error.object_type if dataclasses.is_dataclass(error.object_type) else None
+        if schema is StageConfig:  # no kind is chosen for it: most likely another stage is meant
+            name = (path := key.rpartition(".")[0]).rpartition(".")[2]
+            others = [str(other) for other in parent._get_parent() or () if str(other) != name]  # pyright: ignore
+            remedy = f"{name_nearest(name, others)}; a new one begins with an option of conf/stage/"
+            return UserError(where, f"{path} is a stage of no kind", remedy)
         if schema is not None:
             chooses = (
                 asked is not None and "." not in asked and has_field(schema, "stages")

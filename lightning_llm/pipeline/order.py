@@ -1,4 +1,4 @@
-"""Which stage comes before which: `starts_from` as a graph."""
+"""Which stage comes before which: all that stages are made from, as a graph."""
 
 from __future__ import annotations
 
@@ -7,47 +7,66 @@ from pathlib import Path
 
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import TrainStage
+from lightning_llm.stages.config import Edge, StageConfig
 
 
-def order_of_stages(stages: Mapping[str, TrainStage]) -> list[str]:
-    """Names of the stages, each after the one that it starts from.
+def order_of_stages(stages: Mapping[str, StageConfig]) -> list[str]:
+    """Names of the stages, each after all that it is made from.
 
     Raises:
-        UserError: a stage starts from what is neither a stage nor a folder, or from itself in the end.
+        UserError: an edge leads to what is neither a stage nor a folder, to a stage of another kind, or in a circle.
     """
     for name, stage in stages.items():
-        source = stage.starts_from
-        earlier = [other for other in stages if not _descends(other, name, stages)]
-        if source is not None and source not in stages and not Path(source).expanduser().is_dir():
-            raise UserError(
-                f"stages.{name}.starts_from",
-                f"{source} is neither a stage nor a folder with a model",
-                name_nearest(source, earlier) if earlier else "Name a folder, or take it away: starts_from=null",
-            )
+        for edge in stage.edges():
+            _check_edge(name, edge, stages)
     order: list[str] = []
     for name in stages:
-        chain: list[str] = []
-        at: str | None = name
-        while at is not None and at not in order:
-            if at in chain:
-                circle = " -> ".join([*chain[chain.index(at) :], at])
-                raise UserError(
-                    f"stages.{at}.starts_from", f"goes round in a circle ({circle})", "Let one of them start anew"
-                )
-            chain.append(at)
-            at = stages[at].starts_from if stages[at].starts_from in stages else None
-        order += reversed(chain)
+        _append(name, stages, order, [])
     return order
 
 
-def _descends(stage: str, ancestor: str, stages: Mapping[str, TrainStage]) -> bool:
-    """Whether a stage is `ancestor` or starts, in the end, from it."""
+def ancestors(name: str, stages: Mapping[str, StageConfig]) -> set[str]:
+    """A stage and all stages that it is made from, directly or not."""
     seen: set[str] = set()
-    at: str | None = stage
-    while at is not None and at in stages and at not in seen:
-        if at == ancestor:
-            return True
-        seen.add(at)
-        at = stages[at].starts_from
-    return False
+    waiting = [name]
+    while waiting:
+        at = waiting.pop()
+        if at in stages and at not in seen:
+            seen.add(at)
+            waiting += [edge.source for edge in stages[at].edges()]
+    return seen
+
+
+def _append(name: str, stages: Mapping[str, StageConfig], order: list[str], chain: list[str]) -> None:
+    """Put a stage into the order, behind those that it is made from.
+
+    Args:
+        chain: the stages that wait for it, each of which is made from the next.
+    """
+    if name in order:
+        return
+    chain = [*chain, name]
+    for edge in stages[name].edges():
+        if edge.source in chain:
+            circle = " -> ".join([*chain[chain.index(edge.source) :], edge.source])
+            remedy = "Let one of them start anew" if edge.setting == "starts_from" else "Let it lead to another stage"
+            raise UserError(f"stages.{name}.{edge.setting}", f"goes round in a circle ({circle})", remedy)
+        if edge.source in stages:
+            _append(edge.source, stages, order, chain)
+    order.append(name)
+
+
+def _check_edge(name: str, edge: Edge, stages: Mapping[str, StageConfig]) -> None:
+    where, source = f"stages.{name}.{edge.setting}", edge.source
+    earlier = [
+        other for other, stage in stages.items() if stage.kind in edge.kinds and name not in ancestors(other, stages)
+    ]
+    if source in stages:
+        if (kind := stages[source].kind) not in edge.kinds:
+            what = f"{source} is a stage of kind {kind}, and one of kind {' or '.join(edge.kinds)} is wanted"
+            raise UserError(where, what, name_nearest(source, earlier))
+    elif not (edge.may_leave and Path(source).expanduser().is_dir()):
+        what = f"{source} is neither a stage nor a folder with a model" if edge.may_leave else f"{source} is no stage"
+        if edge.setting == "starts_from" and not earlier:
+            raise UserError(where, what, "Name a folder, or take it away: starts_from=null")
+        raise UserError(where, what, name_nearest(source, earlier))

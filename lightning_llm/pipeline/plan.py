@@ -19,14 +19,23 @@ from lightning_llm.pipeline.checks import check
 from lightning_llm.pipeline.examples import estimated_lengths
 from lightning_llm.pipeline.expand import Node, expand
 from lightning_llm.pipeline.names import name_nearest
+from lightning_llm.pipeline.order import ancestors
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import EvaluateSettings, PrepareSettings, TokenizerSettings, TrainSettings
+from lightning_llm.stages.config import (
+    EvaluateSettings,
+    GenerateSettings,
+    GenerateStage,
+    PrepareSettings,
+    TokenizerSettings,
+    TrainSettings,
+)
 
 GIB = 2**30
 PREPARED_PER_SECOND = 1e6  # tokens; `tokenizers` makes some 4 MB of text a second
+BYTES_PER_SAMPLED_TOKEN = 24  # its text, its id and its log-probability as JSON
 BYTES_PER_TRAINED_PARAMETER = 8  # weights and gradients, both in fp32 whatever the products are in
 SHARED = ("tokenizer", "evaluation")  # nodes that belong to no stage
 
@@ -70,9 +79,7 @@ class Plan:
         if until is None and only is None:
             return self
         name = self.checked_stage("until" if only is None else "only", until or only or "")
-        wanted, stages = {name}, self.recipe.stages
-        while only is None and (before := stages[name].starts_from) in stages:
-            wanted.add(name := before)
+        wanted = {name} if until is None else ancestors(name, self.recipe.stages)
         kept = [node for node in self.nodes if node.stage in wanted]
         needed = {source for node in kept for source in node.inputs.values()}
         nodes = [node for node in self.nodes if node in kept or (node.stage in SHARED and node.name in needed)]
@@ -187,12 +194,16 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
             **_frozen(recipe, model, models=1),
             "disk_gib": 4 * tokens / GIB,
         }
+    elif node.kind == "generate":
+        found = _generate_figures(recipe, node, models)
     elif node.kind == "evaluate":
         found = _evaluate_figures(recipe, node, models)
     elif isinstance(node.settings, PrepareSettings):
         tokens = None
         if node.stage in recipe.stages and node.stage in nodes and node.name.endswith(".prepare"):
-            tokens = _prepared_tokens(recipe, node.stage, nodes[node.stage].settings)
+            user = nodes[node.stage].settings
+            if isinstance(user, TrainSettings):
+                tokens = _prepared_tokens(recipe, node.stage, user)
         width = 2 if recipe.model.vocab_size <= 2**16 else 4
         found = {
             "tokens": tokens,
@@ -205,7 +216,8 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
     figures.setdefault("hardware_flops", figures["flops"])
     if figures["flops"]:
         devices = compute.devices if node.kind == "train" else 1
-        figures["seconds"] = figures["hardware_flops"] / (compute.flops_per_second * compute.efficiency * devices)
+        efficiency = compute.generation_efficiency if node.kind == "generate" else compute.efficiency
+        figures["seconds"] = figures["hardware_flops"] / (compute.flops_per_second * efficiency * devices)
     return figures
 
 
@@ -244,7 +256,7 @@ def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
 
 def _segment_length(recipe: Recipe, name: str, context: int) -> int:
     """How long the segments of a stage are: documents fill the context, conversations and pairs are what they are."""
-    data = recipe.stages[name].data
+    data = recipe.stages[name].data  # pyright: ignore[reportAttributeAccessIssue]
     return context if data.form == "text" else min(round(data.tokens_per_example or context), context)
 
 
@@ -303,6 +315,31 @@ def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]
         "context": settings.full_context,
         "flops": tokens * forward_flops_per_token(model, settings.context),
         **_frozen(recipe, model, models=both),
+    }
+
+
+def _generate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:
+    """As many prompts as are asked for, each computed once for a model, and all responses as long as they may be."""
+    settings: GenerateSettings = node.settings
+    stage = recipe.stages[node.name]
+    assert isinstance(stage, GenerateStage)
+    prompt = round(stage.data.tokens_per_example or 0)
+    members = [source for role, source in node.inputs.items() if role.startswith("model.")]
+    shapes = [models.get(member, recipe.model) for member in members]
+    responses = settings.prompts * settings.per_prompt * settings.max_new_tokens
+    each = settings.prompts * prompt + responses
+    length = prompt + settings.max_new_tokens
+    largest = max(shapes, key=lambda shape: parameter_counts(shape)["total"])
+    cache = 2 * largest.num_hidden_layers * largest.num_key_value_heads * largest.head_size  # keys and values, fp32
+    frozen = _frozen(recipe, largest, models=1)
+    return {
+        "starts_from": ", ".join(settings.models),
+        "tokens": each * len(members),
+        "context": length,
+        "flops": sum(each * forward_flops_per_token(shape, length) for shape in shapes),
+        **frozen,
+        "memory_gib": frozen["memory_gib"] + 4 * cache * max(recipe.compute.micro_batch_tokens, length) / GIB,
+        "disk_gib": BYTES_PER_SAMPLED_TOKEN * responses * len(members) / GIB,
     }
 
 

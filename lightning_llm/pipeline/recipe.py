@@ -19,7 +19,7 @@ from lightning_llm.pipeline.checks import LENGTHS, WARMUPS, check
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.reader import build_settings
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import ComputeConfig, TrainStage
+from lightning_llm.stages.config import ComputeConfig, StageConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Recipe:
     name: str
     model: ModelConfig
     tokenizer: TokenizerConfig
-    stages: dict[str, TrainStage]
+    stages: dict[str, StageConfig]
     evaluation: EvaluationConfig
     scale: ScaleConfig
     compute: ComputeConfig
@@ -100,8 +100,10 @@ def build_recipe(composition: Composition, settings: RecipeSettings | None = Non
     return recipe
 
 
-def _one_length(recipe: Recipe, name: str, stage: TrainStage) -> TrainStage:
+def _one_length(recipe: Recipe, name: str, stage: StageConfig) -> StageConfig:
     """A length or a warm-up that the user gives takes the place of the recipe's own, in whatever unit that is."""
+    if not isinstance(stage, TrainStage):
+        return stage
 
     def winner(config: Any, key: str, units: Sequence[str]) -> dict[str, None]:
         given = [unit for unit in units if f"{key}.{unit}" in recipe.pinned and getattr(config, unit) is not None]

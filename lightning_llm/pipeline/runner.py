@@ -36,7 +36,6 @@ from lightning_llm.pipeline.plan import Plan, duration, plan
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.store import Claim, Store, read_record
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import TrainStage
 from lightning_llm.stages.context import StageContext, StageResult, model_directory
 from lightning_llm.training.config import LoggedRun
 from lightning_llm.training.console import Console, StageConsole
@@ -185,7 +184,7 @@ def _refuse_missing(checked: CheckedRun, store: Store) -> None:
             if source in others and source not in chosen and checked.there[source] is None:
                 path = store.place(others[source].kind, source, checked.keys[source])
                 what = f"{source} is {'damaged' if path.is_dir() else 'not'} in the store"
-                raise UserError(f"only={node.stage}", what, f"Make it first: until={source.partition('.')[0]}")
+                raise UserError(f"only={node.stage}", what, f"Make it first: until={others[source].stage}")
 
 
 def _refuse_folder(key: str, folder: Path) -> None:
@@ -274,7 +273,7 @@ def _make(
     }
     recipe = whole.recipe
     logged = LoggedRun(recipe.name, record.folder.name, list(recipe.logger.values())) if recipe.logger else None
-    rows = planned_rows(recipe.stages[node.name]) if node.kind == "train" else None
+    rows = planned_rows(recipe.stages.get(node.name))
     context = StageContext(
         node.name, node.settings, inputs, claim.folder, recipe.compute, console, node.evaluate_every, logged, rows
     )
@@ -329,7 +328,7 @@ def _in_the_recipe(error: UserError, node: Node, recipe: Recipe) -> UserError:
     """A stage speaks of its own settings; what is typed begins with the stage."""
     if node.stage not in recipe.stages:
         return error
-    own = rf"(?<![\w./])(?=({'|'.join(f.name for f in fields(TrainStage))})\.[a-z])"
+    own = rf"(?<![\w./])(?=({'|'.join(f.name for f in fields(recipe.stages[node.stage]))})\.[a-z])"
     return UserError(*(re.sub(own, f"stages.{node.stage}.", str(part)) for part in error.args))
 
 

@@ -16,7 +16,7 @@ from lightning_llm.pipeline.order import order_of_stages
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.schedules import BatchPlan, Ramp, as_ramp, ramp_value
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import TrainStage
+from lightning_llm.stages.config import GenerateStage, StageConfig, TrainStage
 
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 Config = TypeVar("Config")
@@ -37,13 +37,17 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
         return recipe
     scale = scale or recipe.scale
     order = order_of_stages(recipe.stages)
-    original = {name: _Published(recipe, name, recipe.stages[name]) for name in order}
-    stages = {name: _scaled_stage(recipe, scale, name, original) for name in order}
+    trained = {name: stage for name in order if isinstance(stage := recipe.stages[name], TrainStage)}
+    original = {name: _Published(recipe, name, stage) for name, stage in trained.items()}
+    stages: dict[str, StageConfig] = {}
+    for name in order:
+        stages[name] = _scaled_stage(recipe, scale, name, original)
     evaluation = _overlaid(recipe, "evaluation", recipe.evaluation, _given(scale.evaluation))
     for part in ("text", "tasks", "pairs"):
         data = _located(recipe, scale, f"evaluation.{part}", getattr(evaluation, part))
         evaluation = replace(evaluation, **{part: data})
-    model, tokenizer = _scaled_model(recipe, scale, stages, _context_factor(scale, original))
+    contexts = [as_ramp(stage.context) for stage in stages.values() if isinstance(stage, TrainStage)]
+    model, tokenizer = _scaled_model(recipe, scale, contexts, _context_factor(scale, original))
     return replace(
         recipe,
         scale=scale,
@@ -81,8 +85,26 @@ def tokens_of_steps(steps: float, batch_ramp: Ramp) -> float:
 # ---- a stage ----
 
 
-def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[str, _Published]) -> TrainStage:
-    stage, own, key = recipe.stages[name], original[name], f"stages.{name}"
+def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[str, _Published]) -> StageConfig:
+    stage = recipe.stages[name]
+    if isinstance(stage, TrainStage):
+        return _scaled_training(recipe, scale, name, stage, original)
+    return _scaled_generation(recipe, scale, name, stage) if isinstance(stage, GenerateStage) else stage
+
+
+def _scaled_generation(recipe: Recipe, scale: ScaleConfig, name: str, stage: GenerateStage) -> GenerateStage:
+    """As many prompts and samples, and as long ones, as the scale can afford."""
+    key, data = f"stages.{name}", _located(recipe, scale, f"stages.{name}.data", stage.data)
+    if data.tokens_per_example is None:
+        data = replace(data, tokens_per_example=scale.generation.tokens_per_prompt)
+    sizes = _given(replace(scale.generation, tokens_per_prompt=None))
+    return _overlaid(recipe, key, replace(stage, data=data), sizes)
+
+
+def _scaled_training(
+    recipe: Recipe, scale: ScaleConfig, name: str, stage: TrainStage, original: dict[str, _Published]
+) -> TrainStage:
+    own, key = original[name], f"stages.{name}"
     phase = scale.phases.get(stage.phase, PhaseScale())
 
     def free(field: str) -> bool:
@@ -232,7 +254,9 @@ def _plain(ramp: Ramp) -> Any:
 
 def _context_factor(scale: ScaleConfig, original: dict[str, _Published]) -> float:
     """What the scale multiplies every length of context with, so that the recipe's first becomes its own."""
-    return 1.0 if scale.context is None else scale.context / next(iter(original.values())).context[0]["value"]
+    if scale.context is None or not original:
+        return 1.0
+    return scale.context / next(iter(original.values())).context[0]["value"]
 
 
 def _shortened(rope: dict[str, Any], factor: float) -> dict[str, Any]:
@@ -255,14 +279,14 @@ def _with_features(recipe: Recipe, model: ModelConfig, factor: float) -> ModelCo
 
 
 def _scaled_model(
-    recipe: Recipe, scale: ScaleConfig, stages: dict[str, TrainStage], context_factor: float
+    recipe: Recipe, scale: ScaleConfig, contexts: list[Ramp], context_factor: float
 ) -> tuple[ModelConfig, TokenizerConfig]:
     """The shape of the scale with the family's features, and the tokenizer that goes with it."""
     shape = dict(scale.shapes.get("policy", {}))
     if not recipe.model.num_experts:
         shape = {name: value for name, value in shape.items() if name not in EXPERT_FIELDS}
-    if scale.context is not None:
-        longest = max(entry["value"] for stage in stages.values() for entry in as_ramp(stage.context))
+    if scale.context is not None and contexts:
+        longest = max(entry["value"] for ramp in contexts for entry in ramp)
         shape.setdefault("max_position_embeddings", int(longest))
     if scale.vocabulary is not None:
         shape["tokenizer"] = "train"

@@ -5,17 +5,55 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from lightning_llm.data.config import DataConfig, TokenizerConfig
+from lightning_llm.data.config import STAGE, DataConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.generation.config import SamplingConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import came_later, option, refuse_below
 
 
+INSERTED = ("prepare", "reference", "teacher", "evaluate", "tokenizer", "evaluation")  # nodes beside a stage's own
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What a stage is made from, by the setting that says so."""
+
+    setting: str  # below the stage's own name, as "starts_from" or "data.sources.best.path"
+    source: str  # a stage, or where `may_leave` the folder of a model
+    kinds: tuple[str, ...]  # of stages that it may lead to
+    may_leave: bool = False
+
+
+@dataclass
+class StageConfig:
+    """One entry of `stages`: what all kinds have in common. An option of conf/stage/ chooses the kind."""
+
+    kind: str = "???"  # the verb's file in stages/
+
+    def edges(self) -> list[Edge]:
+        """All that the stage is made from, in the order of its settings."""
+        found = []
+        for setting in ("starts_from", "models", "judged_by"):
+            named = getattr(self, setting, None) or []
+            names = [named] if isinstance(named, str) else named
+            found += [Edge(setting, name, ("train",), may_leave=True) for name in names]
+        data = getattr(self, "data", None)
+        if isinstance(data, DataConfig):  # rows of another stage among its sources
+            paths = {name: source.path or "" for name, source in data.sources.items()}
+            found += [
+                Edge(f"data.sources.{name}.path", path.removeprefix(STAGE), ("select",))
+                for name, path in paths.items()
+                if path.startswith(STAGE)
+            ]
+        return found
+
+
 @option("stage", "train")
 @dataclass
-class TrainStage:
+class TrainStage(StageConfig):
     """A training run: objective x data x schedule. Figures are the report's; `scaled` maps them."""
 
     kind: str = "train"
@@ -35,6 +73,25 @@ class TrainStage:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: bool = True
+
+
+@option("stage", "generate")
+@dataclass
+class GenerateStage(StageConfig):
+    """Responses of one model or of a committee to prompts. Llama 3: 10 to 30 of the latest best model (4.2.2)."""
+
+    kind: str = "generate"
+    models: list[str] = field(default_factory=list)  # stages, artifacts or Hugging Face directories
+    data: DataConfig = field(default_factory=DataConfig)  # of form questions; rows that are held out are not asked
+    prompts: float = 1000  # so many of them, drawn by the seed; all, where there are fewer
+    per_prompt: int = 8  # responses of each model to each prompt
+    max_new_tokens: int = 512  # a response is cut after so many
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    round: int = 0  # prompts of the rounds before are passed over; unrolling sets it
+
+    def __post_init__(self):
+        refuse_below(1, self, "prompts", "per_prompt", "max_new_tokens")
+        refuse_below(0, self, "round")
 
 
 @option("compute", "compute")
@@ -58,12 +115,14 @@ class ComputeConfig:
         2e11  # of one device at its best, dense, in this precision: what utilisation is a share of
     )
     efficiency: float = 0.4  # the share of it that estimates of time count on
+    generation_efficiency: float = 0.05  # the same of responses, which come a token at a time
     memory_gib: float = 16.0  # of one device
 
     def __post_init__(self):
         refuse_below(1, self, "threads")
-        if self.efficiency > 1:
-            raise ValueError(f"efficiency is a share of flops_per_second, at most 1, is {self.efficiency:g}")
+        for name in ("efficiency", "generation_efficiency"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is a share of flops_per_second, at most 1, is {getattr(self, name):g}")
 
 
 # ---- what the verbs are handed (section "Verbs" of docs/architecture.md); all of it enters the stage's key ----
@@ -115,6 +174,21 @@ class TrainSettings:
     precision: str
     seed: int
     rope_scaling: dict[str, Any] | None = came_later(None)
+
+
+@dataclass
+class GenerateSettings:
+    """kind generate: everything that decides the responses."""
+
+    models: list[str]  # as the tables call them; they are the inputs model.0, model.1, ...
+    weights: dict[str, float]  # source -> share of the prompts
+    prompts: int
+    first: int  # prompts of the seed's order that are passed over
+    per_prompt: int
+    max_new_tokens: int
+    sampling: SamplingConfig
+    precision: str
+    seed: int
 
 
 @dataclass

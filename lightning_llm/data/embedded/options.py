@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_llm.data.embedded import CONTENTS, OPTIONS
-from lightning_llm.data.embedded.tasks import TASKS, different_questions
+from lightning_llm.data.embedded.tasks import SPLITS, TASKS, different_questions
 from lightning_llm.settings import UserError
 
 LOWEST = {"rows": 1, "held_out": 0, "questions": 1, "max_bytes": 1}  # counts
@@ -33,6 +33,9 @@ def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
         if option == "task":
             if value is not None and value not in TASKS:
                 raise UserError(key, f"there is no task {value}", f"Take {', '.join(TASKS)}")
+        elif option == "split":
+            if value not in SPLITS:
+                raise UserError(key, f"there is no split {value}", f"Take {' or '.join(SPLITS)}")
         elif option == "multi_turn":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise UserError(key, f"is {value!r}", "Give a share between 0 and 1")
@@ -41,20 +44,22 @@ def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
         elif value < LOWEST.get(option, value):
             raise UserError(key, f"is {value}", f"It must be at least {LOWEST[option]}")
     if "questions" in options:
-        task, count = fewest_held_out(options.get("task"), options["questions"])
+        split = options.get("split", "validation")
+        task, count = fewest_questions(options.get("task"), options["questions"], split)
         if count < options["questions"]:
+            which = "held out" if split == "validation" else "not held out"
             raise UserError(
                 f"{where}.options.questions",
-                f"is {options['questions']}, and only {count} different questions of {task} are held out",
+                f"is {options['questions']}, and only {count} different questions of {task} are {which}",
                 f"Give at most {count}",
             )
 
 
-def fewest_held_out(task: str | None, wanted: int) -> tuple[str, int]:
-    """The task with the fewest held-out questions, and how many that are, counted up to `wanted`.
+def fewest_questions(task: str | None, wanted: int, split: str = "validation") -> tuple[str, int]:
+    """The task with the fewest questions of a split, and how many that are, counted up to `wanted`.
 
     Args:
         task: the one that is asked; none: all four are.
     """
-    counts = {name: different_questions("validation", name, wanted) for name in ([task] if task else TASKS)}
+    counts = {name: different_questions(split, name, wanted) for name in ([task] if task else TASKS)}
     return min(counts.items(), key=lambda entry: entry[1])

@@ -16,6 +16,7 @@ from typing import Any
 
 TASKS = ("reverse", "sort", "largest", "sum")
 STYLES = ("bare", "working")
+SPLITS = ("train", "validation")
 HELD_OUT = 0.1  # share of all questions
 ANSWER, WORKING = "answer: ", "working: "
 
