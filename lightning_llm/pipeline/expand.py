@@ -112,12 +112,11 @@ class _Expansion:
         data = PrepareSettings(_rows_of(stage.data), [], ["train"], DATA_SEED)
         yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer})
         models = {f"model.{number}": self._source(model) for number, model in enumerate(stage.models)}
-        prompts = round(stage.prompts)
         settings = GenerateSettings(
             models=_called(stage.models),
             weights={source: float(config.weight) for source, config in stage.data.sources.items()},
-            prompts=prompts,
-            first=stage.round * prompts,
+            prompts=round(stage.prompts),
+            round=stage.round,
             per_prompt=stage.per_prompt,
             max_new_tokens=stage.max_new_tokens,
             sampling=stage.sampling,
@@ -209,7 +208,11 @@ class _Expansion:
         config, first = recipe.tokenizer, self.first.data
         if not config.sources:
             # conversations too: spelt out letter by letter, the words of a chat would cost several tokens each
-            own = {name: source for name, source in first.sources.items() if not is_prepared(source.path) and not is_of_stage(source.path)}
+            own = {
+                name: source
+                for name, source in first.sources.items()
+                if not is_prepared(source.path) and not is_of_stage(source.path)
+            }
             sources = {**recipe.scale.corpora, **own}  # of tokens no merges can be learnt
             config = replace(config, sources={name: source for name, source in sources.items() if source.path})
         sources = {name: replace(source, weight=1.0) for name, source in config.sources.items()}
@@ -266,7 +269,7 @@ def resolve_learning_rate(lr: LearningRateConfig, tokens: int, batch: Ramp) -> L
 
 
 def _called(models: Sequence[str]) -> list[str]:
-    """What tables call models: a stage by its name, one of elsewhere by its folder's, two of one name by their paths."""
+    """What tables call models: a stage by its name, one of elsewhere its folder's, or its path if two have that."""
     names = [Path(model).parent.name if Path(model).name == "model" else Path(model).name for model in models]
     return [name if name and names.count(name) == 1 else model for name, model in zip(names, models, strict=True)]
 

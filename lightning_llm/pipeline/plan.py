@@ -31,6 +31,7 @@ from lightning_llm.stages.config import (
     PrepareSettings,
     TokenizerSettings,
     TrainSettings,
+    TrainStage,
 )
 
 GIB = 2**30
@@ -254,9 +255,15 @@ def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
     }
 
 
+def _trained(recipe: Recipe, name: str) -> TrainStage:
+    stage = recipe.stages[name]
+    assert isinstance(stage, TrainStage), f"{name} trains"
+    return stage
+
+
 def _segment_length(recipe: Recipe, name: str, context: int) -> int:
     """How long the segments of a stage are: documents fill the context, conversations and pairs are what they are."""
-    data = recipe.stages[name].data  # pyright: ignore[reportAttributeAccessIssue]
+    data = _trained(recipe, name).data
     return context if data.form == "text" else min(round(data.tokens_per_example or context), context)
 
 
@@ -292,7 +299,7 @@ def _activation_bytes(recipe: Recipe, settings: TrainSettings) -> float:
 
 def _prepared_tokens(recipe: Recipe, name: str, settings: TrainSettings) -> int:
     """Tokens that a stage reads, each once. Text may be there in plenty: what is not consumed is not counted."""
-    return round(settings.tokens / max(recipe.stages[name].epochs, 1.0))
+    return round(settings.tokens / max(_trained(recipe, name).epochs, 1.0))
 
 
 def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from lightning_llm.training.console import Console, StageConsole
 from lightning_llm.training.loggers import refuse_absent
 
 LIBRARIES = ("torch", "lightning", "tokenizers", "transformers", "datasets", "safetensors", "numpy", "flash-attn")
+CONTINUED = ("generate",)  # verbs that go on from what an interrupted run has left of their artifact
 SHOWN = {  # metric -> how the console calls it when a stage is done
     "loss": "loss",
     "validation/loss": "validation loss",
@@ -243,7 +244,12 @@ def _run_node(
     with (
         console,
         store.claim(
-            node.kind, node.name, key, again=again, waiting=lambda: console.note("another run is making it: waiting")
+            node.kind,
+            node.name,
+            key,
+            again=again,
+            keeps=node.kind in CONTINUED,
+            waiting=lambda: console.note("another run is making it: waiting"),
         ) as claim,
     ):
         for fault in claim.lost:

@@ -101,28 +101,43 @@ class Store:
 
     @contextmanager
     def claim(
-        self, kind: str, name: str, key: str, *, again: bool = False, waiting: Callable[[], None] = lambda: None
+        self,
+        kind: str,
+        name: str,
+        key: str,
+        *,
+        again: bool = False,
+        keeps: bool = False,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Iterator[Claim]:
         """Look for a key, and hold it against all others until the block ends.
 
         Args:
             again: make it even if it is there; what is there stays until the new one is whole.
+            keeps: what is half-written stays where it is, and is handed to whoever makes this key next. For verbs whose
+                files do not tell where they were interrupted.
             waiting: called once if another process makes this key at the moment.
         """
         with self._locked(key, fcntl.LOCK_EX, waiting):
-            self._sweep(key)
+            if not keeps or again:
+                self._sweep(key)
             path = self.place(kind, name, key)
             lost = self.faults(path, key) if path.is_dir() else []
             if lost:
                 self.set_aside(path, self.root / ".damaged")
             found = path if path.is_dir() else None
-            folder = self.root / ".making" / f"{kind}-{name}-{key[:16]}"
+            begun = sorted((self.root / ".making").glob(f"{kind}-*-{key[:16]}"))  # by a run that gave it another name
+            folder = begun[0] if begun else self.root / ".making" / f"{kind}-{name}-{key[:16]}"
             if found is None or again:
-                folder.mkdir(parents=True)
+                folder.mkdir(parents=True, exist_ok=bool(begun))
+                (folder / RECORD).unlink(missing_ok=True)  # of one that was killed just before it was renamed
             try:
                 yield Claim(self, kind, name, key, found, folder, lost)
-            finally:
-                self._sweep(key)
+            except BaseException:
+                if not keeps:
+                    self._sweep(key)
+                raise
+            self._sweep(key)
 
     @contextmanager
     def reading(self, keys: Iterable[str]) -> Iterator[None]:

@@ -13,7 +13,6 @@ from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import came_later, option, refuse_below
 
-
 INSERTED = ("prepare", "reference", "teacher", "evaluate", "tokenizer", "evaluation")  # nodes beside a stage's own
 
 
@@ -183,7 +182,7 @@ class GenerateSettings:
     models: list[str]  # as the tables call them; they are the inputs model.0, model.1, ...
     weights: dict[str, float]  # source -> share of the prompts
     prompts: int
-    first: int  # prompts of the seed's order that are passed over
+    round: int  # whose turn it is in the seed's order of prompts
     per_prompt: int
     max_new_tokens: int
     sampling: SamplingConfig

@@ -24,7 +24,9 @@ class StageContext:
     name: str  # in the recipe
     settings: Any  # one of stages/config.py; everything in it is part of the stage's key
     inputs: dict[str, Path]  # role -> artifact; a model may also be a Hugging Face directory
-    output: Path  # an existing empty folder to fill; the store renames it when the stage is done
+    # An existing folder to fill; the store renames it when the stage is done. It is empty, but for verbs that go on
+    # from what an interrupted run has left (`CONTINUED` in pipeline/runner.py).
+    output: Path
     compute: ComputeConfig
     console: StageConsole
     evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
@@ -84,7 +86,7 @@ def refuse_other_tokenizer(where: str, inputs: Mapping[str, Path]) -> None:
     others = {}
     if "tokenizer" in inputs:
         others["the stage"] = Tokenizer.load(inputs["tokenizer"] / "tokenizer").fingerprint
-    for role in inputs.keys() & {"model", "starts_from"}:
+    for role in (role for role in inputs if role.partition(".")[0] in ("model", "starts_from")):
         directory = model_directory(inputs[role])
         if (directory / "tokenizer.json").is_file():
             others[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint

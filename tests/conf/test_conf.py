@@ -25,11 +25,14 @@ WITHIN = {
 PLACES = {
     "qwen2_sft": "sft",
     "qwen2_preferences": "dpo",
+    "qwen2_prompts": "sample",
     "own_conversations": "sft",
     "own_pairs": "dpo",
     "dpo": "dpo",
     "ipo": "dpo",
 }  # option -> the stage that it suits
+
+AFTERWARDS = {"sample": ("models", "dpo", "model.0")}  # stages that do not train: (edge, where to, its role)
 
 composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, overrides))
 
@@ -61,21 +64,26 @@ def test_options_of_a_stage_compose(place):
     chosen = {group: options(group)[place % len(options(group))] for group in WITHIN}
     stages = {group: PLACES.get(name, "pretrain") for group, name in chosen.items()}
     words = [f"{group}@stages.{stages[group]}.{WITHIN[group]}={name}" for group, name in chosen.items()]
-    recipe = compose("qwen2", "paper", words)
+    recipe = compose("qwen2", "paper", ["+stage@stages.sample=sample", "stages.sample.models=[dpo]", *words])
     for group, name in chosen.items():
         config = getattr(recipe.stages[stages[group]], WITHIN[group])
         assert (config.schedule if group == "schedule" else config.name) == name
 
 
 def test_stages_can_be_added():
+    training = [option for option in options("stage") if option not in AFTERWARDS]
     words = []
-    for option in options("stage"):
+    for option in training:
         name = f"more_{option}"
         words += [f"+stage@stages.{name}={option}", f"stages.{name}.starts_from=sft", f"stages.{name}.lr.peak=1e-5"]
         words += [f"stages.{name}.context=4096", f"stages.{name}.batch_tokens=1e6", f"stages.{name}.tokens=1e6"]
+    for option, (setting, value, _) in AFTERWARDS.items():
+        words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}=[{value}]"]
     nodes = {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
-    for option in options("stage"):
+    for option in training:
         assert nodes[f"more_{option}"].inputs["starts_from"] == "sft"
+    for option, (_, value, role) in AFTERWARDS.items():
+        assert nodes[option].inputs[role] == value
 
 
 def test_every_option_of_the_table_can_be_built():
