@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from lightning_llm.data.config import DataConfig
 from lightning_llm.settings import option, refuse_below
 
+RULES = ("best", "threshold", "first", "random")  # by which responses are kept (evaluation/selection.py)
+
 
 @option("evaluation", "standard")
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
@@ -12,13 +12,22 @@ from omegaconf import OmegaConf
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig
 from lightning_llm.data.embedded.options import check_embedded
 from lightning_llm.data.places import is_prepared, source_options, split_path
+from lightning_llm.evaluation.config import RULES
 from lightning_llm.models.config import check_scaling
 from lightning_llm.pipeline.mappings import PHASES
 from lightning_llm.pipeline.names import name_nearest, unknown_entry
 from lightning_llm.pipeline.order import order_of_stages
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import INSERTED, ComputeConfig, GenerateStage, StageConfig, TrainStage
+from lightning_llm.stages.config import (
+    INSERTED,
+    ComputeConfig,
+    GenerateStage,
+    RoundsStage,
+    SelectStage,
+    StageConfig,
+    TrainStage,
+)
 
 if TYPE_CHECKING:
     from lightning_llm.pipeline.recipe import Recipe
@@ -38,7 +47,6 @@ def check(recipe: Recipe) -> None:
     if not recipe.stages:
         raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
     for name, stage in recipe.stages.items():
-        _check_name(name)
         _check_stage(f"stages.{name}", stage)
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
@@ -53,6 +61,28 @@ def check(recipe: Recipe) -> None:
         _check_source(f"scale.corpora.{name}", source)
     for name, source in recipe.tokenizer.sources.items():
         _check_source(f"tokenizer.sources.{name}", source)
+
+
+def check_rounds(stages: Mapping[str, StageConfig]) -> None:
+    """Refuse repeated parts that cannot be unrolled; their stages are checked when they are.
+
+    Raises:
+        UserError: names the key.
+    """
+    for name, group in stages.items():
+        _check_name(name)
+        if not isinstance(group, RoundsStage):
+            continue
+        if not group.stages:
+            raise UserError(f"stages.{name}.stages", "is empty", f"Add one: +stage@stages.{name}.stages.NAME=sft")
+        for own, stage in group.stages.items():
+            _check_name(own, f"stages.{name}.stages.{own}")
+            if isinstance(stage, RoundsStage):
+                raise UserError(f"stages.{name}.stages.{own}", "is made of rounds, inside rounds", "Put it outside")
+        for own in group.begins_with:
+            if own not in group.stages:
+                what = f"there is no stage {own} in a round"
+                raise UserError(f"stages.{name}.begins_with.{own}", what, name_nearest(own, list(group.stages)))
 
 
 def check_compute(compute: ComputeConfig) -> None:
@@ -74,10 +104,12 @@ def check_compute(compute: ComputeConfig) -> None:
         _in_range(f"compute.{name}", getattr(compute, name), above=0)
 
 
-def _check_name(name: str) -> None:
+def _check_name(name: str, key: str | None = None) -> None:
     if not name.replace("_", "").isalnum() or name in INSERTED:
         taken = f"{', '.join(INSERTED[:-1])} and {INSERTED[-1]}"
-        raise UserError(f"stages.{name}", "is no name for a stage", f"Use letters, digits and _; {taken} are taken")
+        raise UserError(
+            key or f"stages.{name}", "is no name for a stage", f"Use letters, digits and _; {taken} are taken"
+        )
 
 
 def _check_stage(key: str, stage: StageConfig) -> None:
@@ -85,6 +117,8 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         _check_training(key, stage)
     elif isinstance(stage, GenerateStage):
         _check_generation(key, stage)
+    elif isinstance(stage, SelectStage):
+        _check_selection(key, stage)
 
 
 def _check_generation(key: str, stage: GenerateStage) -> None:
@@ -98,6 +132,27 @@ def _check_generation(key: str, stage: GenerateStage) -> None:
     for name, source in stage.data.sources.items():
         if not isinstance(source.weight, int | float):
             raise UserError(f"{key}.data.sources.{name}.weight", "is a ramp", "Give a number: prompts have no order")
+
+
+def _check_selection(key: str, stage: SelectStage) -> None:
+    _one_of(f"{key}.kind", stage.kind, ("select",))
+    _one_of(f"{key}.form", stage.form, ("conversations", "pairs"))
+    _one_of(f"{key}.rule", stage.rule, ("best", "random") if stage.form == "pairs" else RULES)
+    _one_of(f"{key}.balance", stage.balance, ("none", "difficulty"))
+    _names_stages(key, stage.data)
+    if stage.rule == "threshold" and stage.minimum_score is None:
+        raise UserError(f"{key}.minimum_score", "has no value, and rule=threshold keeps what reaches it", "Give one")
+    if stage.balance != "none" and stage.keep == 1:
+        raise UserError(f"{key}.keep", "is 1: all rows stay, whatever their difficulty", "Give a share below 1")
+    if stage.form == "pairs" and stage.per_prompt > 1:
+        raise UserError(f"{key}.per_prompt", "is above 1, and a prompt makes one pair", "Take it away")
+
+
+def _names_stages(key: str, data: Sequence[str]) -> None:
+    if not data:
+        raise UserError(f"{key}.data", "names no stage", "Name one, as [sample]")
+    if len(set(data)) < len(data):
+        raise UserError(f"{key}.data", "names a stage twice", "Take one away")
 
 
 def _check_training(key: str, stage: TrainStage) -> None:

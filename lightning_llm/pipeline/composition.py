@@ -42,7 +42,7 @@ CONF = next(p for p in (PACKAGE.parent / "conf", PACKAGE / "conf") if (p / "base
 SETTINGS = "models data optimization objectives evaluation training stages pipeline".split()
 
 # By these figures of all stages a scale maps each of them, so it has to know the recipe's own where the user's stand.
-RELATED = re.compile(r"stages\.\w+\.(tokens|steps|context|batch_tokens|lr\.peak)(\.|$)")
+RELATED = re.compile(r"stages\.(?:\w+\.stages\.)?\w+\.(tokens|steps|context|batch_tokens|lr\.peak)(\.|$)")
 
 
 @dataclass

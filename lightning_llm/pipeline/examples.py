@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from lightning_llm.data.places import is_of_stage
 from lightning_llm.pipeline.config import PhaseScale
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.stages.config import StageConfig, TrainStage
@@ -36,7 +37,7 @@ def estimated_lengths(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]
         own = [
             n
             for n, s in stage.data.sources.items()
-            if n not in recipe.scale.corpora or s.path != recipe.scale.corpora[n].path
+            if (n not in recipe.scale.corpora or s.path != recipe.scale.corpora[n].path) and not is_of_stage(s.path)
         ]
         if stage.examples is not None and own and cost == scales_own and not recipe.is_pinned(key):
             lines.append(

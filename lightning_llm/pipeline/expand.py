@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from lightning_llm.stages.config import (
     GenerateStage,
     PrepareSettings,
     ScoreSettings,
+    SelectSettings,
+    SelectStage,
     StageConfig,
     TokenizerSettings,
     TrainSettings,
@@ -105,6 +107,17 @@ class _Expansion:
             yield from self._training(name, stage)
         elif isinstance(stage, GenerateStage):
             yield from self._generation(name, stage)
+        elif isinstance(stage, SelectStage):
+            yield self._selection(name, stage)
+
+    def _selection(self, name: str, stage: SelectStage) -> Node:
+        own = {f.name for f in fields(SelectSettings)} - {"seed"}
+        settings = SelectSettings(**{field: getattr(stage, field) for field in own}, seed=self.recipe.seed)
+        inputs: dict[str, str] = {}
+        for number, source in enumerate(stage.data):
+            samples = [source]
+            inputs |= {f"samples.{number}.{place}": sample for place, sample in enumerate(samples)}
+        return Node(name, "select", settings, inputs)
 
     def _generation(self, name: str, stage: GenerateStage) -> Iterator[Node]:
         tokenizer, _ = self._shared(stage.models[0], name)

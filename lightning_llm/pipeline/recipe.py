@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_llm.data.config import TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
-from lightning_llm.pipeline.checks import LENGTHS, WARMUPS, check
+from lightning_llm.pipeline.checks import LENGTHS, WARMUPS, check, check_rounds
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.reader import build_settings
+from lightning_llm.pipeline.rounds import typed_key, unrolled, unrolled_keys
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig, StageConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
@@ -93,11 +94,28 @@ def build_recipe(composition: Composition, settings: RecipeSettings | None = Non
         published=composition.published,
         **given,
     )
-    recipe = dataclasses.replace(
-        recipe, stages={name: _one_length(recipe, name, stage) for name, stage in recipe.stages.items()}
-    )
-    check(recipe)
+    written = recipe.stages
+    try:
+        recipe = _unrolled(recipe)
+        check(recipe)
+    except UserError as error:  # rounds have names of their own, and their settings are typed once for all of them
+        raise UserError(*(typed_key(part, written) for part in error.args)) from error
     return recipe
+
+
+def _unrolled(recipe: Recipe) -> Recipe:
+    """Rounds as stages; what is pinned in one is pinned in all."""
+    check_rounds(recipe.stages)
+    recipe = dataclasses.replace(
+        recipe,
+        stages=unrolled(recipe.stages),
+        pinned=frozenset(unrolled_keys(recipe.pinned, recipe.stages)),
+        published={
+            key: recipe.published[typed] for key, typed in unrolled_keys(recipe.published, recipe.stages).items()
+        },
+    )
+    stages = {name: _one_length(recipe, name, stage) for name, stage in recipe.stages.items()}
+    return dataclasses.replace(recipe, stages=stages)
 
 
 def _one_length(recipe: Recipe, name: str, stage: StageConfig) -> StageConfig:

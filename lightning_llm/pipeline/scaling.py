@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.config import STAGE, DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.places import is_of_stage
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline.config import PhaseScale, ScaleConfig
@@ -16,7 +18,7 @@ from lightning_llm.pipeline.order import order_of_stages
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.schedules import BatchPlan, Ramp, as_ramp, ramp_value
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import GenerateStage, StageConfig, TrainStage
+from lightning_llm.stages.config import GenerateStage, SelectStage, StageConfig, TrainStage
 
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 Config = TypeVar("Config")
@@ -41,7 +43,7 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
     original = {name: _Published(recipe, name, stage) for name, stage in trained.items()}
     stages: dict[str, StageConfig] = {}
     for name in order:
-        stages[name] = _scaled_stage(recipe, scale, name, original)
+        stages[name] = _scaled_stage(recipe, scale, name, original, stages)
     evaluation = _overlaid(recipe, "evaluation", recipe.evaluation, _given(scale.evaluation))
     for part in ("text", "tasks", "pairs"):
         data = _located(recipe, scale, f"evaluation.{part}", getattr(evaluation, part))
@@ -85,10 +87,12 @@ def tokens_of_steps(steps: float, batch_ramp: Ramp) -> float:
 # ---- a stage ----
 
 
-def _scaled_stage(recipe: Recipe, scale: ScaleConfig, name: str, original: dict[str, _Published]) -> StageConfig:
+def _scaled_stage(
+    recipe: Recipe, scale: ScaleConfig, name: str, original: dict[str, _Published], before: Mapping[str, StageConfig]
+) -> StageConfig:
     stage = recipe.stages[name]
     if isinstance(stage, TrainStage):
-        return _scaled_training(recipe, scale, name, stage, original)
+        return _scaled_training(recipe, scale, name, stage, original, before)
     return _scaled_generation(recipe, scale, name, stage) if isinstance(stage, GenerateStage) else stage
 
 
@@ -102,7 +106,12 @@ def _scaled_generation(recipe: Recipe, scale: ScaleConfig, name: str, stage: Gen
 
 
 def _scaled_training(
-    recipe: Recipe, scale: ScaleConfig, name: str, stage: TrainStage, original: dict[str, _Published]
+    recipe: Recipe,
+    scale: ScaleConfig,
+    name: str,
+    stage: TrainStage,
+    original: dict[str, _Published],
+    made: Mapping[str, StageConfig],
 ) -> TrainStage:
     own, key = original[name], f"stages.{name}"
     phase = scale.phases.get(stage.phase, PhaseScale())
@@ -127,6 +136,8 @@ def _scaled_training(
     has_free_length = all(free(unit) for unit in ("tokens", "examples", "steps"))
     if has_free_length:
         stage = _budgeted(stage, scale, phase, own, original)
+        if phase.examples is not None and (rows := rows_of_stages(stage.data, made)) is not None:
+            stage = replace(stage, examples=min(phase.examples, max(rows, 1.0)))
     tokens = length_in_tokens(key, stage, batch)
     # positions in ramps, warm-ups and intervals are in the recipe's tokens
     stretch = 1.0 if own.tokens is None else tokens / own.tokens
@@ -164,6 +175,29 @@ def _budgeted(
             "Lower it",
         )
     return replace(stage, tokens=share * scale.pretraining_tokens, steps=None)
+
+
+def rows_of_stages(data: DataConfig, stages: Mapping[str, StageConfig]) -> float | None:
+    """Examples after which a mixture has seen the rows that other stages make for it once; None if it has no such rows.
+
+    They are not known before they are made: every prompt is taken to leave as many as are kept at most.
+    """
+    shares = {name: as_ramp(source.weight)[0]["value"] for name, source in data.sources.items()}
+    passes = []
+    for name, source in data.sources.items():
+        if source.path and is_of_stage(source.path) and shares[name]:
+            rows = rows_left(source.path.removeprefix(STAGE), stages)
+            passes.append(rows * sum(shares.values()) / shares[name])
+    return max(passes, default=None)
+
+
+def rows_left(name: str, stages: Mapping[str, StageConfig]) -> float:
+    """Rows that a stage leaves at most: prompts of one that generates; what another keeps of what it is made from."""
+    stage = stages[name]
+    if isinstance(stage, GenerateStage):
+        return stage.prompts
+    rows = sum(rows_left(edge.source, stages) for edge in stage.edges() if edge.setting == "data")
+    return rows * stage.per_prompt * stage.keep if isinstance(stage, SelectStage) else rows
 
 
 def length_in_tokens(key: str, stage: TrainStage, batch: Ramp) -> float:

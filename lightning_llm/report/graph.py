@@ -8,12 +8,16 @@ from html import escape
 
 from lightning_llm.report.numbers import duration, quantity
 from lightning_llm.report.record import Node, Run
+from lightning_llm.stages.config import INSERTED
 
 LABELS = {
     "prepare": "data",
     "score": "scores",
     "train": "training",
     "evaluate": "evaluation",
+    "generate": "sampling",
+    "judge": "judging",
+    "select": "selection",
 }  # of kinds, in the legend
 Place = tuple[int, int]  # column along the flow, row across it
 
@@ -66,7 +70,7 @@ def draw_graph(run: Run, anchor: str = "stage-") -> str:
 
 
 def visible_edges(nodes: list[Node]) -> list[tuple[str, str]]:
-    """Edges worth a line: what follows from others is left out, but never what a model starts from."""
+    """Edges worth a line: what follows from others is left out, but never a model."""
     inputs = {node.name: dict.fromkeys(node.inputs.values()) for node in nodes}
     before: dict[str, set[str]] = defaultdict(set)  # all that lies before a node
     for node in nodes:
@@ -76,9 +80,15 @@ def visible_edges(nodes: list[Node]) -> list[tuple[str, str]]:
     for node in nodes:
         for source in inputs[node.name]:
             implied = any(source in before[other] for other in inputs[node.name])
-            if not implied or (node.kind == "train" and node.inputs.get("starts_from") == source):
+            if not implied or source in _models(node):
                 edges.append((source, node.name))
     return edges
+
+
+def _models(node: Node) -> set[str]:
+    """The models that a stage starts from, or samples."""
+    wanted = {"train": "starts_from", "generate": "model"}.get(node.kind)
+    return {source for role, source in node.inputs.items() if role.partition(".")[0] == wanted}
 
 
 def lay_out(nodes: list[Node]) -> dict[str, Place]:
@@ -210,7 +220,8 @@ def _box(node: Node, paper: Paper, u: float, v: float, anchor: str) -> str:
     x, y = (u, v) if paper.sideways else (v, u)
     prefix, _, suffix = node.name.rpartition(".")
     inset = 15 if paper.sideways else 11
-    label = prefix if suffix == "prepare" and prefix == "evaluation" else suffix if prefix else node.name
+    label = suffix if prefix and suffix in INSERTED else node.name
+    label = prefix if label == "prepare" and prefix == "evaluation" else label
     state = "is-missing" if not node.is_made else "is-reused" if node.reused else ""
     small = [quantity(node.get("tokens")) + " tokens"] if node.kind == "train" else []
     if paper.sideways or not small:

@@ -11,6 +11,8 @@ from lightning_llm.report import charts, sections
 from lightning_llm.report.comparison import differences, environment, recipe_text
 from lightning_llm.report.numbers import NOTHING, duration, figure, quantity
 from lightning_llm.report.record import Run
+from lightning_llm.report.selection import selections
+from lightning_llm.report.selection import tables as selection_tables
 
 
 def write_markdown(runs: Sequence[Run], output: Path) -> None:
@@ -45,6 +47,11 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
             yield f"\n## Evaluation{which}\n"
             table = [[name, *(sections.metric_value(run.results(stage), name) for stage in shown)] for name in names]
             yield from _table(["metric", *(stage.name for stage in shown)], table)
+        for node in selections(run):
+            yield f"\n## Who won where: {_plain(node.name)}{which}"
+            for found in selection_tables(node):
+                yield ""
+                yield from _table(found.heads, found.rows)
         yield from _samples(run, which)
         if run.recipe:
             yield f"\n## Recipe{which}\n"

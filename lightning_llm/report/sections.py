@@ -13,6 +13,7 @@ from lightning_llm.report.comparison import differences, environment, recipe_tex
 from lightning_llm.report.graph import LABELS, draw_graph
 from lightning_llm.report.numbers import NOTHING, duration, figure, flops, is_number, measure, quantity
 from lightning_llm.report.record import Node, Run
+from lightning_llm.report.selection import selections, tables
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,29 @@ def samples(runs: Sequence[Run]) -> Section | None:
     return Section("samples", "Samples", f'<p class="soft">{note}</p>{"".join(parts)}')
 
 
+def selection(runs: Sequence[Run]) -> Section | None:
+    """Whose responses were kept, by model, task and difficulty."""
+    parts = []
+    for run in runs:
+        for node in selections(run):
+            name = node.name if len(runs) == 1 else f"{run.name}: {node.name}"
+            parts.append(f"<h3>{escape(name)}</h3>")
+            for table in tables(node):
+                heads = "".join(f"<th>{escape(head)}</th>" for head in table.heads)
+                rows = (
+                    f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+                    for first, *cells in table.rows
+                )
+                parts.append(_table(f"<tr>{heads}</tr>", rows))
+    if not parts:
+        return None
+    note = (
+        "All responses that were sampled, and those that were kept to be learnt from. A model is among the best of a "
+        "prompt where nobody's response scores higher, and alone right where no other model has a right one."
+    )
+    return Section("selection", "Who won where", f'<p class="soft">{note}</p>{"".join(parts)}')
+
+
 def settings(runs: Sequence[Run]) -> Section | None:
     """The scaled recipe, and the machine and versions of each run."""
     parts = []
@@ -223,7 +247,7 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
-    graph, training, evaluation, samples, preference, position, mixture, stages, settings,
+    graph, training, evaluation, selection, samples, preference, position, mixture, stages, settings,
 )  # fmt: skip
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
 from lightning_llm.data.config import STAGE, DataConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig
@@ -30,6 +31,8 @@ class Edge:
 class StageConfig:
     """One entry of `stages`: what all kinds have in common. An option of conf/stage/ chooses the kind."""
 
+    reads: ClassVar[tuple[str, ...]] = ()  # kinds of stages that `data` may name, where it names stages
+
     kind: str = "???"  # the verb's file in stages/
 
     def edges(self) -> list[Edge]:
@@ -40,6 +43,8 @@ class StageConfig:
             names = [named] if isinstance(named, str) else named
             found += [Edge(setting, name, ("train",), may_leave=True) for name in names]
         data = getattr(self, "data", None)
+        if isinstance(data, list):
+            found += [Edge("data", name, self.reads) for name in data]
         if isinstance(data, DataConfig):  # rows of another stage among its sources
             paths = {name: source.path or "" for name, source in data.sources.items()}
             found += [
@@ -48,6 +53,43 @@ class StageConfig:
                 if path.startswith(STAGE)
             ]
         return found
+
+    def redirected(self, target: Callable[[Edge], str | None]) -> StageConfig:
+        """The same stage with edges that lead elsewhere.
+
+        Args:
+            target: where an edge leads; None: the edge goes.
+        """
+        changes: dict[str, Any] = {}
+        for edge in self.edges():
+            source = target(edge)
+            if edge.setting.startswith("data.sources."):
+                data: DataConfig = changes.get("data", self.data)  # pyright: ignore[reportAttributeAccessIssue]
+                name = edge.setting.removeprefix("data.sources.").removesuffix(".path")
+                sources = {other: config for other, config in data.sources.items() if other != name or source}
+                if source:
+                    sources[name] = replace(sources[name], path=STAGE + source)
+                changes["data"] = replace(data, sources=sources)
+            elif isinstance(getattr(self, edge.setting), list):
+                changes.setdefault(edge.setting, [])
+                changes[edge.setting] += [source] if source is not None else []
+            else:
+                changes[edge.setting] = source
+        return replace(self, **changes)
+
+
+@option("stage", "rounds")
+@dataclass
+class RoundsStage(StageConfig):
+    """A part of the recipe that is repeated (pipeline/rounds.py). Llama 3: six rounds of post-training (4.1.6)."""
+
+    kind: str = "rounds"
+    rounds: int = 2
+    stages: dict[str, StageConfig] = field(default_factory=dict)
+    begins_with: dict[str, str] = field(default_factory=dict)  # what previous_round.<stage> is in the first round
+
+    def __post_init__(self):
+        refuse_below(1, self, "rounds")
 
 
 @option("stage", "train")
@@ -91,6 +133,30 @@ class GenerateStage(StageConfig):
     def __post_init__(self):
         refuse_below(1, self, "prompts", "per_prompt", "max_new_tokens")
         refuse_below(0, self, "round")
+
+
+@option("stage", "select")
+@dataclass
+class SelectStage(StageConfig):
+    """Rows to learn from, out of judged responses. Llama 3: the best of K by the reward model (4.2.2)."""
+
+    reads: ClassVar[tuple[str, ...]] = ("judge", "generate")
+
+    kind: str = "select"
+    data: list[str] = field(default_factory=list)  # stages that judge; for the controls stages that generate will do
+    rule: str = "best"  # best | threshold (all from minimum_score on) | first, random (controls: nobody is asked)
+    form: str = "conversations"  # conversations | pairs: the best against the worst of each prompt
+    minimum_score: float | None = None  # a response below it is not kept
+    per_prompt: int = 1  # responses that are kept of a prompt, at most; of different text
+    keep: float = 1.0  # share of the rows that stay
+    balance: str = "none"  # none | difficulty: what stays is drawn from hard and easy prompts alike
+    right_from: float = 0.5  # a response of this score is right; the share of right ones is a prompt's difficulty
+    bins: int = 4  # of difficulty
+
+    def __post_init__(self):
+        refuse_below(1, self, "per_prompt", "bins")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is a share in (0, 1], is {self.keep:g}")
 
 
 @option("compute", "compute")
@@ -187,6 +253,21 @@ class GenerateSettings:
     max_new_tokens: int
     sampling: SamplingConfig
     precision: str
+    seed: int
+
+
+@dataclass
+class SelectSettings:
+    """kind select: all of `SelectStage` but its edges."""
+
+    rule: str
+    form: str
+    minimum_score: float | None
+    per_prompt: int
+    keep: float
+    balance: str
+    right_from: float
+    bins: int
     seed: int
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lightning_llm.data.places import prepared_facts, prepared_source
+from lightning_llm.data.places import is_of_stage, prepared_facts, prepared_source
 from lightning_llm.data.rows import Row
 from lightning_llm.data.sources import Source, open_source
 from lightning_llm.data.token_store import TokenStore, TokenStoreWriter, link_store
@@ -20,6 +20,7 @@ from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
 from lightning_llm.stages.context import StageContext, StageResult
+from lightning_llm.stages.samples import ROWS
 from lightning_llm.stages.tokenizer import make_tokenizer
 
 TOGETHER = 512  # rows tokenised at a time: all cores are busy, and little waits in memory
@@ -76,6 +77,8 @@ def _prepare_sources(context: StageContext, settings: PrepareSettings) -> StageR
         where = f"data.sources.{name}"
         if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".." in name:
             raise UserError(where, "cannot be a folder's name", "Use letters, digits, dot, dash and underscore")
+        if is_of_stage(config.path):
+            config = replace(config, path=str(context.inputs[f"source.{name}"] / ROWS))
         opened[name] = open_source(config, where)
     if not opened:
         raise UserError("data.sources", "is empty", "Name a source")

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_llm.evaluation.judges import Question, Response
 
-SAMPLES, VERDICTS = "samples.jsonl", "verdicts.jsonl"
+SAMPLES, VERDICTS, ROWS = "samples.jsonl", "verdicts.jsonl", "rows.jsonl"
 Json = dict[str, Any]
 
 

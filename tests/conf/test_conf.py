@@ -32,7 +32,10 @@ PLACES = {
     "ipo": "dpo",
 }  # option -> the stage that it suits
 
-AFTERWARDS = {"sample": ("models", "dpo", "model.0")}  # stages that do not train: (edge, where to, its role)
+AFTERWARDS = {  # stages that do not train: (edge, where to, its role)
+    "sample": ("models", "dpo", "model.0"),
+    "select": ("data", "sample", "samples.0.0"),
+}
 
 composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, overrides))
 
@@ -71,7 +74,9 @@ def test_options_of_a_stage_compose(place):
 
 
 def test_stages_can_be_added():
-    training = [option for option in options("stage") if option not in AFTERWARDS]
+    training = [
+        option for option in options("stage") if option not in (*AFTERWARDS, "rounds")
+    ]  # rounds: tests/pipeline/test_rounds.py
     words = []
     for option in training:
         name = f"more_{option}"
@@ -79,6 +84,7 @@ def test_stages_can_be_added():
         words += [f"stages.{name}.context=4096", f"stages.{name}.batch_tokens=1e6", f"stages.{name}.tokens=1e6"]
     for option, (setting, value, _) in AFTERWARDS.items():
         words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}=[{value}]"]
+    words.append("stages.select.rule=first")
     nodes = {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
     for option in training:
         assert nodes[f"more_{option}"].inputs["starts_from"] == "sft"

@@ -102,3 +102,34 @@ def test_a_drawing_has_a_box_for_each_node_inside_the_paper(nodes, tmp_path):
             assert 0 <= x <= width - w
             assert 0 <= y <= height - h
         assert all(f'href="#stage-{node.name}"' in svg for node in nodes)
+
+
+COMMITTEE = [
+    *SHARED,
+    *trained("sft"),
+    *trained("dpo", "sft"),
+    stage("post1.sample.prepare", "prepare", tokenizer="tokenizer"),
+    stage("post1.sample", "generate", **{"model.0": "sft", "model.1": "dpo", "data": "post1.sample.prepare"}),
+    stage("post1.best", "select", **{"samples.0.0": "post1.sample"}),
+    stage("post1.rs.prepare", "prepare", **{"tokenizer": "tokenizer", "source.best": "post1.best"}),
+    stage("post1.rs", data="post1.rs.prepare", starts_from="sft"),
+]
+
+
+def test_a_committee_and_what_is_selected_have_their_lines():
+    edges = visible_edges(COMMITTEE)
+    assert ("sft", "post1.sample") in edges  # although it follows from sft -> dpo -> post1.sample
+    assert ("dpo", "post1.sample") in edges
+    assert ("post1.sample", "post1.best") in edges
+    assert ("post1.best", "post1.rs.prepare") in edges
+    places = lay_out(COMMITTEE)
+    columns = [places[name][0] for name in ("dpo", "post1.sample", "post1.best", "post1.rs")]
+    assert columns == sorted(set(columns))  # from left to right
+
+
+def test_stages_of_a_round_are_called_by_their_whole_name(tmp_path):
+    drawn = draw_graph(Run(tmp_path, {}, {}, {}, COMMITTEE, []))
+    labels = re.findall(r'<text x="[\d.]+" y="[\d.]+">([^<]*)</text>', drawn)
+    assert labels.count("post1.sample") == 2  # for wide and for narrow screens
+    assert "rs" not in labels
+    assert 'class="node kind-select' in drawn
