@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from lightning_llm.data.config import DataConfig
-from lightning_llm.settings import option, refuse_below
+from lightning_llm.settings import Buildable, option, refuse_below
 
 RULES = ("best", "threshold", "first", "random")  # by which responses are kept (evaluation/selection.py)
+
+
+@dataclass
+class JudgeConfig(Buildable):
+    """What all judges of single responses have in common: `build(JudgeContext)` makes a `Judge`."""
+
+    name: str = "???"
+
+
+@option("judge", "exact_answer")
+@dataclass
+class ExactAnswerConfig(JudgeConfig):
+    """Whether the last line is exactly `answer: ` and the known answer."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.judges:ExactAnswer"
+    name: str = "exact_answer"
+
+
+@option("judge", "random")
+@dataclass
+class RandomConfig(JudgeConfig):
+    """A control: any number, the same whenever the same response is judged."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.judges:RandomScore"
+    name: str = "random"
 
 
 @option("evaluation", "standard")

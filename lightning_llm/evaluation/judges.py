@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 from lightning_llm.data.embedded import tasks
+from lightning_llm.evaluation.config import ExactAnswerConfig, RandomConfig
 
 
 @dataclass(frozen=True)
@@ -15,6 +20,7 @@ class Question:
     prompt: str  # what the user says, for people to read
     prompt_ids: list[int]  # the rendered conversation, up to where the assistant is to speak
     answer: str
+    tests: str | None = None  # unit tests of a coding question
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,60 @@ class Response:
     ids: list[int]  # with the token that ended the turn, if there is one
     text: str  # without it
     is_complete: bool  # the model ended its turn; otherwise it was cut off
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge makes of a response; more is better."""
+
+    score: float
+    parts: dict[str, float] = field(default_factory=dict)  # by judge's name, where several have a say
+
+
+class Judge(Protocol):
+    """Scores responses one by one, many at a time."""
+
+    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
+        """A verdict on each pair of question and response."""
+        ...
+
+
+@dataclass(frozen=True)
+class JudgeContext:
+    """What a judge knows only when it runs."""
+
+    reward_models: list[Path]  # directories, in the order in which the recipe names them
+    device: str
+    max_tokens: int  # that it may hold at once
+    seed: int
+
+
+@dataclass(frozen=True)
+class ExactAnswer:
+    """1 where the last line is the answer, else 0."""
+
+    config: ExactAnswerConfig
+    context: JudgeContext
+
+    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
+        """See `Judge`."""
+        return [Verdict(float(verify(*pair))) for pair in zip(questions, responses, strict=True)]
+
+
+@dataclass(frozen=True)
+class RandomScore:
+    """A number in [0, 1) that depends on seed, question and response, and on nothing that makes one better."""
+
+    config: RandomConfig
+    context: JudgeContext
+
+    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
+        """See `Judge`."""
+        return [Verdict(self._score(*pair)) for pair in zip(questions, responses, strict=True)]
+
+    def _score(self, question: Question, response: Response) -> float:
+        text = f"{self.context.seed}\0{question.prompt}\0{response.text}".encode("utf-8", "surrogatepass")
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
 
 
 def verify(question: Question, response: Response) -> bool:

@@ -23,6 +23,7 @@ from lightning_llm.stages.config import (
     INSERTED,
     ComputeConfig,
     GenerateStage,
+    JudgeStage,
     RoundsStage,
     SelectStage,
     StageConfig,
@@ -117,6 +118,9 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         _check_training(key, stage)
     elif isinstance(stage, GenerateStage):
         _check_generation(key, stage)
+    elif isinstance(stage, JudgeStage):
+        _one_of(f"{key}.kind", stage.kind, ("judge",))
+        _names_stages(key, stage.data)
     elif isinstance(stage, SelectStage):
         _check_selection(key, stage)
 

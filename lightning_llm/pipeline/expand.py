@@ -35,6 +35,8 @@ from lightning_llm.stages.config import (
     EvaluateSettings,
     GenerateSettings,
     GenerateStage,
+    JudgeSettings,
+    JudgeStage,
     PrepareSettings,
     ScoreSettings,
     SelectSettings,
@@ -102,11 +104,16 @@ class _Expansion:
                     yield node
 
     def _nodes_of(self, name: str, stage: StageConfig) -> Iterator[Node]:
+        recipe = self.recipe
         if isinstance(stage, TrainStage):
             self.models[name] = self._model(stage)
             yield from self._training(name, stage)
         elif isinstance(stage, GenerateStage):
             yield from self._generation(name, stage)
+        elif isinstance(stage, JudgeStage):
+            inputs = {f"samples.{place}": source for place, source in enumerate(stage.data)}
+            inputs |= {f"reward_model.{place}": self._source(model) for place, model in enumerate(stage.judged_by)}
+            yield Node(name, "judge", JudgeSettings(stage.judge, recipe.compute.precision, recipe.seed), inputs)
         elif isinstance(stage, SelectStage):
             yield self._selection(name, stage)
 
@@ -115,7 +122,10 @@ class _Expansion:
         settings = SelectSettings(**{field: getattr(stage, field) for field in own}, seed=self.recipe.seed)
         inputs: dict[str, str] = {}
         for number, source in enumerate(stage.data):
-            samples = [source]
+            before = self.recipe.stages[source]
+            if isinstance(before, JudgeStage):
+                inputs[f"verdicts.{number}"] = source
+            samples = before.data if isinstance(before, JudgeStage) else [source]
             inputs |= {f"samples.{number}.{place}": sample for place, sample in enumerate(samples)}
         return Node(name, "select", settings, inputs)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from lightning_llm.data.config import STAGE, DataConfig, TokenizerConfig
-from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.evaluation.config import EvaluationConfig, JudgeConfig
 from lightning_llm.generation.config import SamplingConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import ObjectiveConfig
@@ -135,6 +135,19 @@ class GenerateStage(StageConfig):
         refuse_below(0, self, "round")
 
 
+@option("stage", "judge")
+@dataclass
+class JudgeStage(StageConfig):
+    """A verdict on every response that other stages have sampled."""
+
+    reads: ClassVar[tuple[str, ...]] = ("generate",)
+
+    kind: str = "judge"
+    data: list[str] = field(default_factory=list)  # stages that generate
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    judged_by: list[str] = field(default_factory=list)  # reward models: stages, artifacts or directories
+
+
 @option("stage", "select")
 @dataclass
 class SelectStage(StageConfig):
@@ -252,6 +265,15 @@ class GenerateSettings:
     per_prompt: int
     max_new_tokens: int
     sampling: SamplingConfig
+    precision: str
+    seed: int
+
+
+@dataclass
+class JudgeSettings:
+    """kind judge: what decides a verdict beside the samples and the reward models."""
+
+    judge: JudgeConfig
     precision: str
     seed: int
 

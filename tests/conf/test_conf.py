@@ -21,6 +21,7 @@ WITHIN = {
     "objective": "objective",
     "optimizer": "optimizer",
     "schedule": "lr",
+    "judge": "judge",
 }  # group -> key of a stage
 PLACES = {
     "qwen2_sft": "sft",
@@ -30,11 +31,14 @@ PLACES = {
     "own_pairs": "dpo",
     "dpo": "dpo",
     "ipo": "dpo",
+    "exact_answer": "score",
+    "random": "score",
 }  # option -> the stage that it suits
 
 AFTERWARDS = {  # stages that do not train: (edge, where to, its role)
     "sample": ("models", "dpo", "model.0"),
-    "select": ("data", "sample", "samples.0.0"),
+    "score": ("data", "sample", "samples.0"),
+    "select": ("data", "score", "verdicts.0"),
 }
 
 composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, overrides))
@@ -67,7 +71,17 @@ def test_options_of_a_stage_compose(place):
     chosen = {group: options(group)[place % len(options(group))] for group in WITHIN}
     stages = {group: PLACES.get(name, "pretrain") for group, name in chosen.items()}
     words = [f"{group}@stages.{stages[group]}.{WITHIN[group]}={name}" for group, name in chosen.items()]
-    recipe = compose("qwen2", "paper", ["+stage@stages.sample=sample", "stages.sample.models=[dpo]", *words])
+    recipe = compose(
+        "qwen2",
+        "paper",
+        [
+            "+stage@stages.sample=sample",
+            "stages.sample.models=[dpo]",
+            "+stage@stages.score=score",
+            "stages.score.data=[sample]",
+            *words,
+        ],
+    )
     for group, name in chosen.items():
         config = getattr(recipe.stages[stages[group]], WITHIN[group])
         assert (config.schedule if group == "schedule" else config.name) == name
@@ -84,7 +98,6 @@ def test_stages_can_be_added():
         words += [f"stages.{name}.context=4096", f"stages.{name}.batch_tokens=1e6", f"stages.{name}.tokens=1e6"]
     for option, (setting, value, _) in AFTERWARDS.items():
         words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}=[{value}]"]
-    words.append("stages.select.rule=first")
     nodes = {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
     for option in training:
         assert nodes[f"more_{option}"].inputs["starts_from"] == "sft"
