@@ -197,6 +197,8 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         }
     elif node.kind == "generate":
         found = _generate_figures(recipe, node, models)
+    elif node.kind in ("judge", "select"):
+        found = {"starts_from": ", ".join(recipe.stages[node.name].data)}  # pyright: ignore[reportAttributeAccessIssue]
     elif node.kind == "evaluate":
         found = _evaluate_figures(recipe, node, models)
     elif isinstance(node.settings, PrepareSettings):

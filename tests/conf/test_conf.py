@@ -29,6 +29,7 @@ PLACES = {
     "qwen2_prompts": "sample",
     "own_conversations": "sft",
     "own_pairs": "dpo",
+    "selected": "sft",
     "dpo": "dpo",
     "ipo": "dpo",
     "exact_answer": "score",

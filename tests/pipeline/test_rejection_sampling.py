@@ -1,0 +1,129 @@
+"""Sampling from a committee, judging, selecting and training on what is left: a real run, killed in the middle."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.report import report
+from lightning_llm.stages.samples import read_rows
+
+ROOT = Path(__file__).parents[2]
+WORDS = [
+    "stages.sample.models=[sft,dpo]",
+    "stages.sample.prompts=800",
+    "stages.sample.per_prompt=3",
+    "stages.sample.max_new_tokens=24",
+    "judge@stages.score.judge=random",  # models of this size say nothing that could be right
+    "stages.best.minimum_score=0.6",
+    "stages.best.keep=0.5",
+    "stages.best.balance=difficulty",
+    "stages.rejection.data.max_epochs=1e3",
+    "until=rejection",
+]
+
+
+class Program:
+    """The command line in a copy of the finished run's store."""
+
+    def __init__(self, folder: Path, run_folder: Path):
+        self.folder = folder
+        shutil.copytree((run_folder / "artifacts" / "sft").resolve().parent, folder / "artifacts")
+        given = json.loads((run_folder / "run.json").read_text())["overrides"]
+        words = [word for word in given if not word.startswith(("recipe=", "store.", "runs="))]
+        places = [f"store.root={folder}/artifacts", f"runs={folder}/runs"]
+        self.words = ["run", "recipe=rejection_sampling", *words, *WORDS, *places]
+
+    def start(self) -> subprocess.Popen:
+        program = [sys.executable, "-m", "lightning_llm.cli", *self.words]
+        return subprocess.Popen(
+            program,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+
+    def run(self) -> tuple[Path, str]:
+        """The folder of a run to its end, and what the console said."""
+        started = self.start()
+        output, said = started.communicate(timeout=240)
+        assert started.returncode == 0, said
+        return Path(output.splitlines()[-1]), said
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory, run_folder):
+    """A run that was killed while the second model was sampled, and the one that followed: (folder, what was said)."""
+    program = Program(tmp_path_factory.mktemp("killed"), run_folder)
+    started = program.start()
+    making = program.folder / "artifacts" / ".making"
+    while started.poll() is None and not [p for p in making.glob("generate-*/parts/1.jsonl") if p.stat().st_size]:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGKILL)
+    started.communicate(timeout=30)
+    assert started.returncode == -signal.SIGKILL
+    [part] = making.glob("generate-*/parts/1.jsonl")
+    written = part.read_bytes().count(b"\n")
+    assert 0 < written < 800
+    folder, said = program.run()
+    assert not list(making.iterdir())
+    return folder, said
+
+
+def test_what_was_sampled_before_the_kill_is_kept(killed):
+    _, said = killed
+    assert "sft: 800 of 800 prompts were answered before" in said
+    [continued] = re.findall(r"dpo: (\d+) of 800 prompts were answered before", said)
+    assert int(continued) % 170 == 0  # whole chunks, of 510 responses each
+
+
+def test_the_samples_are_those_of_a_run_that_nobody_killed(killed, tmp_path, run_folder):
+    whole, said = Program(tmp_path, run_folder).run()
+    assert "answered before" not in said
+    for name in ("samples.jsonl", "verdicts.jsonl", "rows.jsonl", "table.json"):
+        node = {"samples.jsonl": "sample", "verdicts.jsonl": "score"}.get(name, "best")
+        paths = [folder / "artifacts" / node / name for folder in (whole, killed[0])]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_what_is_learnt_is_what_was_judged_best(killed):
+    artifacts = killed[0] / "artifacts"
+    samples, verdicts = (list(read_rows(artifacts / f)) for f in ("sample/samples.jsonl", "score/verdicts.jsonl"))
+    best = {}
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        scored = zip(sample["responses"], (v["score"] for v in verdict["verdicts"]), strict=True)
+        complete = [(score, response["text"]) for response, score in scored if response["is_complete"]]
+        best[sample["prompt"][0]["content"]] = max(complete, default=(0.0, ""))
+    possible = {prompt for prompt, (score, _) in best.items() if score >= 0.6}
+    rows = list(read_rows(artifacts / "best" / "rows.jsonl"))
+    assert len(rows) == round(len(possible) / 2)
+    for row in rows:
+        question, answer = (message["content"] for message in row["messages"])
+        assert (row["score"], answer) == best[question]
+    table = json.loads((artifacts / "best" / "table.json").read_text())
+    assert {model: entry["kept"] for model, entry in table["models"].items()} == Counter(row["model"] for row in rows)
+    prepared = artifacts / "rejection.prepare" / "sources" / "best"
+    assert sum(TokenStore.open(prepared / split).rows for split in ("train", "validation")) == len(rows)
+    record = json.loads((artifacts / "rejection" / "stage.json").read_text())
+    assert record["ledger"]["best"] > 0
+    assert record["inputs"]["starts_from"]["key"] == json.loads((artifacts / "sft" / "stage.json").read_text())["key"]
+
+
+def test_the_page_tells_who_won(killed, tmp_path):
+    page = report([killed[0]], tmp_path / "page.html").read_text()
+    assert "Who won where" in page
+    assert "among the best" in page
+    assert "sample: sampling" in page
+    assert "## Who won where: best" in (tmp_path / "page.md").read_text()
