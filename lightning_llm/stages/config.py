@@ -36,7 +36,7 @@ class StageConfig:
     kind: str = "???"  # the verb's file in stages/
 
     def edges(self) -> list[Edge]:
-        """All that the stage is made from, in the order of its settings."""
+        """All that the stage is made from: models, then rows."""
         found = []
         for setting in ("starts_from", "models", "judged_by"):
             named = getattr(self, setting, None) or []

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from lightning_llm import compose, plan
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
-from lightning_llm.evaluation.config import EvaluationConfig
+from lightning_llm.evaluation.config import EvaluationConfig, ExactAnswerConfig
+from lightning_llm.generation.config import SamplingConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import CausalLMConfig, DPOConfig, IPOConfig
 from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
@@ -22,8 +23,11 @@ from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.settings import came_later
 from lightning_llm.stages.config import (
     EvaluateSettings,
+    GenerateSettings,
+    JudgeSettings,
     PrepareSettings,
     ScoreSettings,
+    SelectSettings,
     TokenizerSettings,
     TrainSettings,
 )
@@ -73,6 +77,19 @@ def fixed_nodes() -> list[Node]:
         Node("x", "train", settings, {"starts_from": "base", "data": "x.prepare", "reference": "x.reference"}),
         Node("ipo", "train", replace(settings, objective=IPOConfig()), {"data": "x.prepare"}),
         Node("x.evaluate", "evaluate", EvaluateSettings(EvaluationConfig(), 128, 256, "likelihood", "fp32", 0)),
+        Node(
+            "sample",
+            "generate",
+            GenerateSettings(["base", "x"], {"mine": 1.0}, 100, 0, 4, 32, SamplingConfig(), "fp32", 0),
+            {"model.0": "base", "model.1": "x", "data": "x.prepare", "tokenizer": "tokenizer"},
+        ),
+        Node("judged", "judge", JudgeSettings(ExactAnswerConfig(), "fp32", 0), {"samples.0": "sample"}),
+        Node(
+            "best",
+            "select",
+            SelectSettings("best", "conversations", 0.5, 1, 1.0, "none", 0.5, 4, 0),
+            {"samples.0.0": "sample", "verdicts.0": "judged"},
+        ),
     ]
 
 
@@ -120,6 +137,18 @@ def test_data_moves_a_key(recipe):
 def test_stages_that_share_rows_share_their_tokens(recipe):
     keys = keys_of(recipe)
     assert keys["pretrain.prepare"] == keys["long_context.prepare"]
+
+
+def test_rows_of_a_stage_count_by_its_key_and_not_by_its_name():
+    def keys(name: str, seed: int = 0) -> tuple[str, str]:
+        best = Node(name, "select", SelectSettings("first", "conversations", None, 1, 1.0, "none", 0.5, 4, seed))
+        rows = DataConfig(name="rows", form="conversations", sources={"own": SourceConfig(path=f"stage:{name}")})
+        inputs = {"source.own": name}
+        found = node_keys([best, Node("y.prepare", "prepare", PrepareSettings(rows, [64], ["train"], 0), inputs)])
+        return found[name], found["y.prepare"]
+
+    assert keys("best") == keys("post3.best")
+    assert keys("best", seed=1)[1] != keys("best")[1]
 
 
 @dataclass

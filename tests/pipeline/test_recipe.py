@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 
 from lightning_llm import compose
-from lightning_llm.data.config import DataConfig
+from lightning_llm.data.config import DataConfig, SourceConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline.checks import check
-from lightning_llm.pipeline.order import order_of_stages
+from lightning_llm.pipeline.order import ancestors, order_of_stages
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import TrainStage
+from lightning_llm.stages.config import GenerateStage, JudgeStage, SelectStage, TrainStage
 
 PAIR = """# @package _global_
 defaults: [/model: qwen2_0_5b, /stage@stages.base: pretrain, /stage@stages.last: dpo, _self_]
@@ -272,6 +272,54 @@ def test_compose_inside_somebody_elses_hydra(tmp_path, mine):
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
         assert compose("pair", config_dir=mine).name == "pair"
         assert hydra.compose("config").a == 1
+
+
+EDGES = {
+    "no model": ({"sample": GenerateStage(models=["bas"])}, ["stages.sample.models: bas", "The nearest is base"]),
+    "no stage": ({"score": JudgeStage(data=["sampel"])}, ["stages.score.data: sampel is no stage", "sample"]),
+    "another kind": (
+        {"best": SelectStage(data=["base"])},
+        ["stages.best.data: base is a stage of kind train", "sample"],
+    ),
+    "no training": (
+        {"sample": GenerateStage(models=["best"])},
+        ["stages.sample.models: best is a stage of kind select"],
+    ),
+    "rows of no stage": (
+        {"base": TrainStage(data=DataConfig(sources={"own": SourceConfig(path="stage:bst")}))},
+        ["stages.base.data.sources.own.path: bst is no stage"],
+    ),
+    "circle of rows": (
+        {"base": TrainStage(data=DataConfig(sources={"own": SourceConfig(path="stage:best")}))},
+        ["goes round in a circle (base -> best -> sample -> base)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_an_edge_that_leads_nowhere(case):
+    changes, parts = EDGES[case]
+    stages = {"base": TrainStage(), "sample": GenerateStage(models=["base"]), "best": SelectStage(data=["sample"])}
+    with pytest.raises(UserError) as caught:
+        order_of_stages(stages | changes)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_stage_comes_after_all_that_it_is_made_from(tmp_path):
+    stages = {
+        "last": TrainStage(starts_from="one", data=DataConfig(sources={"own": SourceConfig(path="stage:best")})),
+        "best": SelectStage(data=["score", "sample"]),
+        "score": JudgeStage(data=["sample"], judged_by=["reward", str(tmp_path)]),
+        "sample": GenerateStage(models=["two", "one"]),
+        "two": TrainStage(starts_from="one"),
+        "one": TrainStage(),
+        "reward": TrainStage(starts_from="one"),
+        "apart": TrainStage(),
+    }
+    assert order_of_stages(stages) == ["one", "reward", "two", "sample", "score", "best", "last", "apart"]
+    assert ancestors("score", stages) == {"score", "sample", "two", "one", "reward"}
 
 
 def test_stages_come_after_what_they_start_from():

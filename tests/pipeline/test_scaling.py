@@ -14,16 +14,17 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
 from lightning_llm.optimization.config import LearningRateConfig
-from lightning_llm.pipeline.config import EvaluationScale, PhaseScale, ScaleConfig
+from lightning_llm.pipeline.config import EvaluationScale, GenerationScale, PhaseScale, ScaleConfig
 from lightning_llm.pipeline.expand import expand
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, as_ramp, ramp_value
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import ComputeConfig, TrainStage
+from lightning_llm.stages.config import ComputeConfig, GenerateStage, SelectStage, TrainStage
 
 TEXT = DataConfig(name="text", sources={"web": SourceConfig(weight=0.7), "other": SourceConfig(weight=0.3)})
 CHAT = DataConfig(name="chat", form="conversations", sources={"chats": SourceConfig()})
+QUESTIONS = DataConfig(name="questions", form="questions", sources={"asked": SourceConfig(path="asked.jsonl")})
 PAIRS = DataConfig(name="pairs", form="pairs", sources={"pairs": SourceConfig()})
 CORPORA = {name: SourceConfig(path=f"{name}.jsonl") for name in ("web", "chats", "pairs")} | {"other": SourceConfig()}
 NANO = ScaleConfig(
@@ -89,6 +90,34 @@ def test_multiples_of_the_context_are_kept(first, multiple):
     stages = scaled(recipe(contexts=(first, first * multiple)), NANO).stages
     assert stages["first"].context == 128
     assert stages["second"].context == stages["sft"].context == 128 * multiple
+
+
+def test_what_is_sampled_is_what_the_scale_can_afford():
+    sample = GenerateStage(models=["sft"], prompts=9e5, per_prompt=10, max_new_tokens=2048, data=QUESTIONS)
+    best = SelectStage(data=["sample"], rule="first", keep=0.5)
+    learnt = DataConfig(
+        name="learnt",
+        form="conversations",
+        sources={"best": SourceConfig(path="stage:best", weight=0.8), "mine": SourceConfig(path="x.jsonl", weight=0.2)},
+    )
+    again = train(phase="sft", examples=5e5, data=learnt, starts_from="sft", batch_tokens=1e6)
+    whole = recipe()
+    whole = replace(whole, stages=whole.stages | {"sample": sample, "best": best, "again": again})
+    small = replace(NANO, generation=GenerationScale(prompts=400, max_new_tokens=40, tokens_per_prompt=9))
+    stages = scaled(whole, small).stages
+    found = stages["sample"]
+    assert (found.prompts, found.per_prompt, found.max_new_tokens) == (400, 10, 40)
+    assert found.data.tokens_per_example == 9
+    assert stages["best"] == best
+    rows = 400 * 0.5 / 0.8  # until each row that is kept has been seen once, of four fifths of the tokens
+    assert stages["again"].examples == math.ceil(rows * 30 * 1024 / (rows * 50))  # lengthened to the floor of 30 steps
+    shorter = replace(small, minimum_steps=1)
+    assert scaled(whole, shorter).stages["again"].examples == rows
+    pinned = replace(whole, pinned=frozenset({"stages.sample.prompts", "stages.again.examples"}))
+    assert scaled(pinned, small).stages["sample"].prompts == 9e5
+    assert scaled(pinned, small).stages["again"].examples == 5e5
+    as_published = scaled(whole, PAPER).stages
+    assert (as_published["sample"].prompts, as_published["again"].examples) == (9e5, 5e5)
 
 
 @given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -54,6 +55,34 @@ def test_the_key_counts_and_not_the_name(store):
     path = make(store)
     assert store.find("train", "another_name", KEY) == path
     assert store.find("train", "sft", KEY[:16] + "0" * 48) is None  # another key that begins alike
+
+
+def interrupt(store):
+    """Fail while an artifact is made that may be continued."""
+    with contextlib.suppress(ZeroDivisionError), store.claim("generate", "sample", KEY, keeps=True) as claim:
+        (claim.folder / "part").write_text("half")
+        (claim.folder / "stage.json").write_text("{}")  # as if it was killed just before it was renamed
+        raise ZeroDivisionError
+
+
+def test_what_is_kept_is_continued_under_any_name(store):
+    """A verb that goes on finds what a killed or failing process has left; what is whole leaves nothing behind."""
+    interrupt(store)
+    with store.claim("generate", "post1.sample", KEY, keeps=True) as claim:
+        assert (claim.folder / "part").read_text() == "half"
+        (claim.folder / "part").write_text("whole")
+        artifact = claim.commit({"key": KEY})
+    assert store.find("generate", "sample", KEY) == artifact
+    assert not list((store.root / ".making").iterdir())
+    with store.claim("generate", "sample", KEY, keeps=True, again=True) as claim:
+        assert not list(claim.folder.iterdir())  # made again from the start
+        assert (artifact / "part").read_text() == "whole"
+
+
+def test_another_verb_begins_anew(store):
+    interrupt(store)
+    with store.claim("generate", "sample", KEY) as claim:
+        assert not list(claim.folder.iterdir())
 
 
 def test_an_error_leaves_nothing(store):
