@@ -37,7 +37,7 @@ class DataConfig:
     """A mixture of sources. `form` says what a row is; text may be mixed into conversations."""
 
     name: str = "???"
-    form: str = "text"  # text | conversations | pairs
+    form: str = "text"  # text | conversations | pairs | questions | prompts (data/rows.py)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokens_per_example: float | None = None  # what the plan takes an example (or pair) to cost on average
     max_epochs: float = 4.0  # more passes over a source are refused

@@ -1,9 +1,10 @@
-"""What a row is: one of four forms, told by its fields, and in the same shape wherever it was read.
+"""What a row is: one of five forms, told by its fields, and in the same shape wherever it was read.
 
     text           {"text": str}
     conversations  {"messages": [{"role", "content"}, ...]}
     pairs          {"prompt": messages, "chosen": str, "rejected": str}
     questions      {"prompt": messages, "answer": str, "task": str}      to be answered and scored; nothing is learnt
+    prompts        the same; the answer may be unknown (""), and only who asks for this form gets it
 
 `LAYOUTS` lists the fields in which people keep these: prompt and completion, ShareGPT's and Alpaca's, pairs with their
 prompt inside. A turn may spell its fields `from` and `value` in each of them.
@@ -22,7 +23,7 @@ from lightning_llm.settings import UserError
 if TYPE_CHECKING:
     from lightning_llm.data.tokenizer import Message
 
-FORMS = ("text", "conversations", "pairs", "questions")
+FORMS = ("text", "conversations", "pairs", "questions", "prompts")
 ROLES = ("system", "user", "assistant", "tool")
 SPELLINGS = {  # of roles: ours, and those of ShareGPT and its kin
     **{role: role for role in ROLES},
@@ -94,7 +95,8 @@ def _layout(row: Fields, named: set[str], asked: str | None) -> Layout | None:
     """The layout of a row: of the form that is asked for if there is one, and with the fields that `columns` names."""
     if asked in (None, "pairs") and ("chosen" in row) != ("rejected" in row):
         return None
-    found = [layout for layout in LAYOUTS if row.keys() >= set(layout.needs)]
+    known = [layout for layout in LAYOUTS if layout.form != "prompts" or asked == "prompts"]
+    found = [layout for layout in known if row.keys() >= set(layout.needs)]
     found = [layout for layout in found if named <= {*layout.needs, *layout.also}] or found
     wanted = [layout for layout in found if layout.form == asked]
     return next(iter(wanted or found), None)
@@ -212,7 +214,23 @@ def _instruction(row: Fields, where: str) -> Fields:
 
 def _question(row: Fields, where: str) -> Fields:
     answer = _string(row, "answer", where)
-    return {"prompt": _messages(row, "prompt", where), "answer": answer, "task": str(row.get("task", "questions"))}
+    content = {"prompt": _messages(row, "prompt", where), "answer": answer, "task": str(row.get("task", "questions"))}
+    return content | ({"tests": _string(row, "tests", where)} if "tests" in row else {})
+
+
+def _prompt(row: Fields, where: str) -> Fields:
+    content = {"prompt": _messages(row, "prompt", where), "answer": "", "task": str(row.get("task", "prompts"))}
+    return content | {name: _string(row, name, where) for name in ("answer", "tests") if name in row}
+
+
+def _prompt_of_conversation(row: Fields, where: str) -> Fields:
+    """All that stands before the assistant's last turn, which is to be said anew."""
+    messages = _messages(row, "messages", where)
+    said = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    prompt = messages[: said[-1]] if said else messages
+    if not prompt:
+        raise UserError(where, "has no turn before the assistant's, so nothing is asked", f"Mend it, {SKIP}")
+    return {"prompt": prompt, "answer": "", "task": str(row.get("task", "prompts"))}
 
 
 def _text(row: Fields, where: str) -> Fields:
@@ -232,7 +250,9 @@ LAYOUTS = (  # of several that fit the first counts, but for the form that is as
     Layout("chosen and rejected with their prompt", "pairs", ("chosen", "rejected"), _pair_of_conversations, JUDGED),
     Layout("messages", "conversations", ("messages",), _conversation_in("messages")),
     Layout("prompt and completion", "conversations", ("prompt", "completion"), _completion),
-    Layout("prompt and answer", "questions", ("prompt", "answer"), _question, ("task",)),
+    Layout("prompt and answer", "questions", ("prompt", "answer"), _question, ("task", "tests")),
+    Layout("prompt", "prompts", ("prompt",), _prompt, ("answer", "task", "tests")),
+    Layout("messages up to the last answer", "prompts", ("messages",), _prompt_of_conversation, ("task",)),
     Layout("text", "text", ("text",), _text),
     Layout("ShareGPT's conversations", "conversations", ("conversations",), _conversation_in("conversations")),
     Layout("Alpaca's instruction, input, output", "conversations", ("instruction", "output"), _instruction, ("input",)),

@@ -4,7 +4,7 @@ tokens.bin     ids of all segments one after the other, uint16, or uint32 for mo
 offsets.npy    [segments + 1] int64; a row is 1 segment, or 3 for a pair (prompt, chosen, rejected)
 targets.bin    [tokens] bool, whether a token is to be learnt; absent where all are
 counts.npy     [rows] int64, targets of each row when it stands alone and uncut
-rows.jsonl     what judges need of a row beside its tokens; only for pairs and questions
+rows.jsonl     what judges need of a row beside its tokens; only for pairs, questions and prompts
 store.json     form, counts, dtype
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from lightning_llm.settings import UserError
 
-SEGMENTS = {"text": 1, "conversations": 1, "pairs": 3, "questions": 1}  # of a row
+SEGMENTS = {"text": 1, "conversations": 1, "pairs": 3, "questions": 1, "prompts": 1}  # of a row
 
 
 class StoredRow(NamedTuple):
@@ -115,7 +115,7 @@ class TokenStoreWriter:
         self._offsets.append(0)
         self._ids = (directory / "tokens.bin").open("wb")
         self._mask = (directory / "targets.bin").open("wb") if form != "text" else None
-        has_metadata = form in ("pairs", "questions")
+        has_metadata = form in ("pairs", "questions", "prompts")
         self._rows = (directory / "rows.jsonl").open("w", encoding="utf-8") if has_metadata else None
 
     def append(

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lightning_llm.data.embedded import tasks
 from lightning_llm.evaluation.config import ExactAnswerConfig, RandomConfig
+from lightning_llm.settings import UserError
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,14 @@ class ExactAnswer:
     context: JudgeContext
 
     def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
-        """See `Judge`."""
+        """See `Judge`.
+
+        Raises:
+            UserError: nobody knows an answer.
+        """
+        if asked := next((question for question in questions if not question.answer), None):
+            what = f"compares with the answer, and none is known to {asked.prompt[:40]!r}"
+            raise UserError("judge exact_answer", what, "Give the rows an answer, or choose another judge")
         return [Verdict(float(verify(*pair))) for pair in zip(questions, responses, strict=True)]
 
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig
 from lightning_llm.data.embedded.options import check_embedded
 from lightning_llm.data.places import is_prepared, source_options, split_path
+from lightning_llm.data.rows import FORMS
 from lightning_llm.evaluation.config import RULES
 from lightning_llm.models.config import check_scaling
 from lightning_llm.pipeline.mappings import PHASES
@@ -131,7 +132,7 @@ def _check_generation(key: str, stage: GenerateStage) -> None:
         raise UserError(f"{key}.models", "names nobody", "Name a stage, or several: [sft, dpo]")
     if len(set(stage.models)) < len(stage.models):
         raise UserError(f"{key}.models", "names one twice", "Raise per_prompt instead")
-    _one_of(f"{key}.data.form", stage.data.form, ("questions",))
+    _one_of(f"{key}.data.form", stage.data.form, ("questions", "prompts"))
     _check_data(f"{key}.data", stage.data)
     for name, source in stage.data.sources.items():
         if not isinstance(source.weight, int | float):
@@ -220,7 +221,7 @@ def _check_training(key: str, stage: TrainStage) -> None:
 
 
 def _check_data(key: str, data: DataConfig) -> None:
-    _one_of(f"{key}.form", data.form, ("text", "conversations", "pairs", "questions"))
+    _one_of(f"{key}.form", data.form, FORMS)
     _one_of(f"{key}.on_error", data.on_error, ("stop", "skip"))
     _one_of(f"{key}.on_long", data.on_long, ("drop", "truncate_left", "stop"))
     _in_range(f"{key}.validation", data.validation, low=0, below=1)

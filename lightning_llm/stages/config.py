@@ -123,7 +123,7 @@ class GenerateStage(StageConfig):
 
     kind: str = "generate"
     models: list[str] = field(default_factory=list)  # stages, artifacts or Hugging Face directories
-    data: DataConfig = field(default_factory=DataConfig)  # of form questions; rows that are held out are not asked
+    data: DataConfig = field(default_factory=DataConfig)  # questions or prompts; rows that are held out are not asked
     prompts: float = 1000  # so many of them, drawn by the seed; all, where there are fewer
     per_prompt: int = 8  # responses of each model to each prompt
     max_new_tokens: int = 512  # a response is cut after so many

@@ -30,6 +30,7 @@ ACCEPTED = {  # the form that a stage asks for -> forms of the rows that it can 
     "conversations": {"conversations", "text"},
     "pairs": {"pairs"},
     "questions": {"questions"},
+    "prompts": {"prompts", "questions"},
 }
 # The held-out data of an evaluation names its forms in front of its sources.
 FORM_OF_PREFIX = {"text": "text", "tasks": "questions", "pairs": "pairs"}
@@ -252,7 +253,7 @@ def _append_all(writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer)
         for rendered in conversations:
             writer.append([rendered.ids], [rendered.mask])
         return [len(rendered.ids) for rendered in conversations]
-    if writer.form == "questions":
+    if writer.form in ("questions", "prompts"):
         prompts = tokenizer.render_many([content["prompt"] for content in contents], add_generation_prompt=True)
         for content, prompt in zip(contents, prompts, strict=True):
             writer.append([prompt.ids], [[False] * len(prompt.ids)], content)

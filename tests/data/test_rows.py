@@ -133,6 +133,33 @@ def test_a_pair_may_repeat_its_prompt_and_nothing_else():
         read_row({**row, "chosen": other}, {}, "x:1")
 
 
+PROMPTS = {
+    "alone": ({"prompt": "hi"}, {"prompt": [USER], "answer": "", "task": "prompts"}),
+    "with an answer": ({"prompt": "hi", "answer": "ho"}, {"prompt": [USER], "answer": "ho", "task": "prompts"}),
+    "with tests": (
+        {"prompt": "hi", "tests": "assert f() == 1", "task": "code"},
+        {"prompt": [USER], "answer": "", "task": "code", "tests": "assert f() == 1"},
+    ),
+    "of a pair": (
+        {"prompt": [SYSTEM, USER], "chosen": "ho", "rejected": "hu"},
+        {"prompt": [SYSTEM, USER], "answer": "", "task": "prompts"},
+    ),
+    "of a conversation": (
+        {"messages": [USER, ASSISTANT, USER, ASSISTANT]},
+        {"prompt": [USER, ASSISTANT, USER], "answer": "", "task": "prompts"},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PROMPTS)
+def test_a_prompt_needs_no_answer_if_prompts_are_asked_for(case):
+    fields, content = PROMPTS[case]
+    assert read_row(fields, {}, "f:1", "prompts") == Row("f:1", "prompts", content)
+    if case == "alone":  # an evaluation would count every response to it as wrong
+        with pytest.raises(UserError, match='no field "completion"'):
+            read_row(fields, {}, "f:1", "questions")
+
+
 def test_of_several_forms_the_one_that_is_asked_for_counts():
     alpaca = {"instruction": "hi", "input": None, "output": "ho", "text": "### hi: ho"}
     assert read_row(alpaca, {}, "x", "conversations").content == {"messages": [USER, ASSISTANT]}
@@ -150,14 +177,15 @@ def test_every_field_of_a_layout_may_have_another_name(layout):
     """What `columns` may name is what is read; the row is the same as under the fields' own names."""
     row = next(
         fields
-        for fields, form, _ in GOOD.values()
+        for fields, form, _ in [*GOOD.values(), *((fields, "prompts", None) for fields, _ in PROMPTS.values())]
         if form == layout.form and set(layout.needs) <= fields.keys() <= {*layout.needs, *layout.also}
     )
     renamed = {f"my {name}": value for name, value in row.items()}
     columns = {name: f"my {name}" for name in row}
     assert columns.keys() <= set(ROW_FIELDS)
-    read = read_row(renamed, columns, "x")
-    assert (read.form, read.content, read.layout) == (layout.form, read_row(row, {}, "x").content, layout.name)
+    asked = "prompts" if layout.form == "prompts" else None
+    read = read_row(renamed, columns, "x", asked)
+    assert (read.form, read.content, read.layout) == (layout.form, read_row(row, {}, "x", asked).content, layout.name)
 
 
 def test_columns_lead_into_nested_ones():
