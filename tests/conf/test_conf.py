@@ -30,6 +30,7 @@ PLACES = {
     "own_conversations": "sft",
     "own_pairs": "dpo",
     "selected": "sft",
+    "selected_pairs": "dpo",
     "dpo": "dpo",
     "ipo": "dpo",
     "exact_answer": "score",
@@ -137,3 +138,8 @@ def test_golden_plan(scale, compute):
     """A changed default shows up in review. To renew: lightning-llm plan recipe=qwen2 scale=... compute=... > FILE"""
     shown = f"{plan(composed(scale, f'compute={compute}'))}\n"
     assert shown == (GOLDEN / f"qwen2_{scale}.txt").read_text()
+
+
+@pytest.mark.parametrize("recipe", sorted(set(options("recipe")) - {"qwen2"}))
+def test_golden_plan_at_nano(recipe):
+    assert f"{plan(compose(recipe))}\n" == (GOLDEN / f"{recipe}_nano.txt").read_text()
