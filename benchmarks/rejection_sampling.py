@@ -20,7 +20,7 @@ from learning import spread
 
 RESULT = Path(__file__).resolve().parent / "results" / "rejection_sampling.json"
 PICTURE = machine.REPOSITORY / "docs" / "images" / "rejection_sampling.svg"
-HALF_WAY = ["stages.sft.examples=9000"]  # of 21,000: about .5 of the held-out questions are answered rightly
+HALF_WAY = ["stages.sft.examples=15000"]  # of 21,000: about .5 of the held-out questions are answered rightly
 ARMS = {
     "right answers": [],
     "random reward": ["judge@stages.score.judge=random", "stages.best.minimum_score=null"],

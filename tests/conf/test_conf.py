@@ -100,6 +100,7 @@ def test_stages_can_be_added():
         words += [f"stages.{name}.context=4096", f"stages.{name}.batch_tokens=1e6", f"stages.{name}.tokens=1e6"]
     for option, (setting, value, _) in AFTERWARDS.items():
         words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}=[{value}]"]
+    words.append("stages.more_selected.data.sources.best.path=stage:select")
     nodes = {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
     for option in training:
         assert nodes[f"more_{option}"].inputs["starts_from"] == "sft"

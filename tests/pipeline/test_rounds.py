@@ -48,13 +48,13 @@ stages:
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mine")
     (folder / "recipe").mkdir()
-    (folder / "recipe" / "itec.yaml").write_text(RECIPE.replace("[sft, previous_round.rs]", "[previous_round.rs]"))
+    (folder / "recipe" / "repeated.yaml").write_text(RECIPE.replace("[sft, previous_round.rs]", "[previous_round.rs]"))
     return folder
 
 
 @pytest.fixture(scope="module")
 def recipe(folder):
-    return compose("itec", overrides=["scale.minimum_steps=1"], config_dir=folder)
+    return compose("repeated", overrides=["scale.minimum_steps=1"], config_dir=folder)
 
 
 def test_edges_lead_to_the_round_before(recipe):
@@ -87,7 +87,7 @@ def test_the_plan_has_the_nodes_of_all_rounds(recipe):
 
 def test_what_the_user_sets_in_a_round_is_set_in_all(folder):
     words = ["stages.post.rounds=2", "stages.post.stages.rs.lr.peak=0.25", "stages.post.stages.sample.prompts=77"]
-    recipe = compose("itec", overrides=[*words, "stages.post.stages.rs.tokens=5e3"], config_dir=folder)
+    recipe = compose("repeated", overrides=[*words, "stages.post.stages.rs.tokens=5e3"], config_dir=folder)
     scaled = plan(recipe).recipe.stages
     assert "post3.rs" not in scaled
     for n in (1, 2):
@@ -121,7 +121,7 @@ MISTAKES = {
 @pytest.mark.parametrize("typed", MISTAKES)
 def test_a_mistake(typed, folder):
     with pytest.raises(UserError) as caught:
-        compose("itec", overrides=[typed], config_dir=folder)
+        compose("repeated", overrides=[typed], config_dir=folder)
     assert "\n" not in str(caught.value)
     for part in MISTAKES[typed]:
         assert part in str(caught.value)
