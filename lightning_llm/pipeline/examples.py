@@ -7,6 +7,7 @@ from collections.abc import Collection
 from lightning_llm.data.places import is_of_stage
 from lightning_llm.pipeline.config import PhaseScale
 from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.rounds import typed_key
 from lightning_llm.stages.config import StageConfig, TrainStage
 
 
@@ -44,4 +45,4 @@ def estimated_lengths(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]
                 f"{name}: {stage.examples:,.0f} examples are taken for {cost:g} tokens each, as those of scale "
                 f"{recipe.scale.name} are; the run measures {' and '.join(own)}, and {key}=... corrects it"
             )
-    return tuple(lines)
+    return tuple(typed_key(line, recipe.rounds) for line in lines)

@@ -28,6 +28,7 @@ from lightning_llm.stages.config import (
     EvaluateSettings,
     GenerateSettings,
     GenerateStage,
+    JudgeStage,
     PrepareSettings,
     TokenizerSettings,
     TrainSettings,
@@ -197,7 +198,9 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         }
     elif node.kind == "generate":
         found = _generate_figures(recipe, node, models)
-    elif node.kind in ("judge", "select"):
+    elif node.kind == "judge":
+        found = _judge_figures(recipe, node, nodes, models)
+    elif node.kind == "select":
         found = {"starts_from": ", ".join(recipe.stages[node.name].data)}  # pyright: ignore[reportAttributeAccessIssue]
     elif node.kind == "evaluate":
         found = _evaluate_figures(recipe, node, models)
@@ -325,6 +328,23 @@ def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]
         "flops": tokens * forward_flops_per_token(model, settings.context),
         **_frozen(recipe, model, models=both),
     }
+
+
+def _judge_figures(
+    recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[str, ModelConfig]
+) -> dict[str, Any]:
+    """All responses, as long as they may be, through every reward model; other judges cost next to nothing."""
+    stage = recipe.stages[node.name]
+    assert isinstance(stage, JudgeStage)
+    found: dict[str, Any] = {"starts_from": ", ".join(stage.data)}
+    if not stage.judged_by:
+        return found
+    shapes = [models.get(name, recipe.model) for name in stage.judged_by]
+    sampled = [_generate_figures(recipe, nodes[name], models) for name in stage.data]
+    tokens, length = sum(figures["tokens"] for figures in sampled), max(figures["context"] for figures in sampled)
+    largest = max(shapes, key=lambda shape: parameter_counts(shape)["total"])
+    flops = tokens * sum(forward_flops_per_token(shape, length) for shape in shapes)
+    return {**found, "tokens": tokens, "context": length, "flops": flops, **_frozen(recipe, largest, len(shapes))}
 
 
 def _generate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:

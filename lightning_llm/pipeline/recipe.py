@@ -18,7 +18,7 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.checks import LENGTHS, WARMUPS, check, check_rounds
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.reader import build_settings
-from lightning_llm.pipeline.rounds import typed_key, unrolled, unrolled_keys
+from lightning_llm.pipeline.rounds import stages_of_rounds, typed_key, unrolled, unrolled_keys
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig, StageConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
@@ -47,6 +47,7 @@ class Recipe:
     pinned: frozenset[str] = frozenset()  # keys that the user has set: `scaled` leaves them alone
     published: dict[str, Any] = field(default_factory=dict)  # what the recipe itself says for what is pinned
     is_scaled: bool = False
+    rounds: dict[str, tuple[str, ...]] = field(default_factory=dict)  # parts that are repeated -> stages inside
 
     def is_pinned(self, key: str) -> bool:
         """Whether the user has set `key`, a part of it, or what it is part of."""
@@ -85,7 +86,8 @@ def build_recipe(composition: Composition, settings: RecipeSettings | None = Non
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", composition.recipe):  # runs are put in a folder of this name
         what = f"{composition.recipe!r} is a path"
         raise UserError("recipe", what, "Give the name of a file in recipe/, and its folder with --config-dir")
-    names = {f.name for f in dataclasses.fields(Recipe)} - {"name", "overrides", "pinned", "published", "is_scaled"}
+    own = {"name", "overrides", "pinned", "published", "is_scaled", "rounds"}
+    names = {f.name for f in dataclasses.fields(Recipe)} - own
     given = {name: getattr(settings, name) for name in names if hasattr(settings, name)}
     recipe = Recipe(
         composition.recipe,
@@ -94,12 +96,12 @@ def build_recipe(composition: Composition, settings: RecipeSettings | None = Non
         published=composition.published,
         **given,
     )
-    written = recipe.stages
+    recipe = dataclasses.replace(recipe, rounds=stages_of_rounds(recipe.stages))
     try:
         recipe = _unrolled(recipe)
         check(recipe)
     except UserError as error:  # rounds have names of their own, and their settings are typed once for all of them
-        raise UserError(*(typed_key(part, written) for part in error.args)) from error
+        raise UserError(*(typed_key(part, recipe.rounds) for part in error.args)) from error
     return recipe
 
 

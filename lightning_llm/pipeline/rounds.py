@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.settings import UserError
@@ -82,13 +82,18 @@ def unrolled_keys(keys: Iterable[str], stages: Mapping[str, StageConfig]) -> dic
     return found
 
 
-def typed_key(key: str, stages: Mapping[str, StageConfig]) -> str:
+def stages_of_rounds(stages: Mapping[str, StageConfig]) -> dict[str, tuple[str, ...]]:
+    """The parts of a recipe that are repeated, and the names of the stages inside."""
+    return {name: tuple(group.stages) for name, group in stages.items() if isinstance(group, RoundsStage)}
+
+
+def typed_key(text: str, rounds: Mapping[str, Sequence[str]]) -> str:
     """What is typed to set something of an unrolled stage: of stages.post2.sft.lr it is stages.post.stages.sft.lr.
 
     Args:
-        stages: as they are before they are unrolled.
+        text: with any number of such keys in it.
+        rounds: of `stages_of_rounds`.
     """
-    for name, group in stages.items():
-        if isinstance(group, RoundsStage):
-            key = re.sub(rf"\bstages\.{name}\d+\.(?=(?:{'|'.join(group.stages)})\b)", f"stages.{name}.stages.", key)
-    return key
+    for name, inside in rounds.items():
+        text = re.sub(rf"\bstages\.{name}\d+\.(?=(?:{'|'.join(inside)})\b)", f"stages.{name}.stages.", text)
+    return text

@@ -34,6 +34,7 @@ from lightning_llm.pipeline.expand import Node
 from lightning_llm.pipeline.key import canonical, node_keys, outside_key
 from lightning_llm.pipeline.plan import Plan, duration, plan
 from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.rounds import typed_key
 from lightning_llm.pipeline.store import Claim, Store, read_record
 from lightning_llm.settings import UserError
 from lightning_llm.stages.context import StageContext, StageResult, model_directory
@@ -335,7 +336,8 @@ def _in_the_recipe(error: UserError, node: Node, recipe: Recipe) -> UserError:
     if node.stage not in recipe.stages:
         return error
     own = rf"(?<![\w./])(?=({'|'.join(f.name for f in fields(recipe.stages[node.stage]))})\.[a-z])"
-    return UserError(*(re.sub(own, f"stages.{node.stage}.", str(part)) for part in error.args))
+    parts = (re.sub(own, f"stages.{node.stage}.", str(part)) for part in error.args)
+    return UserError(*(typed_key(part, recipe.rounds) for part in parts))
 
 
 def summary(metrics: dict[str, Any]) -> str:

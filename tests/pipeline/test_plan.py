@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_llm import compose, plan
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
-from lightning_llm.models.size import recomputed_flops_per_token, training_flops
+from lightning_llm.models.size import forward_flops_per_token, recomputed_flops_per_token, training_flops
 from lightning_llm.objectives.config import DPOConfig
 from lightning_llm.settings import UserError
 
@@ -70,6 +70,20 @@ def test_what_runs_again_is_what_torch_counts(family):
     assert counted[1] - counted[0] == pytest.approx(40 * recomputed_flops_per_token(config, 1), rel=1e-9)
     head = 2 * 40 * config.vocab_size * config.hidden_size
     assert counted[0] == pytest.approx(training_flops(config, [(1, 0)] * 40) - 3 * head, rel=0.02)
+
+
+def test_a_reward_model_reads_all_that_was_sampled(tiny):
+    words = [*tiny, "stages.sample.prompts=50", "stages.sample.per_prompt=4", "stages.sample.max_new_tokens=10"]
+    words += ["stages.sample.models=[sft,dpo]", "stages.score.judged_by=[sft,dpo]"]
+    nodes = {node.name: node for node in plan(compose("rejection_sampling", overrides=words)).nodes}
+    sample, score = nodes["sample"].figures, nodes["score"].figures
+    prompt = 14  # tokens, in conf/scale/nano.yaml
+    assert sample["tokens"] == 2 * 50 * (prompt + 4 * 10)
+    assert sample["flops"] == pytest.approx(sample["tokens"] * forward_flops_per_token(nodes["sft"].settings.model, 24))
+    assert sample["seconds"] == pytest.approx(sample["flops"] / 2e11 / 0.2)
+    assert (score["tokens"], score["flops"]) == (sample["tokens"], pytest.approx(2 * sample["flops"]))
+    assert score["starts_from"] == "sample"
+    assert nodes["score"].inputs == {"samples.0": "sample", "reward_model.0": "sft", "reward_model.1": "dpo"}
 
 
 def test_memory_is_that_of_the_optimizer(tiny):

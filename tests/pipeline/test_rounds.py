@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_llm import compose, plan
-from lightning_llm.pipeline.rounds import typed_key, unrolled
+from lightning_llm.pipeline.rounds import stages_of_rounds, typed_key, unrolled
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import GenerateStage, RoundsStage, SelectStage, TrainStage
 
@@ -136,6 +136,7 @@ def test_one_round_is_the_stages_as_they_are():
 
 
 def test_keys_are_named_as_they_are_typed():
-    stages = {"post": RoundsStage(stages={"sft": TrainStage()}), "post2": TrainStage()}
-    assert typed_key("stages.post2.sft.lr.peak", stages) == "stages.post.stages.sft.lr.peak"
-    assert typed_key("stages.post2.lr.peak", stages) == "stages.post2.lr.peak"
+    rounds = stages_of_rounds({"post": RoundsStage(stages={"sft": TrainStage()}), "post2": TrainStage()})
+    assert rounds == {"post": ("sft",)}
+    assert typed_key("stages.post2.sft.lr.peak", rounds) == "stages.post.stages.sft.lr.peak"
+    assert typed_key("stages.post2.lr.peak", rounds) == "stages.post2.lr.peak"
