@@ -18,6 +18,7 @@ from lightning_llm.models.size import (
 from lightning_llm.pipeline.checks import check
 from lightning_llm.pipeline.examples import estimated_lengths
 from lightning_llm.pipeline.expand import Node, expand
+from lightning_llm.pipeline.frozen import GIB, evaluate_figures, generate_figures, held_frozen, judge_figures
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.pipeline.order import ancestors
 from lightning_llm.pipeline.recipe import Recipe
@@ -25,19 +26,13 @@ from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
-    EvaluateSettings,
-    GenerateSettings,
-    GenerateStage,
-    JudgeStage,
     PrepareSettings,
     TokenizerSettings,
     TrainSettings,
     TrainStage,
 )
 
-GIB = 2**30
 PREPARED_PER_SECOND = 1e6  # tokens; `tokenizers` makes some 4 MB of text a second
-BYTES_PER_SAMPLED_TOKEN = 24  # its text, its id and its log-probability as JSON
 BYTES_PER_TRAINED_PARAMETER = 8  # weights and gradients, both in fp32 whatever the products are in
 SHARED = ("tokenizer", "evaluation")  # nodes that belong to no stage
 
@@ -193,17 +188,17 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
             "context": node.settings.context,
             "flops": tokens
             * forward_flops_per_token(model, _segment_length(recipe, node.stage, node.settings.context)),
-            **_frozen(recipe, model, models=1),
+            **held_frozen(model),
             "disk_gib": 4 * tokens / GIB,
         }
     elif node.kind == "generate":
-        found = _generate_figures(recipe, node, models)
+        found = generate_figures(recipe, node, models)
     elif node.kind == "judge":
-        found = _judge_figures(recipe, node, nodes, models)
+        found = judge_figures(recipe, node, nodes, models)
     elif node.kind == "select":
         found = {"starts_from": ", ".join(recipe.stages[node.name].data)}  # pyright: ignore[reportAttributeAccessIssue]
     elif node.kind == "evaluate":
-        found = _evaluate_figures(recipe, node, models)
+        found = evaluate_figures(recipe, node, models)
     elif isinstance(node.settings, PrepareSettings):
         tokens = None
         if node.stage in recipe.stages and node.stage in nodes and node.name.endswith(".prepare"):
@@ -305,76 +300,6 @@ def _activation_bytes(recipe: Recipe, settings: TrainSettings) -> float:
 def _prepared_tokens(recipe: Recipe, name: str, settings: TrainSettings) -> int:
     """Tokens that a stage reads, each once. Text may be there in plenty: what is not consumed is not counted."""
     return round(settings.tokens / max(_trained(recipe, name).epochs, 1.0))
-
-
-def _evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:
-    settings: EvaluateSettings = node.settings
-    sizes, parts = settings.evaluation, recipe.evaluation
-    model = models[node.inputs["model"]]
-    both = 2 if "starts_from" in node.inputs else 1
-    phase = recipe.scale.phases.get("preference")
-    pair = (phase and phase.tokens_per_example) or settings.context
-    # late tokens once more, each quarter of a short context at the end of a whole one (evaluation/perplexity.py)
-    passes = 1 + (2 if settings.full_context > settings.context else 0)
-    text = sizes.text_tokens * len(parts.text.sources) + passes * sizes.long_documents * settings.full_context
-    # greedy once, and sampled once from either model where there are two
-    answers = sizes.questions * sizes.max_new_tokens * (1 if both == 1 else 3) if parts.tasks.sources else 0
-    pairs = sizes.preference_pairs * pair * both if parts.pairs.sources else 0
-    tokens = round(text + answers + pairs)
-    return {
-        "starts_from": node.inputs["model"],
-        "tokens": tokens,
-        "context": settings.full_context,
-        "flops": tokens * forward_flops_per_token(model, settings.context),
-        **_frozen(recipe, model, models=both),
-    }
-
-
-def _judge_figures(
-    recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[str, ModelConfig]
-) -> dict[str, Any]:
-    """All responses, as long as they may be, through every reward model; other judges cost next to nothing."""
-    stage = recipe.stages[node.name]
-    assert isinstance(stage, JudgeStage)
-    found: dict[str, Any] = {"starts_from": ", ".join(stage.data)}
-    if not stage.judged_by:
-        return found
-    shapes = [models.get(name, recipe.model) for name in stage.judged_by]
-    sampled = [_generate_figures(recipe, nodes[name], models) for name in stage.data]
-    tokens, length = sum(figures["tokens"] for figures in sampled), max(figures["context"] for figures in sampled)
-    largest = max(shapes, key=lambda shape: parameter_counts(shape)["total"])
-    flops = tokens * sum(forward_flops_per_token(shape, length) for shape in shapes)
-    return {**found, "tokens": tokens, "context": length, "flops": flops, **_frozen(recipe, largest, len(shapes))}
-
-
-def _generate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:
-    """As many prompts as are asked for, each computed once for a model, and all responses as long as they may be."""
-    settings: GenerateSettings = node.settings
-    stage = recipe.stages[node.name]
-    assert isinstance(stage, GenerateStage)
-    prompt = round(stage.data.tokens_per_example or 0)
-    members = [source for role, source in node.inputs.items() if role.startswith("model.")]
-    shapes = [models.get(member, recipe.model) for member in members]
-    responses = settings.prompts * settings.per_prompt * settings.max_new_tokens
-    each = settings.prompts * prompt + responses
-    length = prompt + settings.max_new_tokens
-    largest = max(shapes, key=lambda shape: parameter_counts(shape)["total"])
-    cache = 2 * largest.num_hidden_layers * largest.num_key_value_heads * largest.head_size  # keys and values, fp32
-    frozen = _frozen(recipe, largest, models=1)
-    return {
-        "starts_from": ", ".join(settings.models),
-        "tokens": each * len(members),
-        "context": length,
-        "flops": sum(each * forward_flops_per_token(shape, length) for shape in shapes),
-        **frozen,
-        "memory_gib": frozen["memory_gib"] + 4 * cache * max(recipe.compute.micro_batch_tokens, length) / GIB,
-        "disk_gib": BYTES_PER_SAMPLED_TOKEN * responses * len(members) / GIB,
-    }
-
-
-def _frozen(recipe: Recipe, model: ModelConfig, models: int) -> dict[str, Any]:
-    total = parameter_counts(model)["total"]
-    return {"parameters": total, "memory_gib": 4 * total * models / GIB}
 
 
 def _single(ramp: Ramp) -> Any:
