@@ -22,6 +22,11 @@ class Candidate:
     is_complete: bool
     score: float | None = None  # none: nobody has judged it
 
+    @property
+    def is_whole(self) -> bool:
+        """The model has said something, and to its end."""
+        return self.is_complete and bool(self.text.strip())
+
 
 @dataclass(frozen=True)
 class Group:
@@ -52,7 +57,7 @@ def choose(
     first       as they were drawn from the models: a control without any judge
     random      any: the same, over the whole committee
 
-    What was cut off is never kept, and of equal texts only one.
+    What was cut off or says nothing is never kept, and of equal texts only one.
 
     Args:
         count: how many at most.
@@ -63,7 +68,7 @@ def choose(
     """
     if rule not in RULES:
         raise ValueError(f"rule is one of {', '.join(RULES)}, is {rule!r}")
-    places = [place for place, candidate in enumerate(candidates) if candidate.is_complete]
+    places = [place for place, candidate in enumerate(candidates) if candidate.is_whole]
     if rule != "first":
         chance.shuffle(places)
     if rule in ("best", "threshold"):
@@ -84,17 +89,17 @@ def choose_pair(candidates: Sequence[Candidate], rule: str, *, chance: random.Ra
     best     the highest score against the lowest (Qwen 2, section 4.3); none if they are equal
     random   any two of different text: a control without any judge
     """
-    complete = [place for place, candidate in enumerate(candidates) if candidate.is_complete]
-    chance.shuffle(complete)
+    whole = [place for place, candidate in enumerate(candidates) if candidate.is_whole]
+    said = [place for place, candidate in enumerate(candidates) if candidate.text.strip()]
+    chance.shuffle(whole)
+    chance.shuffle(said)
     if rule == "random":
-        others = [place for place in complete if candidates[place].text != candidates[complete[0]].text]
-        return (complete[0], others[0]) if others else None
-    everyone = list(range(len(candidates)))
-    chance.shuffle(everyone)
-    if not complete:
+        others = [place for place in whole if candidates[place].text != candidates[whole[0]].text]
+        return (whole[0], others[0]) if others else None
+    if not whole:
         return None
-    chosen = max(complete, key=lambda place: _score(candidates[place]))
-    rejected = min(everyone, key=lambda place: _score(candidates[place]))
+    chosen = max(whole, key=lambda place: _score(candidates[place]))
+    rejected = min(said, key=lambda place: _score(candidates[place]))
     if _score(candidates[chosen]) <= _score(candidates[rejected]):
         return None
     return chosen, rejected

@@ -44,6 +44,9 @@ def test_what_was_cut_off_or_is_said_already_is_not_kept():
     for rule in ("best", "threshold", "first", "random"):
         assert kept(found, rule, count=3, minimum=0.1) in ([1], [2])
     assert kept(found[:1], "first") == []
+    silent = [Candidate(" ", "sft", True, 1.0), Candidate("", "sft", True, 0.0), *candidates(0.5, 0.2)]
+    assert kept(silent, count=4) == [2, 3]
+    assert choose_pair(silent, "best", chance=random.Random(0)) == (2, 3)
 
 
 @pytest.mark.parametrize("rule", ["best", "threshold", "random"])

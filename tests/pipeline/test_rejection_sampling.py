@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_llm import compose, run
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.report import report
 from lightning_llm.stages.samples import read_rows
@@ -104,7 +105,11 @@ def test_what_is_learnt_is_what_was_judged_best(killed):
     best = {}
     for sample, verdict in zip(samples, verdicts, strict=True):
         scored = zip(sample["responses"], (v["score"] for v in verdict["verdicts"]), strict=True)
-        complete = [(score, response["text"]) for response, score in scored if response["is_complete"]]
+        complete = [
+            (score, response["text"])
+            for response, score in scored
+            if response["is_complete"] and response["text"].strip()
+        ]
         best[sample["prompt"][0]["content"]] = max(complete, default=(0.0, ""))
     possible = {prompt for prompt, (score, _) in best.items() if score >= 0.6}
     rows = list(read_rows(artifacts / "best" / "rows.jsonl"))
@@ -127,3 +132,37 @@ def test_the_page_tells_who_won(killed, tmp_path):
     assert "among the best" in page
     assert "sample: sampling" in page
     assert "## Who won where: best" in (tmp_path / "page.md").read_text()
+
+
+def test_a_committee_teaches_itself_for_two_rounds(run_folder, tmp_path):
+    """Rows and pairs out of the same samples, each learnt from; the second round asks what the first has taught."""
+    given = json.loads((run_folder / "run.json").read_text())["overrides"]
+    own = [word for word in given if not word.startswith(("recipe=", "scale=", "store.", "runs="))]
+    shutil.copytree((run_folder / "artifacts" / "sft").resolve().parent, tmp_path / "artifacts")
+    inside = "stages.itec.stages"
+    words = [f"{inside}.sample.prompts=120", f"{inside}.sample.per_prompt=2", f"{inside}.sample.max_new_tokens=24"]
+    words += [
+        f"judge@{inside}.score.judge=random",
+        f"{inside}.best.minimum_score=0.2",
+        f"{inside}.pairs.minimum_score=0",
+    ]
+    words += [f"{inside}.{name}.data.max_epochs=1e3" for name in ("distilled", "preferred")]
+    places = [f"store.root={tmp_path}/artifacts", f"runs={tmp_path}/runs"]
+    record = run(compose("itec", overrides=[*own, *words, *places]), until="itec2.preferred")
+    assert record.status == "done"
+    assert {stage for stage, facts in record.stages.items() if facts["reused"]} >= {"sft", "dpo"}
+    asked = [
+        {row["prompt"][0]["content"] for row in read_rows(record.artifact(f"itec{n}.sample") / "samples.jsonl")}
+        for n in (1, 2)
+    ]
+    assert [len(prompts) for prompts in asked] == [120, 120]
+    assert not asked[0] & asked[1]  # fresh prompts in each round
+    tables = [json.loads((record.artifact(f"itec{n}.best") / "table.json").read_text())["models"] for n in (1, 2)]
+    assert [list(table) for table in tables] == [["sft", "dpo"], ["itec1.distilled", "itec1.preferred"]]
+    pairs = list(read_rows(record.artifact("itec2.pairs") / "rows.jsonl"))
+    assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
+    ledger = json.loads((record.artifact("itec2.preferred") / "stage.json").read_text())["ledger"]
+    assert ledger["pairs"] > 0
+    assert "rewards/accuracies" in record.stages["itec2.preferred"]["metrics"]
+    again = run(record.plan.recipe, until="itec2.preferred")
+    assert all(facts["reused"] for facts in again.stages.values())
