@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import torch
 from learning import spread
+
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.evaluation.preference import kl_to_reference, response_logps
+from lightning_llm.evaluation.tasks import respond, sample_questions
+from lightning_llm.models import Transformer
 
 RESULT = Path(__file__).resolve().parent / "results" / "rejection_sampling.json"
 PICTURE = machine.REPOSITORY / "docs" / "images" / "rejection_sampling.svg"
@@ -26,7 +33,8 @@ ARMS = {
     "random reward": ["judge@stages.score.judge=random", "stages.best.minimum_score=null"],
     "own answers, not selected": ["stages.best.rule=first", "stages.best.minimum_score=null"],
 }
-KEPT = ("tasks/exact_match", "tasks/reverse", "tasks/sort", "tasks/largest", "tasks/sum", "kl/reference")
+KEPT = ("tasks/exact_match", "tasks/reverse", "tasks/sort", "tasks/largest", "tasks/sum")
+KL_QUESTIONS = 400  # held out, one response each
 
 
 def train(seed: int, arm: str, overrides: list[str]) -> Path:
@@ -50,12 +58,31 @@ def read(folder: Path) -> dict[str, Any]:
         for name in ("sample", "score", "best", "rejection")
     }
     return {
-        "before": {name: stages["sft"]["metrics"].get(name) for name in KEPT[:-1]},
-        "after": {name: stages["rejection"]["metrics"].get(name) for name in KEPT},
+        "before": {name: stages["sft"]["metrics"].get(name) for name in KEPT},
+        "after": {name: stages["rejection"]["metrics"].get(name) for name in KEPT} | {"kl/sft": kl_to_sft(folder)},
         "selection": records["best"]["metrics"],
         "seconds": {name: record["seconds"]["total"] for name, record in records.items()},
         "tokens": records["rejection"]["metrics"]["tokens"],
     }
+
+
+def kl_to_sft(folder: Path) -> float:
+    """KL divergence of the trained policy from the SFT model, in nats per response, over held-out questions."""
+    artifacts = folder / "artifacts"
+    tokenizer = Tokenizer.load(artifacts / "tokenizer" / "tokenizer")
+    held_out = (artifacts / "evaluation.prepare" / "sources" / "tasks").glob("*/validation")
+    questions = sample_questions({path.parent.name: TokenStore.open(path) for path in sorted(held_out)}, KL_QUESTIONS)
+    policy, reference = (
+        Transformer.from_pretrained(artifacts / name / "model").eval() for name in ("rejection", "sft")
+    )
+    with torch.inference_mode():
+        responses = respond(
+            policy, questions, decode=tokenizer.decode, stop_ids=tokenizer.stop_ids, max_new_tokens=48, max_tokens=4096,
+            temperature=1.0,
+        )  # fmt: skip
+        prompts, ids = [question.prompt_ids for question in questions], [[response.ids] for response in responses]
+        drawn = [response_logps(model, prompts, ids, 4096)[:, 0] for model in (policy, reference)]
+    return kl_to_reference(*drawn)
 
 
 def picture(result: dict[str, Any]) -> str:
@@ -101,7 +128,7 @@ def main() -> None:
         "seeds": arguments.seeds,
         "overrides": [*HALF_WAY, *arguments.overrides],
         "machine": machine.describe(),
-        "before": {name: spread([run["before"][name] for run in one]) for name in KEPT[:-1]},
+        "before": {name: spread([run["before"][name] for run in one]) for name in KEPT},
         "arms": {
             arm: {
                 part: {
