@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -86,32 +87,35 @@ def kl_to_sft(folder: Path) -> float:
 
 
 def picture(result: dict[str, Any]) -> str:
-    """Exact match of each arm: a dot per seed, a bar for the mean."""
-    rows = [("SFT, half-way", result["before"]["tasks/exact_match"])]
-    rows += [(arm, found["after"]["tasks/exact_match"]) for arm, found in result["arms"].items()]
-    values = [value for _, found in rows for value in found["values"]]
-    low, high = min(values) - 0.03, max(values) + 0.03
+    """What each arm has changed of its seed's SFT model: a dot per seed, a bar for the mean."""
+    before = result["before"]["tasks/exact_match"]["values"]
+    changes = {}
+    for arm, found in result["arms"].items():
+        after = found["after"]["tasks/exact_match"]["values"]
+        changes[arm] = [value - start for value, start in zip(after, before, strict=True)]
+    limit = 0.05 + max(abs(value) for values in changes.values() for value in values)
 
     def x(value: float) -> float:
-        return 210 + 400 * (value - low) / (high - low)
+        return 410 + 200 * value / limit
 
     body = []
-    for place, (name, found) in enumerate(rows):
-        y = 40 + 34 * place
-        body.append(f'<text x="200" y="{y + 4}" text-anchor="end">{name}</text>')
+    for place, (arm, values) in enumerate(changes.items()):
+        y, mean = 44 + 34 * place, statistics.fmean(values)
+        body.append(f'<text x="200" y="{y + 4}" text-anchor="end">{arm}</text>')
         body.append(f'<line x1="210" x2="610" y1="{y}" y2="{y}" class="grid"/>')
-        body += [f'<circle cx="{x(value):.1f}" cy="{y}" r="4"/>' for value in found["values"]]
-        body.append(f'<line x1="{x(found["mean"]):.1f}" x2="{x(found["mean"]):.1f}" y1="{y - 10}" y2="{y + 10}"/>')
-        body.append(f'<text x="622" y="{y + 4}">{found["mean"]:.3f}</text>')
-    height = 60 + 34 * len(rows)
+        body += [f'<circle cx="{x(value):.1f}" cy="{y}" r="4"/>' for value in values]
+        body.append(f'<line x1="{x(mean):.1f}" x2="{x(mean):.1f}" y1="{y - 10}" y2="{y + 10}"/>')
+        body.append(f'<text x="622" y="{y + 4}">{mean:+.3f}</text>')
+    height = 50 + 34 * len(changes)
     style = (
         "text{font:13px sans-serif;fill:#23262b}circle{fill:#3f74b5;fill-opacity:.65}"
-        "line{stroke:#23262b;stroke-width:2}.grid{stroke:#e3e1dc;stroke-width:1}"
+        "line{stroke:#23262b;stroke-width:2}.grid{stroke:#e3e1dc;stroke-width:1}.zero{stroke:#959aa3;stroke-width:1}"
     )
-    title = f"Held-out exact match, {len(result['seeds'])} seeds; bars are means"
+    title = f"Held-out exact match against the SFT model of the same seed, {len(before)} seeds; bars are means"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {height}" role="img"><style>{style}</style>'
-        f'<rect width="680" height="{height}" fill="#fff"/><text x="210" y="18">{title}</text>{"".join(body)}</svg>\n'
+        f'<rect width="680" height="{height}" fill="#fff"/><text x="20" y="18">{title}</text>'
+        f'<line x1="410" x2="410" y1="28" y2="{height - 12}" class="zero"/>{"".join(body)}</svg>\n'
     )
 
 

@@ -78,11 +78,7 @@ def run(context: StageContext) -> StageResult:
 
 
 def read_prompts(inputs: dict[str, Path]) -> Iterator[Prompt]:
-    """Every different prompt of the inputs `samples.<i>.<j>` once, with the scores of `verdicts.<i>` where it has any.
-
-    Raises:
-        ValueError: verdicts of other samples than those that they lie beside.
-    """
+    """Every different prompt of the inputs `samples.<i>.<j>` once, with scores where `verdicts.<i>` has them."""
     found: dict[str, Prompt] = {}
     numbers = sorted({int(role.split(".")[1]) for role in inputs})
     for number in numbers:
