@@ -17,6 +17,7 @@ from lightning_llm.models.config import FULL, ROPE_KEYS, SLIDING, ModelConfig
 from lightning_llm.models.family import FAMILIES, Family
 from lightning_llm.settings import UserError
 
+LANGUAGE_MODEL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"  # ends of the classes' names: which head
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")  # as safetensors' headers spell them
 USUAL_WINDOW = 4096  # tokens, where a file does not say
 SHARD_BYTES = 5_000_000_000  # of one safetensors file; also what writing needs in memory beside the model
@@ -62,6 +63,12 @@ def read_config(directory: str | Path) -> ModelConfig:
         )
     except ValueError as error:
         raise UserError(str(path), str(error), "Mend the file") from error
+
+
+def read_head(directory: str | Path) -> str:
+    """Which head a Hugging Face directory says its model has: `LANGUAGE_MODEL`, the default, or `CLASSIFIER`."""
+    architectures = read_json(Path(directory) / "config.json").get("architectures") or []
+    return CLASSIFIER if any(str(name).endswith(CLASSIFIER) for name in architectures) else LANGUAGE_MODEL
 
 
 def is_kind(value: Any, kind: str) -> bool:
@@ -135,14 +142,20 @@ def read_rope(stored: dict[str, Any], longest: int, path: Path) -> dict[str, Any
     return {key: value for key, value in parameters.items() if value is not None and NEUTRAL.get(key) != value}
 
 
-def write_config(directory: Path, config: ModelConfig, dtype: torch.dtype, eos_token_ids: list[int] | None) -> None:
+def write_config(
+    directory: Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    eos_token_ids: list[int] | None,
+    head: str = LANGUAGE_MODEL,
+) -> None:
     """config.json and generation_config.json; RoPE and dtype in both spellings, for readers old and new."""
     family = FAMILIES[config.family]
     rope = config.rope_parameters
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     type_name = str(dtype).removeprefix("torch.")
     content: dict[str, Any] = {
-        "architectures": [family.architecture],
+        "architectures": [family.architecture.replace(LANGUAGE_MODEL, head)],
         "model_type": family.model_type,
         **{family.renamed.get(name, name): getattr(config, name) for name in family.spelt},
         **({} if config.head_dim is None and "head_dim" not in family.spelt else {"head_dim": config.head_size}),
@@ -160,6 +173,9 @@ def write_config(directory: Path, config: ModelConfig, dtype: torch.dtype, eos_t
     }
     if "query_pre_attn_scalar" in content and config.query_pre_attn_scalar is None:
         content["query_pre_attn_scalar"] = config.head_size
+    if head == CLASSIFIER:  # the class reads its score at the last token that is no padding
+        content |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        content["pad_token_id"] = eos_token_ids[-1] if eos_token_ids else None
     write_json(directory / "config.json", content)
     generation = {"eos_token_id": eos_token_ids, "pad_token_id": eos_token_ids[-1]} if eos_token_ids else {}
     write_json(directory / "generation_config.json", generation)
@@ -175,7 +191,7 @@ def stored_parts(config: ModelConfig, parameters: dict[str, Tensor]) -> Iterator
     """
     heads = [config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads]
     for name, parameter in parameters.items():
-        name = name if name.startswith("lm_head.") else f"model.{name}"
+        name = name if name.startswith(("lm_head.", "score.")) else f"model.{name}"
         if ".qkv_proj." in name:
             views = parameter.split([count * config.head_size for count in heads])
             yield from zip((name.replace("qkv", x) for x in "qkv"), views, strict=True)

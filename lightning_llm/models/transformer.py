@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from lightning_llm.models.family import check_family
 from lightning_llm.models.feed_forward import FeedForward
 from lightning_llm.models.rope import attention_factor, inverse_frequencies, rotate, rotation
 from lightning_llm.models.soft_cap import soft_capped
+from lightning_llm.settings import UserError
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, K, D] -> [T, H, D]
 
@@ -173,6 +174,8 @@ class Transformer(nn.Module):
     `config` may be exchanged for one with another RoPE between stages; angles are made anew in each pass.
     """
 
+    head: ClassVar[str] = families.LANGUAGE_MODEL
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         check_family(config)
@@ -261,18 +264,16 @@ class Transformer(nn.Module):
         return token_log_likelihood(hidden, self.head_weight, target_ids, softcap=cap, **options)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> Transformer:
+    def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> Self:
         """A model from a Hugging Face directory (config.json and safetensors, one file or sharded).
 
         Raises:
-            UserError: a file is missing, damaged or does not fit its config.json; names file and key.
+            UserError: a file is missing, damaged or does not fit its config.json, or the model there has another head;
+                names file and key.
         """
-        directory = Path(directory)
-        config = families.read_config(directory)
-        with torch.device("meta"):
-            model = cls(config)
+        model = cls._on_meta(Path(directory))
         model.to(dtype).to_empty(device="cpu")
-        families.read_weights(directory, config, dict(model.named_parameters()))
+        families.read_weights(Path(directory), model.config, model._stored())
         return model
 
     @classmethod
@@ -282,11 +283,22 @@ class Transformer(nn.Module):
         Raises:
             UserError: as `from_pretrained`.
         """
-        directory = Path(directory)
+        model = cls._on_meta(Path(directory))
+        families.read_weights(Path(directory), model.config, model._stored())
+
+    @classmethod
+    def _on_meta(cls, directory: Path) -> Self:
         config = families.read_config(directory)
+        if (head := families.read_head(directory)) != cls.head:
+            kinds = {families.LANGUAGE_MODEL: "a language model", families.CLASSIFIER: "a reward model"}
+            what = f"holds {kinds[head]}, {kinds[cls.head]} is asked for"
+            raise UserError(str(directory), what, "Name another directory")
         with torch.device("meta"):
-            model = cls(config)
-        families.read_weights(directory, config, dict(model.named_parameters()))
+            return cls(config)
+
+    def _stored(self) -> dict[str, nn.Parameter]:
+        """The parameters that stand in the model's files."""
+        return dict(self.named_parameters())
 
     def save_pretrained(self, directory: str | Path, eos_token_ids: list[int] | None = None) -> None:
         """Write config.json, generation_config.json and model.safetensors as transformers, vLLM and lm-eval read them.
@@ -297,5 +309,5 @@ class Transformer(nn.Module):
         """
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        families.write_config(directory, self.config, self.embed_tokens.weight.dtype, eos_token_ids)
-        families.write_weights(directory, self.config, dict(self.named_parameters()))
+        families.write_config(directory, self.config, self.embed_tokens.weight.dtype, eos_token_ids, self.head)
+        families.write_weights(directory, self.config, self._stored())
