@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_llm.settings import option, refuse_below
 
+GRADED = ("instruction_following", "verbosity", "truthfulness", "harmlessness")  # of a single response (AFM's report)
 SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
 STAGE = "stage:"  # begins the path of a source whose rows another stage of the recipe makes
 
@@ -37,7 +38,7 @@ class DataConfig:
     """A mixture of sources. `form` says what a row is; text may be mixed into conversations."""
 
     name: str = "???"
-    form: str = "text"  # text | conversations | pairs | questions | prompts (data/rows.py)
+    form: str = "text"  # text | conversations | pairs | rankings | questions | prompts (data/rows.py)
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     tokens_per_example: float | None = None  # what the plan takes an example (or pair) to cost on average
     max_epochs: float = 4.0  # more passes over a source are refused

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lightning_llm.batch import SegmentBatch
-from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig
+from lightning_llm.data.config import GRADED, SHORTEST_CONTEXT, DataConfig
 from lightning_llm.data.mixture import Mixture, SourceStream
 from lightning_llm.data.token_store import TokenStore, map_file
 from lightning_llm.schedules import BatchPlan, Progress, Ramp, as_ramp
@@ -172,8 +174,6 @@ class Feed:
 
     def segments(self, piece: Piece) -> list[tuple[int, int]]:
         """(tokens, tokens of its prefix) of a piece's segments: two responses each see the prompt, not the other."""
-        if self.store.form != "pairs":
-            return [(piece.length, 0)]
         first, *responses = [end - begin for begin, end in self.spans(piece)]
         return [(first, 0), *((length, first) for length in responses)]
 
@@ -182,7 +182,7 @@ class Feed:
         offsets = self.store.segment_offsets(piece.row)
         first, last = offsets[0] + piece.begin, offsets[0] + piece.end
         offsets[0], offsets[-1] = first, last
-        return list(itertools.pairwise(offsets))
+        return [(begin, end) for begin, end in itertools.pairwise(offsets) if end > begin]  # one may be empty
 
 
 def build_batch(feeds: Sequence[Feed], pieces: Sequence[Piece], columns: Sequence[str] = ()) -> SegmentBatch:
@@ -191,9 +191,12 @@ def build_batch(feeds: Sequence[Feed], pieces: Sequence[Piece], columns: Sequenc
     masks: list[np.ndarray | None] = []
     prefix: list[int] = []
     values: dict[str, list[np.ndarray | None]] = {name: [] for name in columns}
+    judged: list[np.ndarray] = []
     for piece in pieces:
         feed = feeds[piece.source]
         store, first = feed.store, len(segments)
+        if store.judged is not None:
+            judged.append(store.judged[piece.row])
         for i, (begin, end) in enumerate(feed.spans(piece)):
             segments.append(store.ids[begin:end])
             masks.append(None if store.is_target is None else store.is_target[begin:end])
@@ -203,7 +206,32 @@ def build_batch(feeds: Sequence[Feed], pieces: Sequence[Piece], columns: Sequenc
     if not segments:
         segments, masks, prefix = [np.zeros(2, np.int64)], [np.zeros(2, bool)], [-1]
         values = {name: [None] for name in columns}
-    return SegmentBatch.from_segments(segments, prefix, masks, values)
+    batch = SegmentBatch.from_segments(segments, prefix, masks, values)
+    if any(feed.store.judged is not None for feed in feeds):
+        batch.columns.update(judged_columns(batch, np.array(judged)))
+    return batch
+
+
+def judged_columns(batch: SegmentBatch, judged: np.ndarray) -> dict[str, Tensor]:
+    """What is known of rankings, by segment, as int64.
+
+    Returns:
+        `strength` [S], of the preference at each prompt (0: unknown), and `grades` [S, C] of each response (-1: none).
+
+    Args:
+        judged: [P, 13], rows of judged.bin, one for each prompt; none for a batch in which nothing counts.
+    """
+    strength = np.zeros(batch.num_segments, np.int64)
+    grades = np.full((batch.num_segments, len(GRADED)), -1, np.int64)
+    row, response = -1, 0
+    for segment, prefix in enumerate(batch.prefixes if len(judged) else ()):
+        if prefix < 0:
+            row, response = row + 1, 0
+            strength[segment] = judged[row, 0]
+            continue
+        grades[segment] = judged[row, 1:].reshape(-1, len(GRADED))[response]
+        response += 1
+    return {"strength": torch.from_numpy(strength), "grades": torch.from_numpy(grades)}
 
 
 def share_out(lengths: Sequence[int], ranks: int, budget: int) -> list[list[int]]:
@@ -380,7 +408,7 @@ class StageData:
             progress=after,
             mine=mine,
             target_tokens=sum(self.feeds[piece.source].targets(piece) for piece in pieces),
-            pairs=sum(self.feeds[piece.source].store.form == "pairs" for piece in pieces),
+            pairs=sum(self.feeds[piece.source].store.segments_per_row > 1 for piece in pieces),
             consumed=consumed,
             segments=[segment for piece in pieces for segment in self.feeds[piece.source].segments(piece)],
             samples=after.samples - sum(self._units_before(step)),

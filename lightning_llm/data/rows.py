@@ -2,7 +2,9 @@
 
     text           {"text": str}
     conversations  {"messages": [{"role", "content"}, ...]}
-    pairs          {"prompt": messages, "chosen": str, "rejected": str}
+    pairs          {"prompt": messages, "chosen": str, "rejected": str}, and what a reward model may learn of them:
+                   "strength" (1 to 4, or a word of STRENGTHS), "edited" (a third response, better than the chosen one),
+                   "grades" ({"chosen": {...}, "rejected": {...}, "edited": {...}}, of GRADED, from 0 to 2)
     questions      {"prompt": messages, "answer": str, "task": str}      to be answered and scored; nothing is learnt
     prompts        the same; the answer may be unknown (""), and only who asks for this form gets it
 
@@ -18,6 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lightning_llm.data.config import GRADED
 from lightning_llm.settings import UserError
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ SPELLINGS = {  # of roles: ours, and those of ShareGPT and its kin
     "model": "assistant",
     "observation": "tool",
 }
+STRENGTHS = {"negligibly": 1, "slightly": 2, "clearly": 3, "significantly": 4}  # how much better the chosen one is
+HIGHEST_GRADE = 2
 SKIP = "or leave such rows out with data.on_error=skip"
 
 Fields = dict[str, Any]
@@ -134,13 +139,13 @@ def _pair_behind_prompt(row: Fields, where: str) -> Fields:
     before, answers = _answers(row, where)
     if before["chosen"] == before["rejected"] and _contains(before["chosen"], prompt):
         prompt = before["chosen"]  # the whole prompt is inside, `prompt` is a part of it
-    return {"prompt": prompt, **_behind(prompt, before, answers, where), **_known(row)}
+    return {"prompt": prompt, **_behind(prompt, before, answers, where), **_known(row, where)}
 
 
 def _pair_behind_conversation(row: Fields, where: str) -> Fields:
     before, answers = _answers(row, where)
     prompt = before["chosen"] or _messages(row, "conversations", where)
-    return {"prompt": prompt, **_behind(prompt, before, answers, where), **_known(row)}
+    return {"prompt": prompt, **_behind(prompt, before, answers, where), **_known(row, where)}
 
 
 def _pair_of_conversations(row: Fields, where: str) -> Fields:
@@ -150,7 +155,7 @@ def _pair_of_conversations(row: Fields, where: str) -> Fields:
         raise UserError(where, 'has no "prompt", and chosen and rejected differ before their last turn',
                         f"Give the prompt as a field, {SKIP}")  # fmt: skip
     answers = {"chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"]}
-    return {"prompt": chosen[:-1], **answers, **_known(row)}
+    return {"prompt": chosen[:-1], **answers, **_known(row, where)}
 
 
 def _answers(row: Fields, where: str) -> tuple[dict[str, list[Message]], dict[str, str]]:
@@ -179,9 +184,38 @@ def _contains(turns: list[Message], part: list[Message]) -> bool:
     return turns[: len(part)] == part or turns[-len(part) :] == part
 
 
-def _known(row: Fields) -> Fields:
-    """What a judge of correctness needs."""
-    return {name: row[name] for name in ("answer", "task") if name in row}
+def _known(row: Fields, where: str) -> Fields:
+    """What a judge of correctness needs, and what a reward model learns beside which response is better."""
+    known = {name: row[name] for name in ("answer", "task") if name in row}
+    if "edited" in row:
+        known["edited"] = _messages(row, "edited", where, "assistant")[-1]["content"]
+    if "strength" in row:
+        known["strength"] = _strength(row["strength"], where)
+    if "grades" in row:
+        known["grades"] = _grades(row["grades"], where)
+    return known
+
+
+def _strength(value: Any, where: str) -> int:
+    strength = STRENGTHS.get(value, 0) if isinstance(value, str) else value
+    if isinstance(strength, bool) or strength not in STRENGTHS.values():
+        words = ", ".join(f"{number} ({word})" for word, number in STRENGTHS.items())
+        raise UserError(where, f'"strength" is {value!r}', f"Give {words}, {SKIP}")
+    return int(strength)
+
+
+def _grades(value: Any, where: str) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {}
+    for response, grades in value.items() if isinstance(value, dict) else [("", None)]:
+        if response not in ("chosen", "rejected", "edited") or not isinstance(grades, dict | None):
+            what = f'"grades" has {response!r}' if response else f'"grades" is {_kind(value)}'
+            raise UserError(where, what, f"Give an object of chosen, rejected and edited, {SKIP}")
+        found[response] = {name: grade for name, grade in (grades or {}).items() if grade is not None}
+        for name, grade in found[response].items():
+            if name not in GRADED or isinstance(grade, bool) or grade not in range(HIGHEST_GRADE + 1):
+                remedy = f"Give {', '.join(GRADED)} as numbers from 0 to {HIGHEST_GRADE}, {SKIP}"
+                raise UserError(where, f'"grades" of {response} has {name} {grade!r}', remedy)
+    return found
 
 
 # ---- conversations, questions, text ----
@@ -237,7 +271,7 @@ def _text(row: Fields, where: str) -> Fields:
     return {"text": _string(row, "text", where)}
 
 
-JUDGED = ("answer", "task")
+JUDGED = ("answer", "task", "strength", "edited", "grades")
 LAYOUTS = (  # of several that fit the first counts, but for the form that is asked for
     Layout("prompt, chosen, rejected", "pairs", ("prompt", "chosen", "rejected"), _pair_behind_prompt, JUDGED),
     Layout(

@@ -120,8 +120,8 @@ def open_source(config: SourceConfig, where: str) -> Source:
 def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: str) -> Iterator[Row]:
     """Rows that come with the installation.
 
-    Options: of text max_bytes; of instructions and preferences rows, held_out (rows), seed; of tasks task (one of
-    the four; none: all), questions (of each task), split (train or validation; none: what is asked for), seed.
+    Options: of text max_bytes; of instructions, preferences and comparisons rows, held_out (rows), seed; of tasks task
+    (one of the four; none: all), questions (of each task), split (train or validation; none: what is asked for), seed.
     """
     form, _ = CONTENTS[name]
     check_embedded(name, options, where)
@@ -149,7 +149,8 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
             for number, messages in enumerate(conversations):
                 yield Row(f"{origin} {split} {number}", form, {"messages": messages}, split)
         else:
-            for number, pair in enumerate(tasks.preferences(split, count, seed)):
-                content = {key: pair[key] for key in ("chosen", "rejected", "answer", "task")}
+            make = tasks.preferences if name == "preferences" else tasks.comparisons
+            for number, pair in enumerate(make(split, count, seed)):
+                content = {key: value for key, value in pair.items() if key not in ("question", "working")}
                 content["prompt"] = [{"role": "user", "content": pair["question"]}]
                 yield Row(f"{origin} {split} {number}", form, content, split)

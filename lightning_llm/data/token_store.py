@@ -1,10 +1,12 @@
 """Tokenised rows on disk, memory-mapped: flat tokens, offsets, and which tokens are targets.
 
 tokens.bin     ids of all segments one after the other, uint16, or uint32 for more than 65,536 entries
-offsets.npy    [segments + 1] int64; a row is 1 segment, or 3 for a pair (prompt, chosen, rejected)
+offsets.npy    [segments + 1] int64; a row is 1 segment, 3 for a pair (prompt, chosen, rejected), or 4 for a ranking,
+               whose last, the edited response, may be empty
 targets.bin    [tokens] bool, whether a token is to be learnt; absent where all are
 counts.npy     [rows] int64, targets of each row when it stands alone and uncut
-rows.jsonl     what judges need of a row beside its tokens; only for pairs, questions and prompts
+judged.bin     [rows, 13] int8, of a ranking: strength (0: unknown), then grades of its responses (-1)
+rows.jsonl     what judges need of a row beside its tokens; only for pairs, rankings, questions and prompts
 store.json     form, counts, dtype
 """
 
@@ -21,9 +23,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lightning_llm.data.config import GRADED
 from lightning_llm.settings import UserError
 
-SEGMENTS = {"text": 1, "conversations": 1, "pairs": 3, "questions": 1, "prompts": 1}  # of a row
+SEGMENTS = {"text": 1, "conversations": 1, "pairs": 3, "rankings": 4, "questions": 1, "prompts": 1}  # of a row
+RANKED = ("chosen", "rejected", "edited")  # a ranking's responses, in the order of its segments
 
 
 class StoredRow(NamedTuple):
@@ -46,6 +50,8 @@ class TokenStore:
         self.ids = map_file(directory / "tokens.bin", np.dtype(facts["dtype"]))
         self.offsets = np.load(directory / "offsets.npy", mmap_mode="r").view(np.ndarray)
         self.target_counts = np.load(directory / "counts.npy", mmap_mode="r").view(np.ndarray)  # [rows]
+        judged = directory / "judged.bin"
+        self.judged = map_file(judged, np.dtype(np.int8)).reshape(self.rows, -1) if judged.is_file() else None
         masked = directory / "targets.bin"
         self.is_target = map_file(masked, np.dtype(np.bool_)) if masked.is_file() else None
 
@@ -115,7 +121,8 @@ class TokenStoreWriter:
         self._offsets.append(0)
         self._ids = (directory / "tokens.bin").open("wb")
         self._mask = (directory / "targets.bin").open("wb") if form != "text" else None
-        has_metadata = form in ("pairs", "questions", "prompts")
+        self._judged = (directory / "judged.bin").open("wb") if form == "rankings" else None
+        has_metadata = form in ("pairs", "rankings", "questions", "prompts")
         self._rows = (directory / "rows.jsonl").open("w", encoding="utf-8") if has_metadata else None
 
     def append(
@@ -134,6 +141,8 @@ class TokenStoreWriter:
             self.tokens += len(ids)
             self._offsets.append(self.tokens)
             count += int(mask.sum()) - int(i == 0 and mask[0])  # nothing predicts a row's first token
+        if self._judged:
+            self._judged.write(judgements(metadata or {}).tobytes())
         self._counts.append(count)
         self.targets += count
         self.rows += 1
@@ -154,9 +163,16 @@ class TokenStoreWriter:
 
     def abandon(self) -> None:
         """Close the files and leave no store."""
-        for file in (self._ids, self._mask, self._rows, self._offsets.file, self._counts.file):
+        for file in (self._ids, self._mask, self._rows, self._judged, self._offsets.file, self._counts.file):
             if file:
                 file.close()
+
+
+def judgements(content: dict[str, Any]) -> np.ndarray:
+    """A row of judged.bin: strength (0: unknown), then each response's grades, ordered as `RANKED` and `GRADED`."""
+    grades = content.get("grades", {})
+    flat = [grades.get(response, {}).get(name, -1) for response in RANKED for name in GRADED]
+    return np.asarray([content.get("strength", 0), *flat], np.int8)
 
 
 class _GrowingArray:

@@ -38,8 +38,9 @@ def bradley_terry_loss(chosen: PerPair, rejected: PerPair, margin: PerPair | Non
 
 
 def soft_label_loss(chosen: PerPair, rejected: PerPair, probability: PerPair) -> PerPair:
-    """Cross-entropy of sigmoid(chosen - rejected) with the probability that the chosen response is better, which follows
-    the strength of the preference (AFM's report, on reward modelling).
+    """Cross-entropy of sigmoid(chosen - rejected) with the probability that the chosen response is better.
+
+    AFM's ranking loss: the probability follows the strength of the preference.
 
     loss = -p log sigmoid(c - r) - (1 - p) log sigmoid(r - c), smallest where c - r = logit(p).
 

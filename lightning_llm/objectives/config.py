@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from lightning_llm.data.config import GRADED
 from lightning_llm.settings import Buildable, option, refuse_below
 
 
@@ -14,9 +15,10 @@ class ObjectiveConfig(Buildable):
     """What all objectives have in common."""
 
     name: str = "???"
-    needs_pairs: ClassVar[bool] = False  # a row is a prompt with a chosen and a rejected response
+    forms: ClassVar[tuple[str, ...]] = ("text", "conversations")  # of the data that it learns from
     needs_reference: ClassVar[bool] = False  # wants the column of a `<stage>.reference` node
     needs_samples: ClassVar[bool] = False  # learns from responses that the policy itself draws meanwhile
+    is_scored: ClassVar[bool] = False  # what it trains is a reward model
 
 
 @option("objective", "causal_lm")
@@ -32,7 +34,7 @@ class CausalLMConfig(ObjectiveConfig):
 class PreferenceConfig(ObjectiveConfig):
     """What DPO and IPO share."""
 
-    needs_pairs: ClassVar[bool] = True
+    forms: ClassVar[tuple[str, ...]] = ("pairs",)
     needs_reference: ClassVar[bool] = True
     beta: float = 0.1  # > 0; pull towards the reference
     nll_weight: float = 0.0  # >= 0; added negative log-likelihood of the chosen response, per token
@@ -69,10 +71,38 @@ class IPOConfig(PreferenceConfig):
     name: str = "ipo"
 
 
+@option("objective", "reward_model")
+@dataclass
+class RewardModelConfig(ObjectiveConfig):
+    """A reward model from comparisons: Llama 3's loss, Llama 2's with margins, or AFM's soft labels with gradings."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.reward_model:RewardModelling"
+    forms: ClassVar[tuple[str, ...]] = ("rankings",)
+    is_scored: ClassVar[bool] = True
+    name: str = "reward_model"
+    loss: str = "bradley_terry"  # bradley_terry | soft_labels (targets by the strength of the preference)
+    margins: str | None = None  # small | large: by strength, for bradley_terry (Llama 2, table 27)
+    graded: list[str] = field(default_factory=list)  # what people grade in single responses; each gets a head
+    grading_weight: float = 0.1  # >= 0; of the grades' loss beside that of the comparisons
+    centre_weight: float = 0.0  # >= 0; of (chosen + rejected)^2, which keeps scores around 0
+
+    def __post_init__(self):
+        refuse_below(0, self, "grading_weight", "centre_weight")
+        if self.loss not in ("bradley_terry", "soft_labels"):
+            raise ValueError(f"loss is bradley_terry or soft_labels, is {self.loss!r}")
+        if self.margins not in (None, "small", "large"):
+            raise ValueError(f"margins is null, small or large, is {self.margins!r}")
+        if self.margins is not None and self.loss != "bradley_terry":
+            raise ValueError("margins go with loss=bradley_terry; soft_labels have the strength in their targets")
+        if unknown := sorted(set(self.graded) - set(GRADED)):
+            raise ValueError(f"graded has {unknown[0]!r}; known are {', '.join(GRADED)}")
+
+
 @dataclass
 class PolicyConfig(ObjectiveConfig):
     """What the policy gradients share: responses that the policy has drawn, judged, and weighed within each prompt."""
 
+    forms: ClassVar[tuple[str, ...]] = ("questions",)
     needs_samples: ClassVar[bool] = True
     beta: float = 0.05  # >= 0; reward that a nat of KL to the reference costs
 

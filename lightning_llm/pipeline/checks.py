@@ -209,11 +209,11 @@ def _check_training(key: str, stage: TrainStage) -> None:
             remedy = "Give {rope_type: linear, factor: ...} or another"
             raise UserError(f"{key}.rope_scaling", str(error), remedy) from error
     objective = stage.objective
-    if objective.needs_pairs != (stage.data.form == "pairs"):
+    if stage.data.form not in objective.forms:
         raise UserError(
             f"{key}.data",
             f"{stage.data.name} holds {stage.data.form}, and {objective.name} does not learn from that",
-            "causal_lm learns from text and conversations, dpo and ipo from pairs",
+            f"Give it {' or '.join(objective.forms)}",
         )
     if objective.needs_reference and stage.starts_from is None:
         raise UserError(f"{key}.starts_from", f"has no value, and {objective.name} needs a reference", "Name a stage")
@@ -221,7 +221,7 @@ def _check_training(key: str, stage: TrainStage) -> None:
 
 
 def _check_data(key: str, data: DataConfig) -> None:
-    _one_of(f"{key}.form", data.form, FORMS)
+    _one_of(f"{key}.form", data.form, (*FORMS, "rankings"))
     _one_of(f"{key}.on_error", data.on_error, ("stop", "skip"))
     _one_of(f"{key}.on_long", data.on_long, ("drop", "truncate_left", "stop"))
     _in_range(f"{key}.validation", data.validation, low=0, below=1)

@@ -15,7 +15,7 @@ import numpy as np
 from lightning_llm.data.places import is_of_stage, prepared_facts, prepared_source
 from lightning_llm.data.rows import Row
 from lightning_llm.data.sources import Source, open_source
-from lightning_llm.data.token_store import TokenStore, TokenStoreWriter, link_store
+from lightning_llm.data.token_store import RANKED, TokenStore, TokenStoreWriter, link_store
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
@@ -29,6 +29,7 @@ ACCEPTED = {  # the form that a stage asks for -> forms of the rows that it can 
     "text": {"text"},
     "conversations": {"conversations", "text"},
     "pairs": {"pairs"},
+    "rankings": {"pairs"},
     "questions": {"questions"},
     "prompts": {"prompts", "questions"},
 }
@@ -258,11 +259,13 @@ def _append_all(writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer)
         for content, prompt in zip(contents, prompts, strict=True):
             writer.append([prompt.ids], [[False] * len(prompt.ids)], content)
         return [len(prompt.ids) for prompt in prompts]
-    pairs = tokenizer.render_pairs([(row["prompt"], [row["chosen"], row["rejected"]]) for row in contents])
-    for content, (prompt, chosen, rejected) in zip(contents, pairs, strict=True):
-        masks = [[False] * len(prompt), [True] * len(chosen), [True] * len(rejected)]
-        writer.append([prompt, chosen, rejected], masks, content)
-    return [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in pairs]
+    names = RANKED if writer.form == "rankings" else RANKED[:2]
+    pairs = tokenizer.render_pairs([(row["prompt"], [row[name] for name in names if name in row]) for row in contents])
+    for content, (prompt, *responses) in zip(contents, pairs, strict=True):
+        responses += [[]] * (len(names) - len(responses))  # nobody has edited the chosen one
+        masks = [[False] * len(prompt), *([True] * len(response) for response in responses)]
+        writer.append([prompt, *responses], masks, content)
+    return [len(prompt) + max(map(len, responses)) for prompt, *responses in pairs]
 
 
 # ---- tokens that are there ----

@@ -11,7 +11,9 @@ from lightning_llm.data.packing import StageData
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import ModelConfig, Transformer, set_rope_scaling, set_rope_theta
 from lightning_llm.models.compilation import compile_parts
+from lightning_llm.models.families import CLASSIFIER, read_head
 from lightning_llm.models.kernels import use_attention
+from lightning_llm.models.reward import RewardModel
 from lightning_llm.models.size import training_flops
 from lightning_llm.objectives.base import Objective
 from lightning_llm.settings import UserError
@@ -130,7 +132,9 @@ def build_model(context: StageContext) -> Transformer:
     """Random weights from the seed, or those of `starts_from`; with this stage's RoPE and room for its context."""
     settings: TrainSettings = context.settings
     if "starts_from" in context.inputs:
-        model = Transformer.from_pretrained(model_directory(context.inputs["starts_from"]))
+        directory = model_directory(context.inputs["starts_from"])
+        goes_on = settings.objective.is_scored and read_head(directory) == CLASSIFIER
+        model = (RewardModel if goes_on else Transformer).from_pretrained(directory)
     else:
         model = Transformer(settings.model)
         model.reset_parameters(settings.seed)
@@ -150,7 +154,9 @@ def build_objective(context: StageContext, model: Transformer, tokenizer: Tokeni
     """The objective with its optimizer and schedule; without a scored reference it keeps a frozen copy of `model`."""
     settings: TrainSettings = context.settings
     config = settings.objective
-    parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_pairs else {}
+    parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_reference else {}
+    if config.is_scored:
+        parts["seed"] = settings.seed
     if config.needs_reference and "reference" not in context.inputs:
         parts["reference"] = copy.deepcopy(model)  # the policy before its first step, asked in each
     objective: Objective = config.build(model, **parts)

@@ -211,3 +211,35 @@ def test_the_split_is_one_for_all_and_goes_by_the_prompt():
     assert 20 < len(few) < 70
     assert few < many
     assert not any(row.is_held_out(0.0) for row in rows)
+
+
+RANKED = {"prompt": "say a", "chosen": "a", "rejected": "b"}
+
+
+def test_what_a_reward_model_learns_stands_beside_the_pair():
+    grades = {"chosen": {"truthfulness": 2, "verbosity": None}, "rejected": {"harmlessness": 0}, "edited": None}
+    row = read_row({**RANKED, "edited": "A", "strength": "significantly", "grades": grades}, {}, "f:1")
+    assert row.form == "pairs"
+    assert (row.content["edited"], row.content["strength"]) == ("A", 4)
+    assert row.content["grades"] == {"chosen": {"truthfulness": 2}, "rejected": {"harmlessness": 0}, "edited": {}}
+    renamed = read_row({**RANKED, "level": 2}, {"strength": "level"}, "f:1")
+    assert renamed.content["strength"] == 2
+
+
+@pytest.mark.parametrize(
+    ("field", "says"),
+    [
+        ({"strength": 5}, r'"strength" is 5\. Give 1 \(negligibly\), 2 \(slightly\)'),
+        ({"strength": "much"}, "\"strength\" is 'much'"),
+        ({"strength": True}, '"strength" is True'),
+        ({"edited": " "}, '"edited" is empty'),
+        ({"grades": [1]}, '"grades" is a list'),
+        ({"grades": {"other": {}}}, "\"grades\" has 'other'"),
+        ({"grades": {"chosen": {"wit": 1}}}, '"grades" of chosen has wit 1. Give instruction_following'),
+        ({"grades": {"chosen": {"verbosity": 3}}}, "verbosity 3. Give .* from 0 to 2"),
+    ],
+)
+def test_malformed_judgements(field, says):
+    with pytest.raises(UserError, match=says) as caught:
+        read_row(RANKED | field, {}, "f:7")
+    assert caught.value.where == "f:7"

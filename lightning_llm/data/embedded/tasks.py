@@ -137,3 +137,41 @@ def preferences(split: str, rows: int, seed: int = 0) -> Iterator[Question]:
     for row in range(rows):
         question = next(streams[row % len(TASKS)])
         yield {**question, "chosen": response(question, "working"), "rejected": response(question, "bare")}
+
+
+def comparisons(split: str, rows: int, seed: int = 0) -> Iterator[Question]:
+    """Questions with responses that differ in correctness or in style, for reward models; tasks in equal shares.
+
+    Of three rows two have a right response above a wrong one, whatever the style of either (`strength` 4, and in the
+    second of them 3 with an `edited` response above both: right, with working); in the third both are right and that
+    with working is slightly better (`strength` 2). Wrong answers are near misses.
+    """
+    rng = random.Random(f"{seed} comparisons {split}")
+    streams = [_stream(split, task, seed, "comparisons") for task in TASKS]
+    for row in range(rows):
+        question = next(streams[row % len(TASKS)])
+        wrong = response({**question, "answer": near_miss(question, rng)}, rng.choice(STYLES))
+        bare, working = (response(question, style) for style in STYLES)
+        kind = row // len(TASKS) % 3
+        if kind == 0:
+            yield {**question, "chosen": rng.choice((bare, working)), "rejected": wrong, "strength": 4}
+        elif kind == 1:
+            yield {**question, "chosen": bare, "rejected": wrong, "edited": working, "strength": 3}
+        else:
+            yield {**question, "chosen": working, "rejected": bare, "strength": 2}
+
+
+def near_miss(question: Question, rng: random.Random) -> str:
+    """A wrong answer that looks right: another of the numbers, a digit changed, or two neighbours exchanged."""
+    answer = question["answer"]
+    if question["task"] == "largest" and (others := set(question["question"].split()[1:]) - {answer}):
+        return rng.choice(sorted(others))
+    while True:
+        place = rng.randrange(len(answer))
+        digits = list(answer)
+        if rng.random() < 0.5 and place:
+            digits[place - 1 : place + 1] = digits[place], digits[place - 1]
+        else:
+            digits[place] = rng.choice("0123456789")
+        if (wrong := "".join(digits)) != answer:
+            return wrong
