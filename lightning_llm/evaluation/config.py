@@ -1,7 +1,8 @@
-"""Settings of the evaluation that follows every training stage."""
+"""Settings of the evaluation that follows every training stage, and of judges."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -9,31 +10,6 @@ from lightning_llm.data.config import DataConfig
 from lightning_llm.settings import Buildable, option, refuse_below
 
 RULES = ("best", "threshold", "first", "random")  # by which responses are kept (evaluation/selection.py)
-
-
-@dataclass
-class JudgeConfig(Buildable):
-    """What all judges of single responses have in common: `build(JudgeContext)` makes a `Judge`."""
-
-    name: str = "???"
-
-
-@option("judge", "exact_answer")
-@dataclass
-class ExactAnswerConfig(JudgeConfig):
-    """Whether the last line is exactly `answer: ` and the known answer."""
-
-    implementation: ClassVar[str] = "lightning_llm.evaluation.judges:ExactAnswer"
-    name: str = "exact_answer"
-
-
-@option("judge", "random")
-@dataclass
-class RandomConfig(JudgeConfig):
-    """A control: any number, the same whenever the same response is judged."""
-
-    implementation: ClassVar[str] = "lightning_llm.evaluation.judges:RandomScore"
-    name: str = "random"
 
 
 @option("evaluation", "standard")
@@ -55,3 +31,139 @@ class EvaluationConfig:
     def __post_init__(self):
         refuse_below(0, self, "long_documents", "questions", "preference_pairs", "samples")
         refuse_below(1, self, "text_tokens", "max_new_tokens")
+
+
+# ---- judges: what a response is worth (evaluation/judges.py) ----
+
+
+@dataclass
+class JudgeConfig(Buildable):
+    """What all judges have in common; `build(JudgeContext)` makes one."""
+
+    name: str = "???"
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Whether it asks a trained model, that the stage names in `judged_by`."""
+        return False
+
+
+@option("judge", "exact_answer")
+@dataclass
+class ExactAnswerConfig(JudgeConfig):
+    """1 where the last line is `answer: ` and the known answer, else 0."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.verifiers:ExactAnswer"
+    name: str = "exact_answer"
+
+
+@option("judge", "format")
+@dataclass
+class FormatConfig(JudgeConfig):
+    """1 where the whole response has the form that a regular expression says, else 0."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.verifiers:Format"
+    name: str = "format"
+    pattern: str = r"(?s).*\n?answer: \S.*"
+
+    def __post_init__(self):
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern is no regular expression ({error})") from None
+
+
+@option("judge", "unit_tests")
+@dataclass
+class UnitTestsConfig(JudgeConfig):
+    """1 where the code of a response passes the question's tests, in a process that can do nothing else."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.verifiers:UnitTests"
+    name: str = "unit_tests"
+    seconds: float = 5.0  # of a processor, and twice as many of the clock
+    memory_mib: int = 512
+    file_mib: int = 1  # of any file that it writes, in a folder that goes with it
+    processes: int = 2  # run at a time
+    isolation: str = "kernel"  # kernel (seccomp and Landlock, of Linux) | limits (of time and memory only)
+
+    def __post_init__(self):
+        refuse_below(0.1, self, "seconds")
+        refuse_below(1, self, "processes", "file_mib")
+        refuse_below(64, self, "memory_mib")
+        if self.isolation not in ("kernel", "limits"):
+            raise ValueError(f"isolation is kernel or limits, is {self.isolation!r}")
+
+
+@option("judge", "reward_model")
+@dataclass
+class RewardModelJudgeConfig(JudgeConfig):
+    """The score of the reward models that `judged_by` names."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.scores:RewardModelScore"
+    name: str = "reward_model"
+    ensemble: str = "mean"  # mean | min, of several reward models
+
+    def __post_init__(self):
+        if self.ensemble not in ("mean", "min"):
+            raise ValueError(f"ensemble is mean or min, is {self.ensemble!r}")
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """Always."""
+        return True
+
+
+@option("judge", "length")
+@dataclass
+class LengthConfig(JudgeConfig):
+    """What length costs: 0 up to `free` tokens, then minus `per_token` for each."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.scores:LengthShaping"
+    name: str = "length"
+    free: int = 0
+    per_token: float = 0.01
+    cut_off: float = 0.0  # what a response costs that was cut off, besides
+
+    def __post_init__(self):
+        refuse_below(0, self, "free", "per_token", "cut_off")
+
+
+@option("judge", "random")
+@dataclass
+class RandomConfig(JudgeConfig):
+    """A control: any number, the same whenever the same response is judged."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.scores:RandomScore"
+    name: str = "random"
+
+
+@option("judge", "substring")
+@dataclass
+class SubstringConfig(JudgeConfig):
+    """1 where the answer stands anywhere in the response: a reward that can be hacked, by saying everything."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.scores:Substring"
+    name: str = "substring"
+
+
+@dataclass
+class WeightedPart:
+    """One judge of several."""
+
+    weight: float = 1.0
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+
+
+@option("judge", "weighted")
+@dataclass
+class WeightedConfig(JudgeConfig):
+    """The weighted sum of other judges' scores."""
+
+    implementation: ClassVar[str] = "lightning_llm.evaluation.scores:WeightedSum"
+    name: str = "weighted"
+    parts: dict[str, WeightedPart] = field(default_factory=dict)
+
+    @property
+    def needs_reward_model(self) -> bool:
+        """If a part of it does."""
+        return any(part.judge.needs_reward_model for part in self.parts.values())

@@ -1,16 +1,18 @@
-"""Which responses are right, and which of two is better: verifiers and judges, used wherever responses are compared."""
+"""What judges of responses have in common: questions and responses in, verdicts out.
+
+A judge is asked by evaluation, by selection among samples and by training on a policy's own responses. Verifiers, which
+know the answer, are in verifiers.py, everything else that gives a score in scores.py; here is the one judge that
+compares two responses.
+"""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from lightning_llm.data.embedded import tasks
-from lightning_llm.evaluation.config import ExactAnswerConfig, RandomConfig
-from lightning_llm.settings import UserError
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,7 @@ class Question:
     prompt: str  # what the user says, for people to read
     prompt_ids: list[int]  # the rendered conversation, up to where the assistant is to speak
     answer: str
-    tests: str | None = None  # unit tests of a coding question
+    tests: str | None = None  # Python statements that fail unless the code of a response is right
 
 
 @dataclass(frozen=True)
@@ -35,63 +37,28 @@ class Response:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a judge makes of a response; more is better."""
+    """What a judge says of a response."""
 
-    score: float
-    parts: dict[str, float] = field(default_factory=dict)  # by judge's name, where several have a say
+    score: float  # the higher the better; 0 and 1 for wrong and right where that is the question
+    parts: dict[str, float] = field(default_factory=dict)  # scores that it is made of, by name
 
 
 class Judge(Protocol):
-    """Scores responses one by one, many at a time."""
+    """Anything that scores responses, many at a time."""
 
     def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
-        """A verdict on each pair of question and response."""
+        """One verdict for each question with its response."""
         ...
 
 
 @dataclass(frozen=True)
 class JudgeContext:
-    """What a judge knows only when it runs."""
+    """What a judge knows only when it is built: `config.build(context)`."""
 
-    reward_models: list[Path]  # directories, in the order in which the recipe names them
-    device: str
-    max_tokens: int  # that it may hold at once
-    seed: int
-
-
-@dataclass(frozen=True)
-class ExactAnswer:
-    """1 where the last line is the answer, else 0."""
-
-    config: ExactAnswerConfig
-    context: JudgeContext
-
-    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
-        """See `Judge`.
-
-        Raises:
-            UserError: nobody knows an answer.
-        """
-        if asked := next((question for question in questions if not question.answer), None):
-            what = f"compares with the answer, and none is known to {asked.prompt[:40]!r}"
-            raise UserError("judge exact_answer", what, "Give the rows an answer, or choose another judge")
-        return [Verdict(float(verify(*pair))) for pair in zip(questions, responses, strict=True)]
-
-
-@dataclass(frozen=True)
-class RandomScore:
-    """A number in [0, 1) that depends on seed, question and response, and on nothing that makes one better."""
-
-    config: RandomConfig
-    context: JudgeContext
-
-    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
-        """See `Judge`."""
-        return [Verdict(self._score(*pair)) for pair in zip(questions, responses, strict=True)]
-
-    def _score(self, question: Question, response: Response) -> float:
-        text = f"{self.context.seed}\0{question.prompt}\0{response.text}".encode("utf-8", "surrogatepass")
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") / 2**64
+    reward_models: Sequence[Path] = ()  # directories of sequence classifiers
+    device: str = "cpu"
+    max_tokens: int = 16_384  # of one pass of a reward model
+    seed: int = 0
 
 
 def verify(question: Question, response: Response) -> bool:

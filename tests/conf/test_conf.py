@@ -7,9 +7,12 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
 from lightning_llm import compose, plan
-from lightning_llm.pipeline.composition import CONF, compose_tree, register_schemas
+from lightning_llm.evaluation.config import JudgeConfig, WeightedPart
+from lightning_llm.pipeline.composition import CONF, build_loader, compose_tree, register_schemas
 from lightning_llm.pipeline.reader import build_settings
 from lightning_llm.pipeline.recipe import build_recipe
 from lightning_llm.settings import OPTIONS, Buildable
@@ -31,12 +34,13 @@ PLACES = {
     "own_pairs": "dpo",
     "selected": "sft",
     "selected_pairs": "dpo",
+    "comparisons": "reward",
     "dpo": "dpo",
     "ipo": "dpo",
-    "exact_answer": "score",
-    "random": "score",
+    "reward_model": "reward",
 }  # option -> the stage that it suits
 
+ON_SAMPLES = {"mdpo", "rloo", "ppo", "grpo", "dapo"}  # objectives of stages that sample while they train
 AFTERWARDS = {  # stages that do not train: (edge, where to, its role)
     "sample": ("models", "dpo", "model.0"),
     "score": ("data", "sample", "samples.0"),
@@ -47,11 +51,18 @@ composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, ove
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem not in ON_SAMPLES)
 
 
 def test_every_file_is_tried_here():
-    assert {path.parent.name for path in CONF.glob("*/*.yaml")} == {*GROUPS, *WITHIN, "logger", "recipe", "stage"}
+    assert {path.parent.name for path in CONF.glob("*/*.yaml")} == {
+        *GROUPS,
+        *WITHIN,
+        "judge",
+        "logger",
+        "recipe",
+        "stage",
+    }
 
 
 @pytest.mark.parametrize("verb", ["report", "store", "generate", "chat"])
@@ -71,19 +82,13 @@ def test_options_of_a_recipe_compose(place):
 @pytest.mark.parametrize("place", range(max(len(options(group)) for group in WITHIN)))
 def test_options_of_a_stage_compose(place):
     chosen = {group: options(group)[place % len(options(group))] for group in WITHIN}
-    stages = {group: PLACES.get(name, "pretrain") for group, name in chosen.items()}
+    stages = {group: "score" if group == "judge" else PLACES.get(name, "pretrain") for group, name in chosen.items()}
     words = [f"{group}@stages.{stages[group]}.{WITHIN[group]}={name}" for group, name in chosen.items()]
-    recipe = compose(
-        "qwen2",
-        "paper",
-        [
-            "+stage@stages.sample=sample",
-            "stages.sample.models=[dpo]",
-            "+stage@stages.score=score",
-            "stages.score.data=[sample]",
-            *words,
-        ],
-    )
+    added = ["+stage@stages.sample=sample", "stages.sample.models=[dpo]", "+stage@stages.reward=reward_model"]
+    added += ["stages.reward.starts_from=sft", "stages.reward.lr.peak=1e-5", "stages.reward.tokens=1e8"]
+    added += ["stages.reward.batch_tokens=1e5", "+stage@stages.score=score", "stages.score.data=[sample]"]
+    judged_by = ["stages.score.judged_by=[reward]"] if chosen["judge"] == "reward_model" else []
+    recipe = compose("qwen2", "paper", [*added, *judged_by, *words])
     for group, name in chosen.items():
         config = getattr(recipe.stages[stages[group]], WITHIN[group])
         assert (config.schedule if group == "schedule" else config.name) == name
@@ -144,3 +149,18 @@ def test_golden_plan(scale, compute):
 @pytest.mark.parametrize("recipe", sorted(set(options("recipe")) - {"qwen2"}))
 def test_golden_plan_at_nano(recipe):
     assert f"{plan(compose(recipe))}\n" == (GOLDEN / f"{recipe}_nano.txt").read_text()
+
+
+@pytest.mark.parametrize("option", options("judge"))
+def test_every_judge_composes_as_a_part_of_a_mix(option, tmp_path):
+    (tmp_path / "judge").mkdir()
+    text = f"defaults: [/schema/judge@_here_: weighted, /judge@parts.one.judge: {option}, _self_]"
+    (tmp_path / "judge" / "mine.yaml").write_text(text)
+    loader = build_loader(tmp_path)
+
+    def judge(name: str) -> JudgeConfig:
+        tree = loader.load_configuration(f"judge/{name}", [], run_mode=RunMode.RUN, from_shell=False)
+        return OmegaConf.to_object(tree.judge)
+
+    assert judge("mine").parts == {"one": WeightedPart(1.0, judge(option))}
+    assert judge(option).name == option

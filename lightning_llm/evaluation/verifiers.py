@@ -1,0 +1,81 @@
+"""Judges that know what is right: the exact answer, the form, and unit tests."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from lightning_llm.evaluation.config import ExactAnswerConfig, FormatConfig, UnitTestsConfig
+from lightning_llm.evaluation.judges import JudgeContext, Question, Response, Verdict, verify
+from lightning_llm.evaluation.sandbox import Limits, passes, refuse_weak_kernel
+from lightning_llm.settings import UserError
+
+CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
+
+
+class ExactAnswer:
+    """Right or wrong, by the last line alone (`judges.verify`)."""
+
+    def __init__(self, config: ExactAnswerConfig, context: JudgeContext):
+        pass
+
+    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
+        """1 where it is right, else 0.
+
+        Raises:
+            UserError: nobody knows an answer.
+        """
+        if asked := next((question for question in questions if not question.answer), None):
+            what = f"compares with the answer, and none is known to {asked.prompt[:40]!r}"
+            raise UserError("judge exact_answer", what, "Give the rows an answer, or choose another judge")
+        return [Verdict(float(verify(q, r))) for q, r in zip(questions, responses, strict=True)]
+
+
+class Format:
+    """Whether a response has a form, whatever it says. What was cut off has none."""
+
+    def __init__(self, config: FormatConfig, context: JudgeContext):
+        self.pattern = re.compile(config.pattern)
+
+    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
+        """1 where the whole text matches, else 0."""
+        return [Verdict(float(r.is_complete and self.pattern.fullmatch(r.text) is not None)) for r in responses]
+
+
+class UnitTests:
+    """Whether a response's code passes its question's tests.
+
+    The code is what stands between the first three backquotes and the next, or all of the text where there are none.
+
+    Raises:
+        UserError: this machine's kernel cannot shut a process off.
+    """
+
+    def __init__(self, config: UnitTestsConfig, context: JudgeContext):
+        if config.isolation == "kernel":
+            refuse_weak_kernel()
+        self.limits = Limits(config.seconds, config.memory_mib, config.file_mib, config.isolation == "kernel")
+        self.processes = config.processes
+
+    def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
+        """1 where all tests pass, else 0.
+
+        Raises:
+            UserError: a question has no tests.
+        """
+        for question in questions:
+            if question.tests is None:
+                raise UserError(f"question {question.prompt!r}", "has no tests", "Add a field `tests` to its row")
+        with ThreadPoolExecutor(self.processes) as pool:
+            found = pool.map(self._passes, questions, responses)
+            return [Verdict(float(passed)) for passed in found]
+
+    def _passes(self, question: Question, response: Response) -> bool:
+        return passes(code_of(response.text), question.tests or "", self.limits)
+
+
+def code_of(text: str) -> str:
+    """The first block of code in a text, or the text."""
+    block = CODE.search(text)
+    return block.group(1) if block else text

@@ -1,0 +1,159 @@
+"""Verifiers, and the process that a model's code runs in: what it may not do it cannot, and no verdict is forged."""
+
+import os
+import re
+import time
+
+import pytest
+
+from lightning_llm.evaluation.config import ExactAnswerConfig, FormatConfig, UnitTestsConfig
+from lightning_llm.evaluation.judges import JudgeContext, Question, Response
+from lightning_llm.evaluation.sandbox import Limits, passes
+from lightning_llm.evaluation.verifiers import code_of
+from lightning_llm.settings import UserError
+
+HERE = JudgeContext()
+SMALL = Limits(seconds=2.0, memory_mib=256)
+
+
+def question(answer="7", tests=None):
+    return Question("sum", "sum 3 4", [1, 2], answer, tests)
+
+
+def said(text, is_complete=True):
+    return Response([5, 6], text, is_complete)
+
+
+def test_the_exact_answer_is_the_last_line_alone():
+    texts = {"answer: 7": 1, "working: 3+4=7\nanswer: 7": 1, "answer: 70": 0, "answer: 7\nsurely": 0, "7": 0}
+    judge = ExactAnswerConfig().build(HERE)
+    assert [v.score for v in judge([question()] * 5, [said(text) for text in texts])] == list(texts.values())
+    assert judge([question()], [said("answer: 7", is_complete=False)])[0].score == 0
+
+
+def test_a_form_is_matched_by_the_whole_text():
+    judge = FormatConfig().build(HERE)
+    texts = {"answer: 7": 1, "some\nlines\nanswer: x": 1, "answer:": 0, "nothing": 0}
+    assert [v.score for v in judge([question()] * 4, [said(text) for text in texts])] == list(texts.values())
+    digits = FormatConfig(pattern=r"\d+").build(HERE)
+    assert [v.score for v in digits([question()] * 2, [said("12"), said("12a")])] == [1, 0]
+    assert judge([question()], [said("answer: 7", is_complete=False)])[0].score == 0
+    with pytest.raises(ValueError, match="no regular expression"):
+        FormatConfig(pattern="(")
+
+
+TESTS = "assert double(4) == 8\nassert double(-1) == -2"
+RIGHT = "def double(x):\n    return 2 * x"
+
+
+def test_unit_tests_tell_right_code_from_wrong():
+    judge = UnitTestsConfig(seconds=2.0, memory_mib=256).build(HERE)
+    answers = {
+        f"Here it is:\n```python\n{RIGHT}\n```\nIt doubles.": 1,
+        RIGHT: 1,
+        "```\nimport math, json, re, collections\ndef double(x): return math.prod([x, 2])\n```": 1,
+        "```python\ndef double(x):\n    return x + 4\n```": 0,
+        "def double(x) return 2 * x": 0,
+        "I do not know": 0,
+    }
+    found = judge([question(tests=TESTS)] * len(answers), [said(text) for text in answers])
+    assert [v.score for v in found] == list(answers.values())
+    with pytest.raises(UserError, match="has no tests"):
+        judge([question()], [said(RIGHT)])
+
+
+def test_code_is_the_first_block():
+    assert code_of("a\n```py\nx = 1\n```\nb\n```\ny\n```") == "x = 1\n"
+    assert code_of("x = 1") == "x = 1"
+
+
+FORGERIES = {
+    "leaves with success": "import sys\nsys.exit(0)",
+    "leaves at once": "import os\nos._exit(0)",
+    "prints and leaves": "import os\nprint('passed', flush=True)\n"
+    "for fd in range(3, 32):\n    try: os.write(fd, b'passed')\n    except OSError: pass\nos._exit(0)",
+    "swallows errors": "import builtins\nbuiltins.AssertionError = ValueError\nraise SystemExit",
+    "is another module": "import sys\nsys.modules['__main__'] = None\nraise KeyboardInterrupt",
+}
+
+
+@pytest.mark.parametrize("code", FORGERIES.values(), ids=FORGERIES.keys())
+def test_no_verdict_is_forged(code):
+    assert not passes(code, TESTS, SMALL)
+
+
+def tries(what, error="OSError", first=""):
+    """Code that leaves in `done` whether it could do something, one statement."""
+    return f"{first}\ntry:\n    {what}\n    done = True\nexcept {error}:\n    done = False"
+
+
+REFUSED = {  # each would fail its test where it could do what it tries
+    "another process": tries("os.fork() or os._exit(0)"),
+    "a program": tries("os.execv('/bin/true', ['true'])"),
+    "a shell": tries("subprocess.run(['true'])", first="import subprocess"),
+    "a thread": tries("threading.Thread(target=print).start()", "RuntimeError", "import threading"),
+    "a socket": tries("socket.socket()", first="import socket"),
+    "a local socket": tries("socket.socketpair()", first="import socket"),
+    "a signal": tries(f"os.kill({os.getpid()}, 0)"),
+    "a file elsewhere": tries("open('/tmp/lightning-llm-was-here', 'w')"),
+    "a file that goes": tries("os.remove(VICTIM)"),
+    "a file cut short": tries("os.truncate(VICTIM, 0)"),
+    "a folder elsewhere": tries("os.mkdir('/tmp/lightning-llm-was-here')"),
+    "much memory": tries("x = bytearray(1 << 30)", "MemoryError"),
+    "many files": tries("kept = [open('/dev/null') for _ in range(100)]"),
+    "what the parent was told": "done = bool(set(os.environ) - {'PATH', 'LC_CTYPE'})",
+}
+
+
+@pytest.mark.parametrize("code", REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_not_computing_is_refused(code, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    before = f"import os\nVICTIM = {str(victim)!r}\n"
+    assert passes(before + code, "assert done is False", SMALL)
+    assert victim.read_text() == "kept"
+
+
+def test_its_own_folder_is_there_and_goes_with_it():
+    code = "import os\nopen('mine', 'w').write('x')\nos.mkdir('sub')\nfolder = os.getcwd()"
+    assert passes(code, "assert sorted(os.listdir()) == ['mine', 'sub'] and open('mine').read() == 'x'", SMALL)
+
+
+def test_a_file_is_no_larger_than_it_may_be():
+    code = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"  # the write is cut short instead
+    code += "written = open('here', 'wb', buffering=0).write(bytes(8 << 20))"
+    assert passes(code, "assert written == 1 << 20", SMALL)
+
+
+def test_it_may_read_and_import():
+    assert passes("import json, dataclasses, statistics\nx = json.loads('[1, 2]')", "assert sum(x) == 3", SMALL)
+
+
+ENDLESS = {
+    "a loop": "while True: pass",
+    "sleep": "import time\ntime.sleep(100)",
+    "words": "while True: print('x' * 10**6)",
+    "growth": "x = []\nwhile True: x.append(x[:])",
+}
+
+
+@pytest.mark.parametrize("code", ENDLESS.values(), ids=ENDLESS.keys())
+def test_what_does_not_end_is_ended(code, monkeypatch):
+    monkeypatch.setattr("lightning_llm.evaluation.sandbox.STARTING", 2.0)
+    began = time.monotonic()
+    assert not passes(code, "", Limits(seconds=0.5, memory_mib=256))
+    assert time.monotonic() - began < 20  # 3 on a calm machine
+
+
+def test_without_the_kernel_time_and_memory_are_limited_all_the_same():
+    weak = Limits(seconds=1.0, memory_mib=256, by_kernel=False)
+    assert passes(RIGHT, TESTS, weak)
+    assert not passes("x = bytearray(1 << 30)", "", weak)
+    assert passes("import os\n" + tries("os.getpid()"), "assert done is True", weak)
+    assert passes("import os\n" + REFUSED["a signal"], "assert done is True", weak)  # as its name says
+
+
+def test_settings_that_mean_nothing():
+    for wrong in ({"seconds": 0}, {"memory_mib": 1}, {"processes": 0}, {"isolation": "none"}):
+        with pytest.raises(ValueError, match=re.escape(next(iter(wrong)))):
+            UnitTestsConfig(**wrong)
