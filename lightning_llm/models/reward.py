@@ -77,7 +77,7 @@ class RewardModel(Transformer):
         """
         raise TypeError("a reward model has no vocabulary's head")
 
-    def _stored(self) -> dict[str, nn.Parameter]:
+    def _stored(self) -> dict[str, Tensor]:
         return {name: parameter for name, parameter in super()._stored().items() if not name.startswith("grading.")}
 
     @classmethod

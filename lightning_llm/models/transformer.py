@@ -296,7 +296,7 @@ class Transformer(nn.Module):
         with torch.device("meta"):
             return cls(config)
 
-    def _stored(self) -> dict[str, nn.Parameter]:
+    def _stored(self) -> dict[str, Tensor]:
         """The parameters that stand in the model's files."""
         return dict(self.named_parameters())
 

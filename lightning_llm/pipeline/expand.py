@@ -236,7 +236,11 @@ class _Expansion:
                 for name, source in first.sources.items()
                 if not is_prepared(source.path) and not is_of_stage(source.path)
             }
-            sources = {**recipe.scale.corpora, **own}  # of tokens no merges can be learnt
+            learnt = {
+                n for stage in recipe.stages.values() if isinstance(stage, TrainStage) for n in stage.data.sources
+            }
+            corpora = {name: source for name, source in recipe.scale.corpora.items() if name in learnt}
+            sources = {**corpora, **own}  # of tokens no merges can be learnt
             config = replace(config, sources={name: source for name, source in sources.items() if source.path})
         sources = {name: replace(source, weight=1.0) for name, source in config.sources.items()}
         return TokenizerSettings(replace(config, sources=sources), source, DATA_SEED, first.validation)

@@ -98,9 +98,7 @@ class TrainStage(StageConfig):
     """A training run: objective x data x schedule. Figures are the report's; `scaled` maps them."""
 
     kind: str = "train"
-    phase: str = (
-        "pretrain"  # pretrain | sft | selected | preference | reward: whose figures in the scale apply
-    )
+    phase: str = "pretrain"  # pretrain | sft | selected | preference | reward: whose figures in the scale apply
     starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory; none: random weights
     tokens: float | None = None  # exactly one of tokens, examples, steps
     examples: float | None = None  # rows (conversations or pairs); become tokens by data.tokens_per_example

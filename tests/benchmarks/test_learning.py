@@ -66,8 +66,8 @@ def test_a_run_that_keeps_every_claim(learning, run_folder):
         ("long_context", "perplexity/web", 51.1, "Long-context training raises"),
         ("long_context", "tokens", 150, "at least 20 %"),
         ("sft", "perplexity/web", 100.1, "SFT at most doubles"),
-        ("long_context", "late_loss/gain", 0.008, "late tokens"),
-        ("long_context", "late_loss/gain_error", 0.005, "late tokens"),
+        ("long_context", "late_loss/gain", -0.001, "late tokens"),
+        ("long_context", "late_loss/gain", 0.001, "in the mean of the seeds"),
     ],
 )
 def test_each_claim_can_fail_by_one_seed(learning, run_folder, stage, metric, value, broken):
