@@ -197,6 +197,8 @@ def _wanted_rows(
     for row in source.rows(settings.splits, asked):
         if isinstance(row, Row) and row.form not in ACCEPTED[asked]:
             row = UserError(row.where, f"is of form {row.form}, {asked} is asked for", "Set data.form, or mend the row")
+        if isinstance(row, Row) and asked == "rankings":  # a pair, with what else is known of it
+            row = replace(row, form=asked)
         if isinstance(row, Row) and report.form and row.form != report.form:
             what = f"is of form {row.form}, the rows before it are of form {report.form}"
             row = UserError(row.where, what, "Make two sources of them, or leave it out with data.on_error=skip")
@@ -287,7 +289,8 @@ def _take_tokens(
             f"(sha {tokenizer.fingerprint[:8]})",
             f"Give the run that tokenizer ({_tokenizer_of(path.parent)}), or the rows that the tokens were made of",
         )
-    if before["form"] not in ACCEPTED[asked := _asked(settings, name)]:
+    asked = _asked(settings, name)
+    if before["form"] not in ({asked} if asked == "rankings" else ACCEPTED[asked]):  # tokens of pairs lack the ratings
         what = f"{source.config.path} holds {before['form']}, {asked} is asked for"
         raise UserError(source.where, what, "Set data.form, or name another source")
     if facts["validation"] < own and "train" in settings.splits:
