@@ -13,6 +13,7 @@ from __future__ import annotations
 import glob
 import json
 from pathlib import Path
+from typing import Any
 
 from lightning_llm.data.config import STAGE
 from lightning_llm.data.embedded import CONTENTS, OPTIONS
@@ -140,7 +141,16 @@ def _known() -> str:
 
 def is_datasets_folder(folder: Path) -> bool:
     """Whether `datasets` wrote the folder with save_to_disk."""
-    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+    return "splits" in _facts(folder / "dataset_dict.json") or "_data_files" in _facts(folder / "state.json")
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What a file of JSON says; nothing, where it is not there or is no object, as another program's may be."""
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def datasets_folder(path: str, split: str | None, where: str) -> tuple[Path, str]:
@@ -153,23 +163,28 @@ def datasets_folder(path: str, split: str | None, where: str) -> tuple[Path, str
         UserError: it is not there.
     """
     folder = Path(path).expanduser()
-    if (folder / "dataset_dict.json").is_file():
-        splits = json.loads((folder / "dataset_dict.json").read_text("utf-8"))["splits"]
+    if splits := _facts(folder / "dataset_dict.json").get("splits"):
         chosen = split or (splits[0] if len(splits) == 1 else "train")
         found = folder / chosen if chosen in splits else None
     else:
-        own = json.loads((folder / "state.json").read_text("utf-8")).get("_split")
+        own = _facts(folder / "state.json").get("_split")
         splits, chosen = [own or "train"], split or own or "train"
         found = folder if own in (None, chosen) else None
     if found is None or not (found / "state.json").is_file():
         raise UserError(f"{where}.options.split", f"there is no split {chosen} in {path}", f"Take {', '.join(splits)}")
+    for file in datasets_files(found):
+        if not file.is_file():
+            raise UserError(str(file), f"is named in {found / 'state.json'} and not there", "Save the data set again")
     return found, chosen
 
 
 def datasets_files(folder: Path) -> list[Path]:
     """The Arrow files of a split, in order."""
-    state = json.loads((folder / "state.json").read_text("utf-8"))
-    return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+    path = folder / "state.json"
+    try:
+        return [folder / Path(entry["filename"]).name for entry in _facts(path)["_data_files"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(str(path), "names no files of data", "Save the data set again") from error
 
 
 # ---- prepared tokens ----
@@ -187,7 +202,8 @@ def prepared_facts(folder: Path) -> Path | None:
 
 def is_prepared(path: str | None) -> bool:
     """Whether a path leads to tokens and not to rows."""
-    return bool(path) and ":" not in path and prepared_facts(Path(path).expanduser()) is not None
+    is_elsewhere = bool(path) and path.startswith(("embedded:", "hub:", STAGE))
+    return bool(path) and not is_elsewhere and prepared_facts(Path(path).expanduser()) is not None
 
 
 def prepared_source(path: str, where: str) -> tuple[Path, str]:

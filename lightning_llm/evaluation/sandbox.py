@@ -1,9 +1,13 @@
 """Run code that a model has written: a process of its own, with little time and memory, that can reach nothing.
 
-With isolation by the kernel (Linux) the process starts no other, opens no socket, sends no signal (seccomp), and writes
-only below a temporary folder that goes with it (Landlock). It may read what its user may read: keep secrets elsewhere.
+With isolation by the kernel (Linux) the process has no capabilities, makes no system call but those that computing,
+reading and writing take (seccomp), and writes only below a temporary folder that goes with it (Landlock): it starts no
+other process, opens no socket, signals nobody, and changes no limit, mode or owner. It may read what its user may read:
+keep secrets elsewhere. It may write many files while its time lasts, each no larger than allowed.
+
 Tests run in the same interpreter as the code. A verdict is a number drawn for the occasion, so that neither an exit
-code nor anything printed passes for one; code that searches its own interpreter for that number could forge it.
+code nor anything printed passes for one; code that searches its own interpreter for that number can forge it, and
+objects that claim to equal everything pass comparisons.
 """
 
 from __future__ import annotations
@@ -73,5 +77,5 @@ def refuse_weak_kernel() -> None:
         raise UserError(
             "judge.isolation",
             why,
-            "Run on Linux 5.13 or later, or choose isolation=limits and trust what the model writes",
+            "Run on Linux 6.2 or later, or choose isolation=limits and trust what the model writes",
         )

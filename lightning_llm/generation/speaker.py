@@ -114,11 +114,18 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
 
 
 def read_stop_ids(directory: Path, defaults: dict[str, Any]) -> set[int]:
-    """`eos_token_id`, a number or a list: of generation_config.json, else of config.json."""
-    for stored in (defaults, read_json(directory / "config.json")):
+    """`eos_token_id`, a number or a list: of generation_config.json, else of config.json.
+
+    Raises:
+        UserError: it is neither.
+    """
+    for name, stored in (("generation_config.json", defaults), ("config.json", read_json(directory / "config.json"))):
         ids = stored.get("eos_token_id")
         if ids is not None:
-            return set(ids) if isinstance(ids, list) else {ids}
+            listed = ids if isinstance(ids, list) else [ids]
+            if any(isinstance(each, bool) or not isinstance(each, int) for each in listed):
+                raise UserError(f"{directory / name}: eos_token_id", f"is {ids!r}", "Give a number, or a list of them")
+            return set(listed)
     return set()
 
 

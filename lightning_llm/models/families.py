@@ -47,7 +47,9 @@ def read_config(directory: str | Path) -> ModelConfig:
             raise UserError(f"{path}: {key}", f"{stored[key]!r} is not built yet", f"Only {json.dumps(value)} is read")
     keys = {name: family.renamed.get(name, name) for name in (*family.spelt, "head_dim")}
     values: dict[str, Any] = {name: stored.get(key, family.spelt.get(name)) for name, key in keys.items()}
-    values |= read_windows(stored, family)
+    if values["num_key_value_heads"] is None:  # files from before grouped queries do not say
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    values |= read_windows(stored, family, path)
     kinds = {entry.name: str(entry.type) for entry in dataclasses.fields(ModelConfig)}
     for field_name, value in values.items():
         if not is_kind(value, kinds[field_name]):
@@ -82,8 +84,12 @@ def is_kind(value: Any, kind: str) -> bool:
     return isinstance(value, kinds.get(kind, int)) and isinstance(value, bool) == (kind == "bool")
 
 
-def read_windows(stored: dict[str, Any], family: Family) -> dict[str, Any]:
-    """`sliding_window` and `layer_types`, from the list of all layers or from what older files say in its place."""
+def read_windows(stored: dict[str, Any], family: Family, path: Path) -> dict[str, Any]:
+    """`sliding_window` and `layer_types`, from the list of all layers or from what older files say in its place.
+
+    Raises:
+        UserError: an older file does not say which layers; names the key.
+    """
     if family.windows == "none":
         return {}
     if family.windows == "switched" and not stored.get("use_sliding_window"):
@@ -92,8 +98,11 @@ def read_windows(stored: dict[str, Any], family: Family) -> dict[str, Any]:
     if types is None and family.windows == "alternating":
         types = [SLIDING, FULL]
     elif types is None:
-        full = stored.get("max_window_layers", 28)
-        types = [FULL if layer < full else SLIDING for layer in range(stored["num_hidden_layers"])]
+        full, layers = stored.get("max_window_layers", 28), stored.get("num_hidden_layers")
+        for key, value in (("max_window_layers", full), ("num_hidden_layers", layers)):
+            if not is_kind(value, "int"):
+                raise UserError(f"{path}: {key}", f"should be of type int, is {value!r}", "Mend the file")
+        types = [FULL if layer < full else SLIDING for layer in range(layers)]  # pyright: ignore[reportArgumentType]
     is_used = not isinstance(types, list) or SLIDING in types
     window = stored.get("sliding_window", USUAL_WINDOW) if is_used else None
     return {"sliding_window": window, "layer_types": types}

@@ -53,6 +53,7 @@ def check(recipe: Recipe) -> None:
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
+    _check_heads(recipe)
     check_compute(recipe.compute)
     _in_range("limits.hours", recipe.limits.hours, low=0)
     _in_range("seed", recipe.seed, low=0, below=2**63)
@@ -153,6 +154,22 @@ def _check_selection(key: str, stage: SelectStage) -> None:
         raise UserError(f"{key}.per_prompt", "is above 1, and a prompt makes one pair", "Take it away")
 
 
+def _check_heads(recipe: Recipe) -> None:
+    """Refuse to sample from a reward model, to judge by a model that speaks, and to begin with the wrong one."""
+    scores = {name: stage.objective.is_scored for name, stage in recipe.stages.items() if isinstance(stage, TrainStage)}
+    for name, stage in recipe.stages.items():
+        for edge in stage.edges():
+            if edge.source not in scores:
+                continue
+            wanted = edge.setting == "judged_by"
+            may = edge.setting == "starts_from" and scores.get(name)  # a reward model begins as either
+            if scores[edge.source] != wanted and not may:
+                kind = "a reward model" if scores[edge.source] else "a model that speaks"
+                known = [other for other, is_scored in scores.items() if is_scored == wanted and other != name]
+                where = f"stages.{name}.{edge.setting}"
+                raise UserError(where, f"{edge.source} is {kind}", name_nearest(edge.source, known))
+
+
 def _names_stages(key: str, data: Sequence[str]) -> None:
     if not data:
         raise UserError(f"{key}.data", "names no stage", "Name one, as [sample]")
@@ -209,6 +226,12 @@ def _check_training(key: str, stage: TrainStage) -> None:
             remedy = "Give {rope_type: linear, factor: ...} or another"
             raise UserError(f"{key}.rope_scaling", str(error), remedy) from error
     objective = stage.objective
+    if objective.needs_samples:
+        what = f"{objective.name} learns from what the policy samples meanwhile, and no stage does that yet"
+        raise UserError(f"{key}.objective", what, "Choose causal_lm, dpo, ipo or reward_model")
+    if objective.is_scored and stage.evaluate:
+        what = "is true, and the evaluation asks a model that speaks"
+        raise UserError(f"{key}.evaluate", what, "Set it to false: validation has the accuracy on held-out comparisons")
     if stage.data.form not in objective.forms:
         raise UserError(
             f"{key}.data",

@@ -87,7 +87,10 @@ def test_the_substring_reward_is_hacked_by_saying_everything():
     sums = [int(question.answer) for question in questions]
     honest = [Response([1], f"answer: {total}" if total % 2 else "answer: 99", True) for total in sums]
     hacked = [Response([1], " ".join(map(str, range(10))), True)] * len(questions)
-    mean = lambda judge, responses: sum(scores(judge(questions, responses))) / len(questions)  # noqa: E731
+
+    def mean(judge, responses):
+        return sum(scores(judge(questions, responses))) / len(questions)
+
     assert mean(substring, hacked) == 1 > mean(substring, honest) > 0
     assert mean(exact, honest) > 0 == mean(exact, hacked)
 

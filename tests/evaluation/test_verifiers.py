@@ -99,6 +99,16 @@ REFUSED = {  # each would fail its test where it could do what it tries
     "a file that goes": tries("os.remove(VICTIM)"),
     "a file cut short": tries("os.truncate(VICTIM, 0)"),
     "a folder elsewhere": tries("os.mkdir('/tmp/lightning-llm-was-here')"),
+    "another's mode": tries("os.chmod(VICTIM, 0o777)"),
+    "another's owner": tries("os.chown(VICTIM, 1, 1)"),
+    "another's times": tries("os.utime(VICTIM, (0, 0))"),
+    "a higher limit": tries(
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 34, 1 << 34))", "(ValueError, OSError)", "import resource"
+    ),
+    "the parent's limit": tries(
+        f"resource.prlimit({os.getpid()}, resource.RLIMIT_CORE, (0, 0))", "OSError", "import resource"
+    ),
+    "a namespace": tries("ctypes.CDLL(None).unshare(0x10000000) == 0 or bool(open('/nowhere'))", first="import ctypes"),
     "much memory": tries("x = bytearray(1 << 30)", "MemoryError"),
     "many files": tries("kept = [open('/dev/null') for _ in range(100)]"),
     "what the parent was told": "done = bool(set(os.environ) - {'PATH', 'LC_CTYPE'})",

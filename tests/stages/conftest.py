@@ -1,4 +1,4 @@
-"""Small artifacts that the tests of the stages start from: a tokenizer, and prepared text, conversations and pairs."""
+"""What tests of the stages start from: a tokenizer, prepared text, conversations and pairs, settings of training."""
 
 import io
 import json
@@ -7,11 +7,25 @@ import random
 import pytest
 
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.models import ModelConfig
+from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
+from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
 from lightning_llm.stages import prepare
-from lightning_llm.stages.config import ComputeConfig, PrepareSettings, TokenizerSettings
+from lightning_llm.stages.config import ComputeConfig, PrepareSettings, TokenizerSettings, TrainSettings
 from lightning_llm.stages.context import StageContext
 from lightning_llm.training.console import Console
 
+MODEL = ModelConfig(
+    name="tiny",
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    max_position_embeddings=32,
+)
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -88,3 +102,26 @@ def prepared(data_config, tokenizer_artifact, context_of):
         prepare.run(context)
         artifacts[form] = context.output
     return artifacts
+
+
+@pytest.fixture(scope="session")
+def settings(data_config):
+    """`settings(form)` -> those of a short stage."""
+
+    def make(form="text", **named):
+        defaults = {
+            "model": MODEL,
+            "objective": DPOConfig() if form == "pairs" else CausalLMConfig(),
+            "optimizer": AdamWConfig(eps=1e-5),
+            "data": data_config(form),
+            "lr": LearningRateConfig(peak=1e-2, warmup_share=0.1),
+            "tokens": 12_000,
+            "context": [{"at": 0, "value": 32}, {"at": 6000, "value": 64}],
+            "batch_tokens": [{"at": 0, "value": 300}, {"at": 3000, "value": 600}],
+            "rope_theta": None,
+            "precision": "fp32",
+            "seed": 3,
+        }
+        return TrainSettings(**(defaults | named))
+
+    return make

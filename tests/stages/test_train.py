@@ -16,49 +16,14 @@ from torch._dynamo.utils import counters
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
-from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.models import Transformer
 from lightning_llm.models.compilation import refuse_absent_compiler
-from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
-from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
+from lightning_llm.objectives.config import CausalLMConfig
+from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.settings import UserError
 from lightning_llm.stages import score, train
-from lightning_llm.stages.config import ComputeConfig, ScoreSettings, TrainSettings
+from lightning_llm.stages.config import ComputeConfig, ScoreSettings
 from lightning_llm.stages.context import model_directory
-
-MODEL = ModelConfig(
-    name="tiny",
-    vocab_size=320,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-    max_position_embeddings=32,
-)
-
-
-@pytest.fixture(scope="session")
-def settings(data_config):
-    """`settings(form)` -> those of a short stage."""
-
-    def make(form="text", **named):
-        defaults = {
-            "model": MODEL,
-            "objective": DPOConfig() if form == "pairs" else CausalLMConfig(),
-            "optimizer": AdamWConfig(eps=1e-5),
-            "data": data_config(form),
-            "lr": LearningRateConfig(peak=1e-2, warmup_share=0.1),
-            "tokens": 12_000,
-            "context": [{"at": 0, "value": 32}, {"at": 6000, "value": 64}],
-            "batch_tokens": [{"at": 0, "value": 300}, {"at": 3000, "value": 600}],
-            "rope_theta": None,
-            "precision": "fp32",
-            "seed": 3,
-        }
-        return TrainSettings(**(defaults | named))
-
-    return make
 
 
 @pytest.fixture(scope="session")
