@@ -15,6 +15,7 @@ from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import sample
 from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import Transformer
+from lightning_llm.models.compilation import compile_parts
 from lightning_llm.objectives.base import Objective, token_logps
 from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
 from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
@@ -58,8 +59,7 @@ def pretrain(calls: Calls) -> None:
     calls.before_building()
     model = load(calls)
     if calls.settings.get("compile"):
-        for layer in model.layers:
-            layer.compile()
+        compile_parts(model)  # as compute.compile does
     objective = CausalLMConfig().build(model)
     optimizer = OPTIMIZER.build(model)
     batch_of = documents(calls)

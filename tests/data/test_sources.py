@@ -7,7 +7,7 @@ import json
 import pytest
 
 from lightning_llm.data.config import SourceConfig
-from lightning_llm.data.places import source_options
+from lightning_llm.data.places import is_datasets_folder, source_options
 from lightning_llm.data.rows import Row
 from lightning_llm.data.sources import open_source
 from lightning_llm.settings import UserError
@@ -151,6 +151,27 @@ def test_a_split_of_saved_data_is_named(tmp_path):
     assert [row.where for row in two.rows()] == [f"{tmp_path}/both/two two: row 1"]
     datasets.DatasetDict({"only": rows}).save_to_disk(str(tmp_path / "only"))
     assert len(list(open_source(SourceConfig(str(tmp_path / "only")), "s").rows())) == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library
+def test_damaged_folders_of_datasets_and_files_that_only_have_their_name(tmp_path):
+    import datasets
+
+    rows = datasets.Dataset.from_list([{"text": "row"}])
+    rows.save_to_disk(str(tmp_path / "saved"))
+    next((tmp_path / "saved").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match=r"arrow: is named in .*state\.json and not there"):
+        open_source(SourceConfig(str(tmp_path / "saved")), "s")
+    (tmp_path / "saved" / "state.json").write_text('{"_data_files": [1]}')
+    with pytest.raises(UserError, match=r"state\.json: names no files of data"):
+        open_source(SourceConfig(str(tmp_path / "saved")), "s")
+    for content in ("{}", "no JSON", "[]"):  # of another program's, beside rows
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        (tmp_path / "rows" / "state.json").write_text(content)
+        (tmp_path / "rows" / "rows.jsonl").write_text('{"text": "row"}\n')
+        source = SourceConfig(str(tmp_path / "rows" / "*.jsonl"))
+        assert [row.content for row in open_source(source, "s").rows()] == [{"text": "row"}]
+        assert not is_datasets_folder(tmp_path / "rows")
 
 
 def test_an_array_of_large_rows_is_read_piece_by_piece(tmp_path):

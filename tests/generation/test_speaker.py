@@ -61,6 +61,13 @@ def test_stop_tokens_are_a_list_a_number_or_the_tokenizers(directory):
     assert load(directory).stop_ids == tokenizer.stop_ids
 
 
+@pytest.mark.parametrize("ids", ["x", [[1]], [1, "2"], True])
+def test_stop_tokens_that_are_no_numbers_are_refused(directory, ids):
+    say(directory, {"eos_token_id": ids})
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id: is .*Give a number"):
+        load(directory)
+
+
 def test_what_is_left_out_is_said(directory, capsys):
     say(directory, {"num_beams": 1})
     load(directory)

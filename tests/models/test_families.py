@@ -92,6 +92,19 @@ def test_a_window_that_no_layer_uses_is_none(saved):
     assert families.read_config(saved) == CONFIG
 
 
+@pytest.mark.parametrize("key", ["max_window_layers", "num_hidden_layers"])
+def test_an_older_window_of_no_layers_is_refused(saved, key):
+    edit(saved / "config.json", use_sliding_window=True, sliding_window=4, max_window_layers=1, layer_types="gone")
+    edit(saved / "config.json", **{key: None})
+    with pytest.raises(UserError, match=rf"config\.json: {key}: should be of type int, is None"):
+        families.read_config(saved)
+
+
+def test_files_from_before_grouped_queries_have_as_many_keys_as_queries(saved):
+    edit(saved / "config.json", num_key_value_heads="gone")
+    assert families.read_config(saved).num_key_value_heads == CONFIG.num_attention_heads
+
+
 def test_others_may_read_what_they_may_read_of_the_rest(saved):
     modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
     assert modes["model.safetensors"] == modes["config.json"]

@@ -1,0 +1,97 @@
+"""A reward model from comparisons, and samples judged by it: a real run, and what is refused before one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lightning_llm import compose, run
+from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.models.reward import RewardModel
+from lightning_llm.settings import UserError
+from lightning_llm.stages.samples import read_rows
+
+ADDED = [
+    "+stage@stages.reward_model=reward_model",
+    "stages.reward_model.starts_from=sft",
+    "stages.reward_model.examples=300",
+    "stages.reward_model.context=1024",
+    "stages.reward_model.batch_tokens=1024",
+    "stages.reward_model.lr.peak=3e-5",
+    "+stage@stages.sample=sample",
+    "stages.sample.models=[sft]",
+    "stages.sample.prompts=20",
+    "stages.sample.per_prompt=3",
+    "stages.sample.max_new_tokens=12",
+    "+stage@stages.score=score",
+    "stages.score.data=[sample]",
+    "judge@stages.score.judge=reward_model",
+    "stages.score.judged_by=[reward_model]",
+    "+stage@stages.best=select",
+    "stages.best.data=[score]",
+]
+
+
+@pytest.fixture(scope="module")
+def judged(run_folder):
+    """A run that has a reward model after sft, in the store of the finished one."""
+    given = json.loads((run_folder / "run.json").read_text())["overrides"]
+    words = [word for word in given if not word.startswith(("recipe=", "scale="))]
+    return run(compose("qwen2", overrides=[*words, *ADDED, "scale.corpora.comparisons.options.rows=400"]), until="best")
+
+
+def test_rankings_keep_what_is_known_of_them(judged):
+    store = TokenStore.open(judged.artifact("reward_model.prepare") / "sources" / "comparisons" / "train")
+    assert store.form == "rankings"
+    assert store.judged is not None
+    assert sorted({int(strength) for strength in store.judged[:, 0]}) == [2, 3, 4]
+    edited = [store.segment_offsets(row)[3:] for row in range(12)]
+    assert [end > begin for begin, end in edited].count(True) == 4  # a third of them
+
+
+def test_its_artifact_is_a_classifier_and_it_has_learnt_something(judged):
+    folder = judged.artifact("reward_model")
+    RewardModel.from_pretrained(folder / "model")
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2ForSequenceClassification"]
+    assert not (folder.parent / "reward_model.evaluate").exists()
+    metrics = json.loads((folder / "stage.json").read_text())["metrics"]
+    assert metrics["validation/loss"] < 0.6931  # what equal scores cost
+    assert 0 < metrics["validation/rewards/accuracies"] <= 1
+
+
+def test_samples_are_judged_by_its_scores(judged):
+    model = RewardModel.from_pretrained(judged.artifact("reward_model") / "model")
+    samples = list(read_rows(judged.artifact("sample") / "samples.jsonl"))
+    verdicts = list(read_rows(judged.artifact("score") / "verdicts.jsonl"))
+    assert len(samples) == len(verdicts) == 20
+    for sample, verdict in zip(samples, verdicts, strict=True):
+        alone = [sample["prompt_ids"] + response["ids"] for response in sample["responses"]]
+        with torch.no_grad():
+            expected = model.scores(SegmentBatch.from_documents(alone)).tolist()
+        assert [each["score"] for each in verdict["verdicts"]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["stages.score.judged_by=[dpo]"], "stages.score.judged_by: dpo is a model that speaks. .*reward_model"),
+        (["stages.sample.models=[reward_model]"], "stages.sample.models: reward_model is a reward model"),
+        (["stages.dpo.starts_from=reward_model"], "stages.dpo.starts_from: reward_model is a reward model"),
+        (["stages.reward_model.evaluate=true"], "stages.reward_model.evaluate: is true, and the evaluation asks"),
+        (["objective@stages.sft.objective=mdpo"], "stages.sft.objective: mdpo learns from what the policy samples"),
+        (["objective@stages.reward_model.objective=dpo"], "holds rankings, and dpo does not learn from that"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(words, says):
+    with pytest.raises(UserError, match=says):
+        compose("qwen2", overrides=[*ADDED, *words])
+
+
+def test_a_reward_model_may_go_on_from_one():
+    more = ["+stage@stages.more=reward_model", "stages.more.starts_from=reward_model", "stages.more.lr.peak=1e-5"]
+    more += ["stages.more.examples=100", "stages.more.context=1024", "stages.more.batch_tokens=1024"]
+    assert compose("qwen2", overrides=[*ADDED, *more])
