@@ -185,7 +185,7 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["chat", "prompt=y"], ["chat takes no prompt", "generate takes prompt=TEXT"]),
         (["plan", "recipe=qwen2", "force=[dpo]"], ["force is not a setting of plan", "belongs to run and store"]),
         (["plan", "recipe=qwen2", "limits.hours=1"], ["limits is not a setting of plan", "belongs to run."]),
-        (["run", "recipe=null"], ["recipe cannot be null", "qwen2."]),
+        (["run", "recipe=null"], ["recipe cannot be null", "qwen2"]),
         (["store", "list", "store.rot=x"], ["store.rot", "root"]),
         (["generate", "prompt=a"], ["model", "is missing"]),
         (["generate", "model=."], ["prompt", "is missing"]),

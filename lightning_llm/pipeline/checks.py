@@ -166,8 +166,8 @@ def _check_heads(recipe: Recipe) -> None:
             if scores[edge.source] != wanted and not may:
                 kind = "a reward model" if scores[edge.source] else "a model that speaks"
                 known = [other for other, is_scored in scores.items() if is_scored == wanted and other != name]
-                where = f"stages.{name}.{edge.setting}"
-                raise UserError(where, f"{edge.source} is {kind}", name_nearest(edge.source, known))
+                remedy = name_nearest(edge.source, known) if known else "Add one: +stage@stages.NAME=reward_model"
+                raise UserError(f"stages.{name}.{edge.setting}", f"{edge.source} is {kind}", remedy)
 
 
 def _names_stages(key: str, data: Sequence[str]) -> None:

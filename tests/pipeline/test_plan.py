@@ -74,7 +74,10 @@ def test_what_runs_again_is_what_torch_counts(family):
 
 def test_a_reward_model_reads_all_that_was_sampled(tiny):
     words = [*tiny, "stages.sample.prompts=50", "stages.sample.per_prompt=4", "stages.sample.max_new_tokens=10"]
-    words += ["stages.sample.models=[sft,dpo]", "stages.score.judged_by=[sft,dpo]"]
+    words += ["stages.sample.models=[sft,dpo]", "stages.score.judged_by=[first,second]"]
+    for name in ("first", "second"):
+        words += [f"+stage@stages.{name}=reward_model", f"stages.{name}.starts_from=sft", f"stages.{name}.lr.peak=1e-5"]
+        words += [f"stages.{name}.tokens=2e4", f"stages.{name}.batch_tokens=1e3", f"stages.{name}.context=1024"]
     nodes = {node.name: node for node in plan(compose("rejection_sampling", overrides=words)).nodes}
     sample, score = nodes["sample"].figures, nodes["score"].figures
     prompt = 14  # tokens, in conf/scale/nano.yaml
@@ -83,7 +86,7 @@ def test_a_reward_model_reads_all_that_was_sampled(tiny):
     assert sample["seconds"] == pytest.approx(sample["flops"] / 2e11 / 0.2)
     assert (score["tokens"], score["flops"]) == (sample["tokens"], pytest.approx(2 * sample["flops"]))
     assert score["starts_from"] == "sample"
-    assert nodes["score"].inputs == {"samples.0": "sample", "reward_model.0": "sft", "reward_model.1": "dpo"}
+    assert nodes["score"].inputs == {"samples.0": "sample", "reward_model.0": "first", "reward_model.1": "second"}
 
 
 def test_memory_is_that_of_the_optimizer(tiny):
