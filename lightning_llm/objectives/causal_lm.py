@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.losses.causal_lm import causal_lm_loss
 from lightning_llm.objectives.base import Objective
 from lightning_llm.optimization.window import LossSum
 
@@ -13,9 +14,11 @@ class CausalLM(Objective):
     def loss(self, batch: SegmentBatch) -> LossSum:
         """Negative log-likelihood in nats, summed over the batch's target tokens."""
         hidden = self.model(batch)  # [T, d]
-        logps = self.model.log_likelihood(
+        loss = causal_lm_loss(
             hidden[batch.predictors],
+            self.model.head_weight,
             batch.target_ids,
-            token_weights=batch.target_mask.float(),  # gradients are made on the way: the cheap mode
-        )  # [N]
-        return LossSum(-logps.sum(), count=sum(batch.target_counts))
+            batch.target_mask,
+            softcap=self.model.config.final_logit_softcapping,
+        )
+        return LossSum(loss, count=sum(batch.target_counts))
