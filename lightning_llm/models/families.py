@@ -64,7 +64,8 @@ def read_config(directory: str | Path) -> ModelConfig:
             **(family.implied | values),
         )
     except ValueError as error:
-        raise UserError(str(path), str(error), "Mend the file") from error
+        remedy = "Mend the file if it is damaged; otherwise this model asks for what is not built: take another"
+        raise UserError(str(path), str(error), remedy) from error
 
 
 def read_head(directory: str | Path) -> str:

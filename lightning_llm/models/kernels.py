@@ -1,4 +1,4 @@
-"""Which attention kernel a model computes with: chosen before its first batch, and said once in a line."""
+"""Which attention kernel a model computes with: chosen before anything runs, and said once in a line."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_llm.models.attention import Request, capability, explain
+from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -14,7 +15,14 @@ if TYPE_CHECKING:
 
 
 def use_attention(model: Transformer, compute: ComputeConfig, *, precision: str, needs_gradient: bool) -> str:
-    """Give the model the backend of `compute.attention`; the line that says what that means for each kind of layer.
+    """Give the model the backend of `compute.attention`; what `attention_line` says of it, with the same arguments."""
+    line = attention_line(model.config, compute, precision=precision, needs_gradient=needs_gradient)
+    model.attention_backend = compute.attention
+    return line
+
+
+def attention_line(config: ModelConfig, compute: ComputeConfig, *, precision: str, needs_gradient: bool) -> str:
+    """What `compute.attention` means for each kind of layer of a model of that shape. Needs no weights.
 
     Args:
         precision: of the products, fp32 or bf16.
@@ -25,12 +33,11 @@ def use_attention(model: Transformer, compute: ComputeConfig, *, precision: str,
     """
     device = torch.device("cuda" if compute.accelerator == "gpu" else "cpu")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    asked = dict.fromkeys(map(model.config.layer_attention, range(model.config.num_hidden_layers)))
+    asked = dict.fromkeys(map(config.layer_attention, range(config.num_hidden_layers)))
     requests = [
         Request(
-            device.type, dtype, model.config.head_size, kind.window, kind.softcap, needs_gradient, capability(device)
+            device.type, dtype, config.head_size, kind.window, kind.softcap, needs_gradient, capability(device)
         )
         for kind in asked
     ]
-    model.attention_backend = compute.attention
-    return explain(model.attention_backend, requests)
+    return explain(compute.attention, requests)

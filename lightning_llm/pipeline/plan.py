@@ -19,6 +19,7 @@ from lightning_llm.pipeline.checks import check
 from lightning_llm.pipeline.examples import estimated_lengths
 from lightning_llm.pipeline.expand import Node, expand
 from lightning_llm.pipeline.frozen import GIB, evaluate_figures, generate_figures, held_frozen, judge_figures
+from lightning_llm.pipeline.kernels import refused_attention, trained_models
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.pipeline.order import ancestors
 from lightning_llm.pipeline.recipe import Recipe
@@ -80,7 +81,7 @@ class Plan:
         kept = [node for node in self.nodes if node.stage in wanted]
         needed = {source for node in kept for source in node.inputs.values()}
         nodes = [node for node in self.nodes if node in kept or (node.stage in SHARED and node.name in needed)]
-        return Plan(self.recipe, tuple(nodes), _notes(self.recipe, nodes))
+        return Plan(self.recipe, tuple(nodes), _notes(self.recipe, nodes, trained_models(self.nodes)))
 
     def checked_stage(self, selector: str, name: str) -> str:
         """`name`, if it is a stage."""
@@ -138,18 +139,22 @@ def plan(recipe: Recipe) -> Plan:
     recipe = scaled(recipe)
     check_family(recipe.model)
     nodes = {node.name: node for node in expand(recipe)}
-    models: dict[str, ModelConfig] = {n.name: n.settings.model for n in nodes.values() if n.kind == "train"}
+    models = trained_models(nodes.values())
     planned: list[Node] = []
     for node in nodes.values():
         figures = _figures(recipe, node, nodes, models)
         if any((node.kind, node.settings, node.inputs) == (n.kind, n.settings, n.inputs) for n in planned):
             figures |= {"disk_gib": 0.0, "seconds": 0.0}  # one artifact, made once
         planned.append(replace(node, figures=figures))
-    return Plan(recipe, tuple(planned), _notes(recipe, planned))
+    return Plan(recipe, tuple(planned), _notes(recipe, planned, models))
 
 
-def _notes(recipe: Recipe, nodes: Sequence[Node]) -> tuple[str, ...]:
-    return *missing_sources(nodes), *estimated_lengths(recipe, {node.name for node in nodes})
+def _notes(recipe: Recipe, nodes: Sequence[Node], models: dict[str, ModelConfig]) -> tuple[str, ...]:
+    return (
+        *missing_sources(nodes),
+        *refused_attention(recipe.compute, nodes, models),
+        *estimated_lengths(recipe, {node.name for node in nodes}),
+    )
 
 
 def missing_sources(nodes: Iterable[Node]) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from typing import Any
 from lightning_llm import __version__
 from lightning_llm.pipeline.examples import planned_rows
 from lightning_llm.pipeline.expand import Node
+from lightning_llm.pipeline.kernels import attention_lines, trained_models
 from lightning_llm.pipeline.key import canonical, node_keys, outside_key
 from lightning_llm.pipeline.plan import Plan, duration, plan
 from lightning_llm.pipeline.recipe import Recipe
@@ -128,6 +129,8 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
         with _interruptible():
             _write_plan(record)
             console = Console(len(chosen.nodes))
+            for line in checked.attention:
+                console.note(line)
             for index, node in enumerate(chosen.nodes, start=1):
                 _run_node(
                     record, store, node, keys, whole, console.stage(index, node.name, node.kind), node.stage in force
@@ -152,6 +155,7 @@ class CheckedRun:
     chosen: Plan
     keys: dict[str, str]
     there: dict[str, Path | None]  # node -> its artifact
+    attention: list[str]  # what its models compute with, a line each
 
 
 def check_run(
@@ -176,7 +180,8 @@ def check_run(
     refuse_absent(whole.recipe.logger.values())
     _refuse_absent_device(whole.recipe, to_make)
     _refuse_damaged(whole, to_make)
-    return CheckedRun(whole, chosen, keys, there)
+    attention = attention_lines(whole.recipe.compute, to_make, trained_models(whole.nodes))
+    return CheckedRun(whole, chosen, keys, there, attention)
 
 
 def _refuse_missing(checked: CheckedRun, store: Store) -> None:

@@ -220,9 +220,7 @@ class Evaluation:
 
     def _load(self, role: str) -> Transformer:
         model = Transformer.from_pretrained(model_directory(self.context.inputs[role])).eval().to(self.device)
-        kernel = use_attention(model, self.context.compute, precision=self.settings.precision, needs_gradient=False)
-        if role == "model":
-            self.context.console.note(kernel)
+        use_attention(model, self.context.compute, precision=self.settings.precision, needs_gradient=False)
         return model
 
     def _respond(self, model: Transformer, questions: list[Question], *, temperature: float) -> list[Response]:

@@ -193,8 +193,7 @@ class Member:
             compute = self.context.compute
             model = Transformer.from_pretrained(self.directory).eval()
             self._model = model.to("cuda" if compute.accelerator == "gpu" else "cpu")
-            kernel = use_attention(self._model, compute, precision=self.settings.precision, needs_gradient=False)
-            self.context.console.note(f"{self.settings.models[self.number]}: {kernel}")
+            use_attention(self._model, compute, precision=self.settings.precision, needs_gradient=False)
         return self._model
 
 

@@ -35,7 +35,7 @@ def score(context: StageContext) -> StageResult:
     settings: ScoreSettings = context.settings
     device = torch.device("cuda" if context.compute.accelerator == "gpu" else "cpu")
     model = Transformer.from_pretrained(model_directory(context.inputs["model"])).eval().to(device)
-    context.console.note(use_attention(model, context.compute, precision=settings.precision, needs_gradient=False))
+    use_attention(model, context.compute, precision=settings.precision, needs_gradient=False)
     stores = {
         (folder.name, split): TokenStore.open(folder / split)
         for folder in sorted((context.inputs["data"] / "sources").iterdir())

@@ -145,7 +145,7 @@ def build_model(context: StageContext) -> Transformer:
         config = set_rope_scaling(config, settings.rope_scaling)
     longest = max(int(entry["value"]) for entry in settings.context)
     model.config = replace(config, max_position_embeddings=max(config.max_position_embeddings, longest))
-    context.console.note(use_attention(model, context.compute, precision=settings.precision, needs_gradient=True))
+    use_attention(model, context.compute, precision=settings.precision, needs_gradient=True)
     model.activation_checkpointing = context.compute.activation_checkpointing == "full"
     return model
 

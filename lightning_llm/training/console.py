@@ -23,6 +23,10 @@ class Console:
         self.total = total
         self.stream = sys.stderr if stream is None else stream
 
+    def note(self, text: str) -> None:
+        """A line about the run as a whole."""
+        print(text, file=self.stream, flush=True)
+
     def stage(self, index: int, name: str, kind: str) -> StageConsole:
         """Begin stage `index` (from 1). Close what comes back, or use it in a `with`."""
         return StageConsole(f"[{index}/{self.total}] {name}", kind, self.stream)

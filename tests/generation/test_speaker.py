@@ -71,7 +71,7 @@ def test_stop_tokens_that_are_no_numbers_are_refused(directory, ids):
 def test_what_is_left_out_is_said(directory, capsys):
     say(directory, {"num_beams": 1})
     load(directory)
-    assert capsys.readouterr().err == "note: attention by sdpa (the first choice here)\n"
+    assert capsys.readouterr().err == "note: attention by sdpa (the fastest on a CPU, and trains)\n"
     say(directory, {"num_beams": 4})
     load(directory)
     assert "num_beams 4" in capsys.readouterr().err

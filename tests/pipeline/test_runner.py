@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_llm import compose, run
+from lightning_llm import compose, plan, run
 from lightning_llm.data.config import DataConfig, SourceConfig
 from lightning_llm.objectives.config import DPOConfig
 from lightning_llm.optimization.config import LearningRateConfig
@@ -248,6 +248,21 @@ def test_no_gpu(place):
     gpu = replace(place.recipe.compute, name="gpu", accelerator="gpu", precision="bf16")
     with pytest.raises(UserError, match="compute=gpu: wants 1 GPUs, torch sees 0"):
         place.run(replace(place.recipe, compute=gpu))
+
+
+def test_it_says_once_and_first_which_attention_it_computes_with(place, capsys):
+    place.run(place.recipe, only="dpo", force=["dpo"])
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "attention by sdpa (the fastest on a CPU, and trains)"
+    assert sum("attention" in line for line in said) == 1
+
+
+def test_attention_that_a_cpu_does_not_have_is_planned_with_a_note_and_refused_before_anything_is_made(place):
+    recipe = replace(place.recipe, compute=replace(place.recipe.compute, attention="flash"))
+    assert "compute.attention: flash needs an NVIDIA GPU; a run would refuse it" in plan(recipe).notes
+    with pytest.raises(UserError, match=r"compute\.attention: flash needs an NVIDIA GPU\. Set compute"):
+        place.run(replace(recipe, seed=77))
+    assert not (place.folder / "runs").exists()
 
 
 def test_ctrl_c_while_preparing(place, words):

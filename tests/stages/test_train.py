@@ -42,13 +42,6 @@ def weights(context):
     return load_file(context.output / "model" / "model.safetensors")
 
 
-def test_it_says_once_which_attention_it_computes_with(pretrained):
-    context, _ = pretrained
-    said = context.console.stream.getvalue()
-    assert said.count("attention by") == 1
-    assert "[1/1] stage  attention by sdpa (the first choice here)\n" in said
-
-
 def test_attention_that_cannot_learn_here_is_refused_before_the_first_step(
     settings, prepared, tokenizer_artifact, context_of
 ):

@@ -18,6 +18,8 @@ BACKENDS: dict[str, Backend] = {"flash": Flash(), "varlen": Varlen(), "flex": Fl
 # of it, sdpa what its rows pad. On a CPU, flex has no kernel that trains.
 ORDER = {"cuda": ("flash", "varlen", "flex", "sdpa"), "cpu": ("sdpa", "flex", "flash", "varlen")}
 
+FIRST = {"cuda": "the fastest on a GPU", "cpu": "the fastest on a CPU, and trains"}  # why the first of ORDER is
+
 
 @lru_cache
 def choose_backend(backend: str, request: Request) -> str:
@@ -60,7 +62,8 @@ def explain(backend: str, requests: Collection[Request]) -> str:
                 if other == name:
                     break
                 passed_over[f"{other} {BACKENDS[other].refuses(request)}"] = None
-    why = "as asked" if backend != "auto" else "; ".join(passed_over) or "the first choice here"
+    first = FIRST.get(next(iter(requests)).device, FIRST["cpu"])
+    why = "as asked" if backend != "auto" else "; ".join(passed_over) or first
     return f"attention by {' and '.join(chosen)} ({why})"
 
 
