@@ -35,9 +35,7 @@ def attention_line(config: ModelConfig, compute: ComputeConfig, *, precision: st
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     asked = dict.fromkeys(map(config.layer_attention, range(config.num_hidden_layers)))
     requests = [
-        Request(
-            device.type, dtype, config.head_size, kind.window, kind.softcap, needs_gradient, capability(device)
-        )
+        Request(device.type, dtype, config.head_size, kind.window, kind.softcap, needs_gradient, capability(device))
         for kind in asked
     ]
     return explain(compute.attention, requests)
