@@ -32,7 +32,8 @@ from lightning_llm.pipeline.reader import build_settings
 from lightning_llm.stages.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
-ATTENTION = (
+# what generate and chat say first, on stderr
+ATTENTION = "note: attention by sdpa (the fastest on a CPU, and trains)\n"
     "note: attention by sdpa (the fastest on a CPU, and trains)\n"  # what generate and chat say first, on stderr
 )
 PROGRAM = [sys.executable, "-c", "import sys; from lightning_llm.cli import main; sys.exit(main())"]
