@@ -33,11 +33,12 @@ PARTS = {
     ("sft", "unpacked"): "SFT, 8 conversations of 32 to 512 tokens",
     ("dpo", "online"): "DPO, 8 pairs, reference asked in each step",
     ("dpo", "precomputed"): "DPO, 8 pairs, reference asked before",
+    ("reward", "pairs"): "Reward model, 8 pairs",
     ("generate", "batch"): "Sampling, 32 prompts of 160 tokens, 64 new ones each",
     ("generate", "samples"): "Sampling, 8 prompts of 160 tokens, 8 x 64 new ones each",
     ("generate", "mixed"): "Sampling, 128 responses of 8 to 128 tokens in 32 places",
 }
-SOURCES = ["pretrain", "sft", "dpo", "generate", "vocabulary"]
+SOURCES = ["pretrain", "sft", "dpo", "reward", "generate", "vocabulary"]
 Results = dict[str, dict[str, Any]]  # benchmark -> part -> what was found
 
 INTRODUCTION = """# Performance

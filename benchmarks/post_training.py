@@ -1,4 +1,4 @@
-"""One measurement of SFT or DPO against TRL's trainer: what both benchmarks share."""
+"""One measurement of post-training against TRL's trainer: what the benchmarks of SFT, DPO and reward models share."""
 
 from __future__ import annotations
 

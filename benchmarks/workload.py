@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightning_llm.models import ModelConfig, Transformer
+from lightning_llm.models.reward import RewardModel
 from lightning_llm.models.size import training_flops
 
 MODEL = ModelConfig(
@@ -30,11 +31,24 @@ Tokens = list[int]
 
 def save_model(folder: Path, seed: int) -> str:
     """A Hugging Face directory of random weights, with a tokenizer in which word "n" is token n."""
+    return _save(_random_model(seed), folder)
+
+
+def save_reward_model(folder: Path, seed: int) -> str:
+    """The same with a head for scores in place of the vocabulary's."""
+    return _save(RewardModel.from_backbone(_random_model(seed), seed), folder)
+
+
+def _random_model(seed: int) -> Transformer:
+    model = Transformer(MODEL)
+    model.reset_parameters(seed)
+    return model
+
+
+def _save(model: Transformer, folder: Path) -> str:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    model = Transformer(MODEL)
-    model.reset_parameters(seed)
     model.save_pretrained(folder, eos_token_ids=[1])
     Tokenizer(WordLevel({str(n): n for n in range(MODEL.vocab_size)}, unk_token="2")).save(
         str(folder / "tokenizer.json")

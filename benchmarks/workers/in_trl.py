@@ -121,5 +121,26 @@ def dpo(calls: Calls) -> None:
     trainer.train()
 
 
+def reward(calls: Calls) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+    from trl import RewardConfig, RewardTrainer
+
+    calls.before_building()
+    batches = calls.settings["pairs"]
+    rows = [
+        {"chosen_ids": prompt + chosen, "rejected_ids": prompt + rejected}
+        for batch in batches
+        for prompt, chosen, rejected in batch
+    ]
+    trainer = driven(RewardTrainer, calls)(
+        model=AutoModelForSequenceClassification.from_pretrained(calls.settings["model"], dtype=torch.float32),
+        args=RewardConfig(**arguments(calls, len(batches[0]))),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(calls),
+    )
+    trainer.train()
+
+
 if __name__ == "__main__":
-    serve({job.__name__: job for job in (sft, dpo)}, ["transformers", "trl", "accelerate"])
+    serve({job.__name__: job for job in (sft, dpo, reward)}, ["transformers", "trl", "accelerate"])

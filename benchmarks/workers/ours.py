@@ -1,4 +1,4 @@
-"""Our own model and loop: pre-training, bare and by Lightning; SFT and DPO by Lightning; the machine's limit."""
+"""Our own model and loop: pre-training, bare and by Lightning; SFT, DPO and reward models by Lightning; the limit."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from lightning_llm.generation.engine import sample
 from lightning_llm.losses.likelihood import token_log_likelihood
 from lightning_llm.models import Transformer
 from lightning_llm.models.compilation import compile_parts
+from lightning_llm.models.reward import RewardModel
 from lightning_llm.objectives.base import Objective, token_logps
-from lightning_llm.objectives.config import CausalLMConfig, DPOConfig
+from lightning_llm.objectives.config import CausalLMConfig, DPOConfig, RewardModelConfig
 from lightning_llm.optimization.config import AdamWConfig, LearningRateConfig
 from lightning_llm.optimization.window import optimizer_step
 from lightning_llm.schedules import Progress
@@ -106,6 +107,18 @@ def dpo(calls: Calls) -> None:
     train(calls, config.build(load(calls)), with_column)
 
 
+def reward(calls: Calls) -> None:
+    calls.before_building()
+    model, batch_of = RewardModel.from_pretrained(calls.settings["model"]), pairs(calls)
+
+    def with_strength(index: int) -> SegmentBatch:
+        batch = batch_of(index)
+        batch.columns["strength"] = torch.zeros(batch.num_segments, dtype=torch.int64)  # nobody has said any
+        return batch
+
+    train(calls, RewardModelConfig().build(model), with_strength)
+
+
 class AskedFor:
     """Data for `fit`, whose window t is made when the driver asks for a call: the trainer draws it after step t - 1."""
 
@@ -186,5 +199,5 @@ def vocabulary(calls: Calls) -> None:
 
 
 if __name__ == "__main__":
-    jobs = [pretrain, pretrain_with_lightning, sft, dpo, generate, limit, vocabulary]
+    jobs = [pretrain, pretrain_with_lightning, sft, dpo, reward, generate, limit, vocabulary]
     serve({job.__name__: job for job in jobs}, ["lightning", "transformers"])

@@ -8,6 +8,7 @@ from typing import Any
 from lightning_llm.settings import option, refuse_below
 
 GRADED = ("instruction_following", "verbosity", "truthfulness", "harmlessness")  # of a single response (AFM's report)
+GRADES = 3  # of each of them (AFM's report)
 SHORTEST_CONTEXT = 4  # below it a cut could leave a piece without any target
 STAGE = "stage:"  # begins the path of a source whose rows another stage of the recipe makes
 

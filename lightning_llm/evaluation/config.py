@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lightning_llm.data.config import DataConfig
-from lightning_llm.settings import Buildable, option, refuse_below
+from lightning_llm.settings import Buildable, came_later, option, refuse_below
 
 RULES = ("best", "threshold", "first", "random")  # by which responses are kept (evaluation/selection.py)
 
@@ -27,8 +27,10 @@ class EvaluationConfig:
     preference_pairs: int = 200
     max_new_tokens: int = 48
     samples: int = 6  # conversations shown on the page
+    comparisons: int = came_later(1000)  # held-out rows of its own data that a reward model is evaluated on
 
     def __post_init__(self):
+        refuse_below(1, self, "comparisons")
         refuse_below(0, self, "long_documents", "questions", "preference_pairs", "samples")
         refuse_below(1, self, "text_tokens", "max_new_tokens")
 

@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.config import GRADES
 from lightning_llm.models import families
 from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.size import ScoreHead
 from lightning_llm.models.transformer import Transformer
 
-GRADES = 3  # of each thing that is graded (AFM's report)
 GRADING_FILE = "grading_heads.safetensors"
 
 
@@ -67,6 +68,11 @@ class RewardModel(Transformer):
     def scores(self, batch: SegmentBatch, index: Tensor | None = None) -> Tensor:
         """Reward of each segment [S], in units of its own; arguments as of `read`."""
         return self.score(self.read(batch, index)).squeeze(-1)
+
+    @property
+    def score_head(self) -> ScoreHead:
+        """Its head as `models/size.py` counts it."""
+        return ScoreHead(len(self.grading))
 
     @property
     def head_weight(self) -> Tensor:

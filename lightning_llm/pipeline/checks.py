@@ -229,9 +229,6 @@ def _check_training(key: str, stage: TrainStage) -> None:
     if objective.needs_samples:
         what = f"{objective.name} learns from what the policy samples meanwhile, and no stage does that yet"
         raise UserError(f"{key}.objective", what, "Choose causal_lm, dpo, ipo or reward_model")
-    if objective.is_scored and stage.evaluate:
-        what = "is true, and the evaluation asks a model that speaks"
-        raise UserError(f"{key}.evaluate", what, "Set it to false: validation has the accuracy on held-out comparisons")
     if stage.data.form not in objective.forms:
         raise UserError(
             f"{key}.data",

@@ -38,10 +38,11 @@ class EvaluationScale:
     preference_pairs: int | None = None
     max_new_tokens: int | None = None
     samples: int | None = None
+    comparisons: int | None = None
 
     def __post_init__(self):
         refuse_below(0, self, "long_documents", "questions", "preference_pairs", "samples")
-        refuse_below(1, self, "text_tokens", "max_new_tokens")
+        refuse_below(1, self, "text_tokens", "max_new_tokens", "comparisons")
 
 
 @dataclass

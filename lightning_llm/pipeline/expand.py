@@ -5,7 +5,7 @@
     <stage>.prepare      prepare   its data as tokens
     <stage>.reference    score     log-probabilities under the model it starts from, for preferences
     <stage>              train, generate, ...: what the recipe says
-    <stage>.evaluate     evaluate
+    <stage>.evaluate     evaluate  on rows that all evaluations share; of a reward model on what its own data holds out
 
 A stage that starts from a model of elsewhere brings that model's tokenizer: `<stage>.tokenizer`, and with it
 `<stage>.evaluation`.
@@ -32,6 +32,7 @@ from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, warmup_t
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
     INSERTED,
+    EvaluateRewardsSettings,
     EvaluateSettings,
     GenerateSettings,
     GenerateStage,
@@ -153,8 +154,9 @@ class _Expansion:
         assert self.first is not None, "it is this stage, or one before it"
         tokenizer, held_out = self._shared(name)
         yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
+        speaks = not stage.objective.is_scored
         evaluates = stage.evaluate and any(part.sources for part in _parts(recipe.evaluation).values())
-        if evaluates:
+        if evaluates and speaks:
             yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
         train = self._train(name, stage)
         contexts = sorted({int(entry["value"]) for entry in train.context})
@@ -171,7 +173,14 @@ class _Expansion:
             yield Node(f"{name}.reference", "score", score, {"model": source["starts_from"], "data": f"{name}.prepare"})
             inputs["reference"] = f"{name}.reference"
         yield Node(name, "train", train, source | inputs, stage.evaluate_every)
-        if evaluates:
+        if stage.evaluate and not speaks:
+            precision = recipe.compute.precision
+            rewards = EvaluateRewardsSettings(
+                recipe.evaluation.comparisons, contexts[-1], stage.data.on_long, precision
+            )
+            held_out = inputs | {"model": name}
+            yield Node(f"{name}.evaluate", "evaluate", rewards, held_out)
+        elif evaluates:
             settings = EvaluateSettings(
                 evaluation=_without_sources(recipe.evaluation),
                 context=int(as_ramp(self.first.context)[0]["value"]),

@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from lightning_llm.models.config import ModelConfig
-from lightning_llm.models.size import forward_flops_per_token, parameter_counts
+from lightning_llm.models.size import ScoreHead, forward_flops_per_token, parameter_counts
+from lightning_llm.objectives.config import ObjectiveConfig, RewardModelConfig
 from lightning_llm.pipeline.expand import Node
 from lightning_llm.pipeline.recipe import Recipe
-from lightning_llm.stages.config import EvaluateSettings, GenerateSettings, GenerateStage, JudgeStage
+from lightning_llm.stages.config import (
+    EvaluateRewardsSettings,
+    EvaluateSettings,
+    GenerateSettings,
+    GenerateStage,
+    JudgeStage,
+    TrainSettings,
+)
 
 GIB = 2**30
 BYTES_PER_SAMPLED_TOKEN = 24  # its text, its id and its log-probability as JSON
@@ -36,6 +44,28 @@ def evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig])
         "flops": tokens * forward_flops_per_token(model, settings.context),
         **held_frozen(model, both),
     }
+
+
+def evaluate_rewards_figures(node: Node, nodes: dict[str, Node], tokens_per_example: float | None) -> dict[str, Any]:
+    """As many held-out comparisons as are asked for, once through the reward model."""
+    settings: EvaluateRewardsSettings = node.settings
+    trained: TrainSettings = nodes[node.inputs["model"]].settings
+    head, length = head_of(trained.objective), round(tokens_per_example or settings.context)
+    tokens = settings.comparisons * length
+    return {
+        "starts_from": node.inputs["model"],
+        "tokens": tokens,
+        "context": settings.context,
+        "flops": tokens * forward_flops_per_token(trained.model, length, head),
+        **held_frozen(trained.model, head=head),
+    }
+
+
+def head_of(objective: ObjectiveConfig) -> ScoreHead | None:
+    """The head of what an objective trains; None: the vocabulary's."""
+    if not objective.is_scored:
+        return None
+    return ScoreHead(len(objective.graded) if isinstance(objective, RewardModelConfig) else 0)
 
 
 def generate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:
@@ -74,11 +104,13 @@ def judge_figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: di
     sampled = [generate_figures(recipe, nodes[name], models) for name in stage.data]
     tokens, length = sum(figures["tokens"] for figures in sampled), max(figures["context"] for figures in sampled)
     largest = max(shapes, key=lambda shape: parameter_counts(shape)["total"])
-    flops = tokens * sum(forward_flops_per_token(shape, length) for shape in shapes)
-    return {**found, "tokens": tokens, "context": length, "flops": flops, **held_frozen(largest, len(shapes))}
+    head = ScoreHead()
+    flops = tokens * sum(forward_flops_per_token(shape, length, head) for shape in shapes)
+    held = held_frozen(largest, len(shapes), head)
+    return {**found, "tokens": tokens, "context": length, "flops": flops, **held}
 
 
-def held_frozen(model: ModelConfig, models: int = 1) -> dict[str, Any]:
+def held_frozen(model: ModelConfig, models: int = 1, head: ScoreHead | None = None) -> dict[str, Any]:
     """Parameters of a model, and the memory of so many of its size, whose weights are all that is kept."""
-    total = parameter_counts(model)["total"]
+    total = parameter_counts(model, head)["total"]
     return {"parameters": total, "memory_gib": 4 * total * models / GIB}

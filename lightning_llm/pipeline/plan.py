@@ -10,6 +10,7 @@ from lightning_llm.data.places import missing_place
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.family import check_family
 from lightning_llm.models.size import (
+    ScoreHead,
     forward_flops_per_token,
     parameter_counts,
     recomputed_flops_per_token,
@@ -18,7 +19,15 @@ from lightning_llm.models.size import (
 from lightning_llm.pipeline.checks import check
 from lightning_llm.pipeline.examples import estimated_lengths
 from lightning_llm.pipeline.expand import Node, expand
-from lightning_llm.pipeline.frozen import GIB, evaluate_figures, generate_figures, held_frozen, judge_figures
+from lightning_llm.pipeline.frozen import (
+    GIB,
+    evaluate_figures,
+    evaluate_rewards_figures,
+    generate_figures,
+    head_of,
+    held_frozen,
+    judge_figures,
+)
 from lightning_llm.pipeline.kernels import refused_attention, trained_models
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.pipeline.order import ancestors
@@ -27,6 +36,7 @@ from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
+    EvaluateRewardsSettings,
     PrepareSettings,
     TokenizerSettings,
     TrainSettings,
@@ -202,6 +212,8 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         found = judge_figures(recipe, node, nodes, models)
     elif node.kind == "select":
         found = {"starts_from": ", ".join(recipe.stages[node.name].data)}  # pyright: ignore[reportAttributeAccessIssue]
+    elif isinstance(node.settings, EvaluateRewardsSettings):
+        found = evaluate_rewards_figures(node, nodes, _trained(recipe, node.stage).data.tokens_per_example)
     elif node.kind == "evaluate":
         found = evaluate_figures(recipe, node, models)
     elif isinstance(node.settings, PrepareSettings):
@@ -230,7 +242,7 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
 def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
     settings: TrainSettings = node.settings
     batches = BatchPlan(settings.batch_tokens, settings.tokens)
-    counts = parameter_counts(settings.model)
+    counts = parameter_counts(settings.model, head_of(settings.objective))
     flops, again = _flops(recipe, node.name, settings, training_flops_per_token), 0.0
     if recipe.compute.activation_checkpointing == "full":
         again = _flops(recipe, node.name, settings, recomputed_flops_per_token)
@@ -272,16 +284,22 @@ def _segment_length(recipe: Recipe, name: str, context: int) -> int:
     return context if data.form == "text" else min(round(data.tokens_per_example or context), context)
 
 
-def _flops(recipe: Recipe, name: str, settings: TrainSettings, per_token: Callable[[ModelConfig, int], float]) -> float:
+def _flops(
+    recipe: Recipe,
+    name: str,
+    settings: TrainSettings,
+    per_token: Callable[[ModelConfig, int, ScoreHead | None], float],
+) -> float:
     """Over the pieces of the context ramp.
 
     Args:
-        per_token: FLOPs of a token, given the model and the length of a segment.
+        per_token: FLOPs of a token, given the model, the length of a segment and the model's head.
     """
+    head = head_of(settings.objective)
     total, ends = 0.0, [entry["at"] for entry in settings.context[1:]] + [settings.tokens]
     for entry, end in zip(settings.context, ends, strict=True):
         tokens = max(min(end, settings.tokens) - entry["at"], 0)
-        total += tokens * per_token(settings.model, _segment_length(recipe, name, entry["value"]))
+        total += tokens * per_token(settings.model, _segment_length(recipe, name, entry["value"]), head)
     return total
 
 

@@ -51,6 +51,7 @@ SHOWN = {  # metric -> how the console calls it when a stage is done
     "rewards/accuracies": "pairs won",
     "tasks/exact_match": "tasks",
     "preference/accuracy": "preference",
+    "preference/calibration_error": "calibration error",
     "judge/win_rate": "win rate",
     "rows": "rows",
     "vocab_size": "entries",

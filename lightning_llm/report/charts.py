@@ -158,6 +158,38 @@ def preference_curves(runs: Sequence[Run]) -> Figure | None:
     return _figure(traces, layout, 460)
 
 
+def calibration_curves(runs: Sequence[Run], found: Sequence[tuple[Run, Node, list[dict[str, Any]]]]) -> Figure | None:
+    """Frequency over predicted probability for each reward model, and the diagonal where both agree.
+
+    Args:
+        found: reward models with the entries of their calibration.json, the first of which is of all pairs.
+    """
+    traces = []
+    for index, (run, stage, entries) in enumerate(found):
+        bins = entries[0].get("bins") or []
+        most = max((each["pairs"] for each in bins), default=1)
+        colour = COLOURS[index % len(COLOURS)]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                **_legend(runs, run, stage.name),
+                "x": [digits(each["predicted"]) for each in bins],
+                "y": [digits(each["frequency"]) for each in bins],
+                "line": {"color": colour, "width": 2},
+                "marker": {"size": [round(6 + 10 * (each["pairs"] / most) ** 0.5, 1) for each in bins]},
+            }
+        )
+    traces = [trace for trace in traces if trace["x"]]
+    if not traces:
+        return None
+    layout = _axes("predicted probability", "frequency")
+    layout["xaxis"] |= {"range": [0.48, 1.02]}
+    line = {"width": 1, "dash": "dot", "color": "#8b919c"}
+    layout["shapes"] = [{"type": "line", "x0": 0.5, "y0": 0.5, "x1": 1, "y1": 1, "line": line}]
+    return _figure(traces, layout, 380)
+
+
 def has_rewards(stage: Node) -> bool:
     """Whether a stage logged rewards, as preference training does."""
     return any("rewards/margins" in line for line in stage.training)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.report import charts, sections
+from lightning_llm.report.calibration import calibrations
+from lightning_llm.report.calibration import table as calibration_table
 from lightning_llm.report.comparison import differences, environment, recipe_text
 from lightning_llm.report.numbers import NOTHING, duration, figure, quantity
 from lightning_llm.report.record import Run
@@ -47,6 +49,10 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
             yield f"\n## Evaluation{which}\n"
             table = [[name, *(sections.metric_value(run.results(stage), name) for stage in shown)] for name in names]
             yield from _table(["metric", *(stage.name for stage in shown)], table)
+        for stage, entries in calibrations(run):
+            yield f"\n## Calibration: {_plain(stage.name)}{which}\n"
+            found = calibration_table(entries)
+            yield from _table(found.heads, found.rows)
         for node in selections(run):
             yield f"\n## Who won where: {_plain(node.name)}{which}"
             for found in selection_tables(node):

@@ -48,6 +48,11 @@ def measure(value: Any) -> str:
     return f"{value:,.{places}f}"
 
 
+def share(value: Any) -> str:
+    """A share of one in per cent."""
+    return f"{100 * value:.1f} %" if is_number(value) else NOTHING
+
+
 def duration(seconds: Any) -> str:
     """Wall time."""
     if not is_number(seconds):

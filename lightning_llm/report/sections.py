@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from lightning_llm.report import calibration as calibrated
 from lightning_llm.report import charts
 from lightning_llm.report.comparison import differences, environment, recipe_text
 from lightning_llm.report.graph import LABELS, draw_graph
 from lightning_llm.report.numbers import NOTHING, duration, figure, flops, is_number, measure, quantity
 from lightning_llm.report.record import Node, Run
-from lightning_llm.report.selection import selections, tables
+from lightning_llm.report.selection import Table, selections, tables
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def evaluation(runs: Sequence[Run]) -> Section | None:
         tables = [f"<details><summary>Stage by stage, for each run</summary>{''.join(tables)}</details>"]
     note = (
         "After each training stage, on rows that no stage has seen. The win rate is over the model that the stage "
-        "started from, with its 95 % interval, on questions that not both got wrong: a wrong response has lost."
+        "started from, with its 95 % interval, on questions that not both got wrong: a wrong response has lost. What a "
+        "reward model prefers is told by its scores, on the comparisons that its own data holds out."
     )
     return Section(
         "evaluation",
@@ -177,8 +179,30 @@ def preference(runs: Sequence[Run]) -> Section | None:
     drawn = charts.preference_curves(runs)
     if not drawn:
         return None
-    note = "A reward is beta times the log-ratio of policy and reference; the margin is chosen less rejected."
+    note = (
+        "A reward is beta times the log-ratio of policy and reference, of a reward model its score; the margin is "
+        "chosen less rejected."
+    )
     return Section("preference", "Preference training", f'<p class="soft">{note}</p>{_figure(drawn)}')
+
+
+def calibration(runs: Sequence[Run]) -> Section | None:
+    """What reward models predict against what people chose, drawn and by strength."""
+    found = [(run, stage, entries) for run in runs for stage, entries in calibrated.calibrations(run)]
+    drawn = charts.calibration_curves(runs, found)
+    if not drawn:
+        return None
+    parts = [_figure(drawn)]
+    for run, stage, entries in found:
+        name = stage.name if len(runs) == 1 else f"{run.name}: {stage.name}"
+        parts += [f"<h3>{escape(name)}</h3>", _cells(calibrated.table(entries))]
+    note = (
+        "With which probability the response with the higher score is better, as the scores say, and how often people "
+        "preferred it: a calibrated model lies on the diagonal, a timid one above. Held-out comparisons; a mark's size "
+        "goes with their number. Below, by how much people found the chosen response better: how often it scores "
+        "higher, the mean probability that it is better, and how far probabilities are from frequencies."
+    )
+    return Section("calibration", "Calibration of reward models", f'<p class="soft">{note}</p>{"".join(parts)}')
 
 
 def samples(runs: Sequence[Run]) -> Section | None:
@@ -209,13 +233,7 @@ def selection(runs: Sequence[Run]) -> Section | None:
         for node in selections(run):
             name = node.name if len(runs) == 1 else f"{run.name}: {node.name}"
             parts.append(f"<h3>{escape(name)}</h3>")
-            for table in tables(node):
-                heads = "".join(f"<th>{escape(head)}</th>" for head in table.heads)
-                rows = (
-                    f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
-                    for first, *cells in table.rows
-                )
-                parts.append(_table(f"<tr>{heads}</tr>", rows))
+            parts += [_cells(table) for table in tables(node)]
     if not parts:
         return None
     note = (
@@ -247,7 +265,7 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
-    graph, training, evaluation, selection, samples, preference, position, mixture, stages, settings,
+    graph, training, evaluation, calibration, selection, samples, preference, position, mixture, stages, settings,
 )  # fmt: skip
 
 
@@ -306,6 +324,16 @@ def metric_value(results: dict[str, float], name: str) -> str:
 
 def _table(head: str, body: Iterable[str]) -> str:
     return f'<div class="table"><table><thead>{head}</thead><tbody>{"".join(body)}</tbody></table></div>'
+
+
+def _cells(table: Table) -> str:
+    """A table of plain cells, whose first column names a row."""
+    heads = "".join(f"<th>{escape(head)}</th>" for head in table.heads)
+    rows = (
+        f"<tr><th>{escape(first)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for first, *cells in table.rows
+    )
+    return _table(f"<tr>{heads}</tr>", rows)
 
 
 def _figure(figure: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_llm.report.numbers import figure, is_number
+from lightning_llm.report.numbers import figure, share
 from lightning_llm.report.record import Node, Run
 
 HEADS = {  # entries of table.json -> heads of columns
@@ -54,4 +54,4 @@ def tables(node: Node) -> Iterator[Table]:
 
 
 def _cell(column: str, value: Any) -> str:
-    return f"{100 * value:.1f} %" if column in SHARES and is_number(value) else figure(value)
+    return share(value) if column in SHARES else figure(value)

@@ -303,3 +303,13 @@ class EvaluateSettings:
     preference_mode: str  # "implicit_reward" (against starts_from) or "likelihood" (length-normalised)
     precision: str
     seed: int
+
+
+@dataclass
+class EvaluateRewardsSettings:
+    """kind evaluate, of a reward model: on what its own data holds out."""
+
+    comparisons: int  # of all sources together, at most
+    context: int
+    on_long: str
+    precision: str

@@ -34,7 +34,7 @@ from lightning_llm.models import Transformer
 from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.size import forward_flops_per_token
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import EvaluateSettings
+from lightning_llm.stages.config import EvaluateRewardsSettings, EvaluateSettings
 from lightning_llm.stages.context import (
     Phases,
     StageContext,
@@ -43,6 +43,7 @@ from lightning_llm.stages.context import (
     refuse_other_tokenizer,
     threads,
 )
+from lightning_llm.stages.evaluate_rewards import evaluate_rewards
 
 TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by
@@ -55,6 +56,8 @@ def run(context: StageContext) -> StageResult:
     Raises:
         UserError: model, data and tokenizer do not belong together.
     """
+    if isinstance(context.settings, EvaluateRewardsSettings):
+        return evaluate_rewards(context)
     settings: EvaluateSettings = context.settings
     device = "cuda" if context.compute.accelerator == "gpu" else "cpu"
     phases = Phases()

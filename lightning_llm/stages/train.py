@@ -97,6 +97,7 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
     objective = build_objective(context, model, tokenizer)
     if compute.compile:
         compile_parts(objective.model)
+    head = objective.model.score_head if isinstance(objective.model, RewardModel) else None
     journal = Journal(
         context.output / "metrics.jsonl",
         data,
@@ -106,7 +107,7 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
         validation=functools.partial(
             data.validation, settings.context[-1]["value"], compute.micro_batch_tokens, validation_tokens(settings)
         ),
-        training_flops=functools.partial(training_flops, model.config),
+        training_flops=functools.partial(training_flops, model.config, head=head),
         flops_per_second=compute.flops_per_second * compute.devices,
     )
     return journal, objective, data, tokenizer

@@ -91,7 +91,7 @@ def test_pre_training_losses_are_the_peers(rows, tmp_path):
 
 @pytest.mark.peers
 @pytest.mark.slow
-@pytest.mark.parametrize(("job", "precomputed"), [("sft", False), ("dpo", False), ("dpo", True)])
+@pytest.mark.parametrize(("job", "precomputed"), [("sft", False), ("dpo", False), ("dpo", True), ("reward", False)])
 def test_post_training_losses_are_trls(job, precomputed, tmp_path):
     import workload
     from interleave import Task, interleaved
@@ -101,5 +101,7 @@ def test_post_training_losses_are_trls(job, precomputed, tmp_path):
     rows = {kind: getattr(workload, kind)(CALLS, 2)}
     tasks = {"ours": Task("ours", job), "trl": Task("in_trl", job, "transformers")}
     given = settings(tmp_path) | rows | {"precomputed": precomputed}
+    if job == "reward":
+        given["model"] = workload.save_reward_model(tmp_path / "reward_model", seed=0)
     found = losses(interleaved(tasks, given, tmp_path, calls=CALLS, warm_up=0))
     assert found["trl"] == pytest.approx(found["ours"], abs=1e-4)

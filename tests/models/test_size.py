@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 
 from lightning_llm.models import Transformer
 from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.reward import RewardModel
 from lightning_llm.models.size import (
+    ScoreHead,
     attended_pairs,
     forward_flops,
     forward_flops_per_token,
@@ -79,6 +81,24 @@ def test_counts_are_those_of_the_built_model():
         assert counts["total"] == sum(p.numel() for p in parameters.values())
         unused = sum(p.numel() * 3 // 5 for name, p in parameters.items() if ".experts." in name)
         assert counts["total"] - counts["active"] == unused
+
+
+@pytest.mark.parametrize("graded", [[], ["verbosity", "truthfulness"]])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_has_no_head_for_the_vocabulary(graded, tied):
+    config = ModelConfig(
+        name="odd", vocab_size=51, hidden_size=24, intermediate_size=37, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = RewardModel(config, graded)
+    assert model.score_head == ScoreHead(len(graded))
+    assert parameter_counts(config, model.score_head)["total"] == sum(p.numel() for p in model.parameters())
+    weights = 24 + len(graded) * (24 * 24 + 3 * 24)  # of products at one token of each segment
+    segments = [(7, 0), (3, 7), (5, 7)]
+    less = 2 * (15 * 51 * 24 - 3 * weights)
+    assert forward_flops(config, segments, model.score_head) == forward_flops(config, segments) - less
+    per_token = forward_flops_per_token(config, 5, model.score_head)
+    assert per_token == pytest.approx(forward_flops(config, [(5, 0)], model.score_head) / 5, rel=1e-12)
 
 
 def test_flops_are_six_per_weight_and_the_causal_half_of_attention():

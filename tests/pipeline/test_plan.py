@@ -12,7 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_llm import compose, plan
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
-from lightning_llm.models.size import forward_flops_per_token, recomputed_flops_per_token, training_flops
+from lightning_llm.models.reward import RewardModel
+from lightning_llm.models.size import (
+    ScoreHead,
+    forward_flops_per_token,
+    parameter_counts,
+    recomputed_flops_per_token,
+    training_flops,
+    training_flops_per_token,
+)
 from lightning_llm.objectives.config import DPOConfig
 from lightning_llm.settings import UserError
 
@@ -84,9 +92,26 @@ def test_a_reward_model_reads_all_that_was_sampled(tiny):
     assert sample["tokens"] == 2 * 50 * (prompt + 4 * 10)
     assert sample["flops"] == pytest.approx(sample["tokens"] * forward_flops_per_token(nodes["sft"].settings.model, 24))
     assert sample["seconds"] == pytest.approx(sample["flops"] / 2e11 / 0.2)
-    assert (score["tokens"], score["flops"]) == (sample["tokens"], pytest.approx(2 * sample["flops"]))
+    shape, head = nodes["sft"].settings.model, ScoreHead()
+    assert score["tokens"] == sample["tokens"]
+    assert score["flops"] == pytest.approx(2 * sample["tokens"] * forward_flops_per_token(shape, 24, head))
     assert score["starts_from"] == "sample"
     assert nodes["score"].inputs == {"samples.0": "sample", "reward_model.0": "first", "reward_model.1": "second"}
+
+
+def test_a_reward_model_costs_no_vocabulary(tiny):
+    words = ["stages.reward_model.examples=1000", "stages.reward_model.objective.graded=[verbosity]"]
+    nodes = {node.name: node for node in plan(compose("reward_model", overrides=[*tiny, *words])).nodes}
+    trained, evaluated = nodes["reward_model"], nodes["reward_model.evaluate"]
+    shape, head = trained.settings.model, ScoreHead(graded=1)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in RewardModel(shape, ["verbosity"]).parameters())
+    assert trained.figures["parameters"] == evaluated.figures["parameters"] == parameters
+    assert parameters == parameter_counts(shape, head)["total"]
+    assert trained.figures["flops"] == pytest.approx(45_000 * training_flops_per_token(shape, 45, head))
+    assert evaluated.inputs == {"model": "reward_model", "data": "reward_model.prepare", "tokenizer": "tokenizer"}
+    assert evaluated.figures["flops"] == pytest.approx(45_000 * training_flops_per_token(shape, 45, head) / 3)
+    assert evaluated.figures["tokens"] == 45_000  # a thousand comparisons
 
 
 def test_memory_is_that_of_the_optimizer(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from lightning_llm import compose, run
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.models.reward import RewardModel
+from lightning_llm.report import report
 from lightning_llm.settings import UserError
 from lightning_llm.stages.samples import read_rows
 
@@ -33,6 +35,8 @@ ADDED = [
     "+stage@stages.best=select",
     "stages.best.data=[score]",
 ]
+
+FIGURE = re.compile(r'<script type="application/json">(.*?)</script>')
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +61,44 @@ def test_its_artifact_is_a_classifier_and_it_has_learnt_something(judged):
     RewardModel.from_pretrained(folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
     assert config["architectures"] == ["Qwen2ForSequenceClassification"]
-    assert not (folder.parent / "reward_model.evaluate").exists()
     metrics = json.loads((folder / "stage.json").read_text())["metrics"]
     assert metrics["validation/loss"] < 0.6931  # what equal scores cost
     assert 0 < metrics["validation/rewards/accuracies"] <= 1
+
+
+def test_it_is_evaluated_on_what_its_own_data_holds_out(judged):
+    folder = judged.artifact("reward_model.evaluate")
+    metrics = judged.stages["reward_model.evaluate"]["metrics"]
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert judged.stages["reward_model"]["metrics"]["preference/accuracy"] == metrics["preference/accuracy"]
+    model = RewardModel.from_pretrained(judged.artifact("reward_model") / "model")
+    store = TokenStore.open(judged.artifact("reward_model.prepare") / "sources" / "comparisons" / "validation")
+    margins = []
+    for row in range(store.rows):
+        prompt, chosen, rejected, _ = (ids.tolist() for ids in store.row(row).segments)
+        with torch.no_grad():
+            scores = model.scores(SegmentBatch.from_documents([prompt + chosen, prompt + rejected]))
+        margins.append((scores[0] - scores[1]).item())
+    assert metrics["preference/margins"] == pytest.approx(sum(margins) / len(margins), abs=1e-4)
+    assert metrics["preference/accuracy"] == pytest.approx(sum(m > 0 for m in margins) / len(margins), abs=1e-9)
+    table = json.loads((folder / "calibration.json").read_text())
+    assert [entry["strength"] for entry in table] == ["all", "slightly", "clearly", "significantly"]
+    assert table[0]["pairs"] == store.rows == sum(entry["pairs"] for entry in table[1:])
+    assert metrics["preference/calibration_error"] == table[0]["calibration_error"]
+
+
+def test_the_page_shows_how_sure_it_is(judged, tmp_path):
+    table = json.loads((judged.artifact("reward_model.evaluate") / "calibration.json").read_text())
+    page = report([judged.folder], tmp_path / "report.html").read_text("utf-8")
+    assert "Calibration of reward models" in page
+    curves = [curve for curve in map(json.loads, FIGURE.findall(page)) if "predicted" in str(curve["layout"]["xaxis"])]
+    [drawn] = curves[0]["data"]
+    assert drawn["y"] == pytest.approx([each["frequency"] for each in table[0]["bins"]], abs=1e-3)
+    markdown = (tmp_path / "report.md").read_text("utf-8")
+    for text in (page, markdown):
+        for entry in table:
+            assert f"{100 * entry['accuracy']:.1f} %" in text
+    assert "| slightly |" in markdown
 
 
 def test_samples_are_judged_by_its_scores(judged):
@@ -81,7 +119,6 @@ def test_samples_are_judged_by_its_scores(judged):
         (["stages.score.judged_by=[dpo]"], "stages.score.judged_by: dpo is a model that speaks. .*reward_model"),
         (["stages.sample.models=[reward_model]"], "stages.sample.models: reward_model is a reward model"),
         (["stages.dpo.starts_from=reward_model"], "stages.dpo.starts_from: reward_model is a reward model"),
-        (["stages.reward_model.evaluate=true"], "stages.reward_model.evaluate: is true, and the evaluation asks"),
         (["objective@stages.sft.objective=mdpo"], "stages.sft.objective: mdpo learns from what the policy samples"),
         (["objective@stages.reward_model.objective=dpo"], "holds rankings, and dpo does not learn from that"),
     ],

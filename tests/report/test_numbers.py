@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_llm.report.numbers import digits, duration, figure, flops, measure, quantity
+from lightning_llm.report.numbers import digits, duration, figure, flops, measure, quantity, share
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_measures_keep_their_decimals(value, text):
     assert measure(value) == text
 
 
-@pytest.mark.parametrize("write", [quantity, duration, figure, flops, measure])
+@pytest.mark.parametrize("write", [quantity, duration, figure, flops, measure, share])
 @pytest.mark.parametrize("value", [None, math.nan, math.inf])
 def test_what_is_no_number_is_a_dash(write, value):
     assert write(value) == "-"
