@@ -28,6 +28,7 @@ from lightning_llm.settings import UserError
 
 SEGMENTS = {"text": 1, "conversations": 1, "pairs": 3, "rankings": 4, "questions": 1, "prompts": 1}  # of a row
 RANKED = ("chosen", "rejected", "edited")  # a ranking's responses, in the order of its segments
+JUDGED = 1 + len(RANKED) * len(GRADED)  # numbers that judged.bin has of a row
 
 
 class StoredRow(NamedTuple):
@@ -51,7 +52,7 @@ class TokenStore:
         self.offsets = np.load(directory / "offsets.npy", mmap_mode="r").view(np.ndarray)
         self.target_counts = np.load(directory / "counts.npy", mmap_mode="r").view(np.ndarray)  # [rows]
         judged = directory / "judged.bin"
-        self.judged = map_file(judged, np.dtype(np.int8)).reshape(self.rows, -1) if judged.is_file() else None
+        self.judged = map_file(judged, np.dtype(np.int8)).reshape(self.rows, JUDGED) if judged.is_file() else None
         masked = directory / "targets.bin"
         self.is_target = map_file(masked, np.dtype(np.bool_)) if masked.is_file() else None
 

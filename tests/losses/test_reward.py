@@ -8,8 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_llm.losses.reward import (
-    MARGINS,
-    PROBABILITIES,
     bradley_terry_loss,
     grading_loss,
     margins,
@@ -64,6 +62,26 @@ def test_soft_labels_rest_where_the_scores_say_the_probability(strength, ahead):
     assert slopes[2] > 1e-3
 
 
+@pytest.mark.parametrize("weight", [0.1, 1.0])
+def test_soft_labels_and_grades_rest_together_where_each_rests_alone(weight):
+    """Scores at the logit of the probability, grades at the share in which they were given: no weight moves that."""
+    probability = preference_probabilities(torch.tensor([1, 4])).double()
+    grades = torch.tensor([0] * 2 + [1] * 5 + [2] * 3)
+    ahead, logits = (torch.zeros(n, dtype=torch.float64, requires_grad=True) for n in (2, 3))
+    optimizer = torch.optim.LBFGS([ahead, logits], max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = soft_label_loss(ahead, torch.zeros_like(ahead), probability).sum()
+        loss = loss + weight * grading_loss(logits.expand(len(grades), 3), grades).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert ahead.tolist() == pytest.approx([math.log(0.65 / 0.35), math.log(0.95 / 0.05)], abs=1e-5)
+    assert logits.softmax(0).tolist() == pytest.approx([0.2, 0.5, 0.3], abs=1e-6)
+
+
 def test_grades_cost_the_log_likelihood_of_each_and_nothing_where_none_was_given():
     logits = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     grades = torch.tensor([[0, 2, -1, 1], [-1, -1, 0, 2]])
@@ -76,9 +94,9 @@ def test_grades_cost_the_log_likelihood_of_each_and_nothing_where_none_was_given
 
 def test_tables_by_strength():
     strength = torch.tensor([0, 1, 2, 3, 4])
-    assert margins(strength, "large").tolist() == [0, *MARGINS["large"]]
-    assert margins(strength, "small").tolist() == pytest.approx([0, *MARGINS["small"]])
-    assert preference_probabilities(strength).tolist() == pytest.approx([0.85, *PROBABILITIES])
+    assert margins(strength, "large").tolist() == [0, 0, 1, 2, 3]
+    assert margins(strength, "small").tolist() == pytest.approx([0, 0, 1 / 3, 2 / 3, 1])
+    assert preference_probabilities(strength).tolist() == pytest.approx([0.85, 0.65, 0.75, 0.85, 0.95])
 
 
 @pytest.mark.parametrize(

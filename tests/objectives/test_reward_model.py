@@ -74,9 +74,13 @@ def test_a_store_gives_each_prompt_its_responses_and_what_is_known(batch, feed):
 
 LOSSES = {
     "llama 3": (RewardModelConfig(), lambda better, worse, strength: cost(better, worse)),
-    "llama 2": (
+    "llama 2, large": (
         RewardModelConfig(margins="large"),
         lambda better, worse, strength: cost(better, worse, {4: 3.0, 1: 0.0, 0: 0.0}[strength]),
+    ),
+    "llama 2, small": (
+        RewardModelConfig(margins="small"),
+        lambda better, worse, strength: cost(better, worse, {4: 1.0, 1: 0.0, 0: 0.0}[strength]),
     ),
     "afm": (
         RewardModelConfig(loss="soft_labels"),
