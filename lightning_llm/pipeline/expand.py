@@ -330,9 +330,9 @@ def _parts(evaluation: EvaluationConfig) -> dict[str, DataConfig]:
 
 
 def _without_sources(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """What decides an evaluation beside its data, which has a key of its own."""
+    """What decides an evaluation beside its data, which has a key of its own; comparisons are for reward models."""
     empty = {part: DataConfig(name=data.name, form=data.form) for part, data in _parts(evaluation).items()}
-    return replace(evaluation, **empty)
+    return replace(evaluation, **empty, comparisons=EvaluationConfig().comparisons)
 
 
 def _rows_of(data: DataConfig) -> DataConfig:

@@ -22,7 +22,7 @@ ADDED = [
     "stages.reward_model.examples=300",
     "stages.reward_model.context=1024",
     "stages.reward_model.batch_tokens=1024",
-    "stages.reward_model.lr.peak=3e-5",
+    "stages.reward_model.lr.peak=3e-3",
     "+stage@stages.sample=sample",
     "stages.sample.models=[sft]",
     "stages.sample.prompts=20",
@@ -44,7 +44,10 @@ def judged(run_folder):
     """A run that has a reward model after sft, in the store of the finished one."""
     given = json.loads((run_folder / "run.json").read_text())["overrides"]
     words = [word for word in given if not word.startswith(("recipe=", "scale="))]
-    return run(compose("qwen2", overrides=[*words, *ADDED, "scale.corpora.comparisons.options.rows=400"]), until="best")
+    return run(
+        compose("qwen2", overrides=[*words, *ADDED, "scale.corpora.comparisons.options={rows: 400, held_out: 60}"]),
+        until="best",
+    )
 
 
 def test_rankings_keep_what_is_known_of_them(judged):
