@@ -15,7 +15,7 @@ import lightning_llm
 PACKAGE = Path(lightning_llm.__file__).parent
 LAYERS = [  # a file imports from its own layer and from those before it
     {"settings"},
-    {"batch", "schedules", "losses"},
+    {"batch", "schedules", "losses", "merging"},
     {"models"},
     {"data"},
     {"generation"},

@@ -1,0 +1,118 @@
+"""Spherical interpolation: along an arc, so that directions at right angles do not shorten each other.
+
+What models have learnt apart from each other, their task vectors, lie nearly at right angles: the mean of two has .71
+of their length. Whole weights are nearly parallel, and there an arc is a straight line (WARP, arXiv 2406.16768).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from lightning_llm.merging.averaging import share, weighted_sum
+from lightning_llm.merging.states import LazyState, Merge, State, differences, layer_of, refuse_unlike, wide
+
+STRAIGHT = 1e-6  # below this sine of the angle an arc is a line, or the way round is not known
+
+
+@Merge
+def slerp(a: State, b: State, t: float) -> LazyState:
+    """Along the arc from a (t = 0) to b (t = 1), an angle for each layer; of weights themselves.
+
+    Raises:
+        ValueError: the states are of different models, or t is out of range.
+    """
+    refuse_unlike([a, b])
+    weights = layer_weights(a, lambda name: [wide(a[name]), wide(b[name])], share(t, "t"))
+    return LazyState(a, lambda name: weighted_sum([wide(a[name]), wide(b[name])], weights(name)))
+
+
+@Merge
+def slerp_task_vectors(init: State, states: Sequence[State], t: float | None = None) -> LazyState:
+    """init + the arc between task vectors d_m = theta_m - init (WARP, arXiv 2406.16768, eq. SLERP and eq. 26).
+
+    Of two, with W the angle between them:
+        init + sin((1 - t) W) / sin W * d_1 + sin(t W) / sin W * d_2
+    Of more, one after the other: what the first m - 1 have become with the m-th at t = 1 / m. The angle is that of a
+    layer, over all of its parameters; embedding, final norm and head have one each.
+
+    Args:
+        init: where all states began.
+        t: of two states how near the second is, in [0, 1]; none: 1 / M.
+
+    Raises:
+        ValueError: the states are of different models, or t is no place on the arc.
+    """
+    refuse_unlike([init, *states])
+    if t is not None and len(states) != 2 and not math.isclose(t, 1 / len(states)):
+        raise ValueError(f"t is for two models; {len(states)} have t = 1 / {len(states)}, got {t:g}")
+    place = share(0.5 if t is None else t, "t")
+    weights = layer_weights(init, lambda name: differences(init, states, name), place)
+
+    def tensor(name: str) -> Tensor:
+        return weighted_sum([wide(init[name]), *differences(init, states, name)], [1.0, *weights(name)])
+
+    return LazyState(states[0], tensor)
+
+
+def layer_weights(
+    names: State, vectors: Callable[[str], Sequence[Tensor]], t: float
+) -> Callable[[str], Sequence[float]]:
+    """A function from a parameter's name to the weights of its layer's vectors.
+
+    A layer is read when the first of its parameters is asked for, tensor by tensor: all that is kept of it are
+    the inner products of its vectors.
+    """
+    layers: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        layers[layer_of(name)].append(name)
+
+    @functools.cache
+    def of_layer(layer: str) -> list[float]:
+        return arc_weights(sum(inner_products(vectors(name)) for name in layers[layer]), t)  # pyright: ignore[reportArgumentType]
+
+    return lambda name: of_layer(layer_of(name))
+
+
+def inner_products(vectors: Sequence[Tensor]) -> np.ndarray:
+    """Of each with each, [M, M] in float64."""
+    flat = [vector.flatten().double() for vector in vectors]
+    products = np.empty((len(flat), len(flat)))
+    for i, one in enumerate(flat):
+        for j in range(i + 1):
+            products[i, j] = products[j, i] = float(one @ flat[j])
+    return products
+
+
+def arc_weights(products: np.ndarray, t: float) -> list[float]:
+    """Weights w of vectors such that sum w_m d_m is what they become one after the other.
+
+    An arc is a sum of its ends, so the next angle follows from inner products alone: <v, d_m> = sum_i w_i <d_i, d_m>.
+
+    Args:
+        products: inner products of the vectors, [M, M].
+        t: place on the arc of two vectors; of more it is 1 / m at the m-th.
+    """
+    count = len(products)
+    weights = np.zeros(count)
+    weights[0] = 1.0
+    for m in range(1, count):
+        place = t if count == 2 else 1 / (m + 1)
+        length = math.sqrt(max(weights @ products @ weights, 0.0)) * math.sqrt(products[m, m])
+        before, new = arc(float(weights @ products[m]) / length if length else 1.0, place)
+        weights *= before
+        weights[m] = new
+    return weights.tolist()
+
+
+def arc(cosine: float, t: float) -> tuple[float, float]:
+    """Weights of the two ends at a place t on the arc between them; of a line, where there is no arc."""
+    angle = math.acos(min(max(cosine, -1.0), 1.0))
+    if math.sin(angle) < STRAIGHT:
+        return 1 - t, t
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

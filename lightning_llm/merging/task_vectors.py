@@ -1,0 +1,173 @@
+"""Sums of what models have learnt, theta_m - init: plain, without conflicts of sign (TIES), of a random part (DARE)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_llm.merging.averaging import share
+from lightning_llm.merging.states import LazyState, Merge, State, differences, refuse_unlike, wide
+
+DIGITS = 2**16  # an fp32 number's bits are two digits of this base; as integers they are in the order of its size
+
+
+@Merge
+def task_arithmetic(init: State, states: Sequence[State], scale: float = 1.0) -> LazyState:
+    """init + scale * sum_m (theta_m - init) (Ilharco et al. 2022, arXiv 2212.04089).
+
+    Args:
+        scale: 1 / M makes it the mean; a negative one takes away what a model has learnt.
+
+    Raises:
+        ValueError: the states are of different models.
+    """
+    refuse_unlike([init, *states])
+
+    def tensor(name: str) -> Tensor:
+        return added(init[name], torch.stack(differences(init, states, name)).sum(0), scale)
+
+    return LazyState(states[0], tensor)
+
+
+@Merge
+def ties(init: State, states: Sequence[State], density: float = 0.2, scale: float = 1.0) -> LazyState:
+    """Trim, elect signs, merge (TIES, Yadav et al. 2023, arXiv 2306.01708, algorithm 1).
+
+    Of each task vector, over all parameters together, the largest `density` is kept. The sign of an entry is that of
+    the sum; theta = init + scale * the mean of those that have it.
+
+    Args:
+        density: share of a task vector's entries that is kept, in (0, 1]; the paper's k is 20 %.
+        scale: the paper's lambda, about 1.
+
+    Raises:
+        ValueError: the states are of different models, or density is out of range.
+    """
+    refuse_unlike([init, *states])
+    positive_share(density, "density")
+
+    def sizes(state: State) -> Callable[[], Iterable[Tensor]]:
+        return lambda: (differences(init, [state], name)[0].abs() for name in init)
+
+    thresholds = [largest_from(sizes(state), density) for state in states]
+
+    def tensor(name: str) -> Tensor:
+        moved = differences(init, states, name)
+        kept = [torch.where(d.abs().float() >= least, d, 0.0) for d, least in zip(moved, thresholds, strict=True)]
+        return added(init[name], agreed_mean(torch.stack(kept)), scale)
+
+    return LazyState(states[0], tensor)
+
+
+@Merge
+def dare(init: State, states: Sequence[State], density: float = 0.1, scale: float = 1.0, seed: int = 0) -> LazyState:
+    """Drop and rescale (DARE, Yu et al. 2023, arXiv 2311.03099), then task arithmetic.
+
+    Of each task vector every entry stays with probability `density`, divided by it, so that the mean is what it was:
+    theta = init + scale * sum_m (mask_m / density) (theta_m - init).
+
+    Args:
+        density: in (0, 1]; one minus the paper's drop rate, which goes up to 0.9 and beyond.
+        scale: as in `task_arithmetic`.
+        seed: what is dropped is a function of it, of the parameter's name and of the model's place in the list.
+
+    Raises:
+        ValueError: the states are of different models, or density is out of range.
+    """
+    refuse_unlike([init, *states])
+    positive_share(density, "density")
+
+    def tensor(name: str) -> Tensor:
+        moved = differences(init, states, name)
+        total = torch.zeros_like(moved[0])
+        for place, vector in enumerate(moved):
+            total += dropped(vector, density, seeded(seed, name, place), rescale=True)
+        return added(init[name], total, scale)
+
+    return LazyState(states[0], tensor)
+
+
+# ---- of one tensor ----
+
+
+def added(start: Tensor, vector: Tensor, scale: float) -> Tensor:
+    """start + scale * vector, in at least fp32."""
+    return wide(start).add(vector, alpha=scale)
+
+
+def agreed_mean(vectors: Tensor) -> Tensor:
+    """TIES' election: of [M, ...] the mean of those entries whose sign is that of their sum; 0 where none is.
+
+    What is 0 has been trimmed and does not count.
+    """
+    elected = vectors.sum(0).sign()
+    agree = (vectors.sign() == elected) & (vectors != 0)
+    return torch.where(agree, vectors, 0.0).sum(0) / agree.sum(0).clamp(min=1)
+
+
+def dropped(vector: Tensor, rate: float, generator: torch.Generator, *, rescale: bool) -> Tensor:
+    """Each entry with probability `rate`, else 0.
+
+    Args:
+        generator: on the vector's device.
+        rescale: divide by the rate: the mean over the draws is then the vector.
+    """
+    if rate == 1:
+        return vector
+    mask = torch.empty_like(vector).bernoulli_(rate, generator=generator)
+    return vector * mask.div_(rate) if rescale else vector * mask
+
+
+def seeded(seed: int, *parts: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers are a function of the seed and of what they are for."""
+    digest = hashlib.blake2b(" ".join(map(str, (seed, *parts))).encode(), digest_size=8).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+def largest_from(sizes: Callable[[], Iterable[Tensor]], density: float) -> float:
+    """How large an entry must be to be among the largest `density`: exactly, in two passes of constant memory.
+
+    Numbers that are not negative are in the order of their bits: the first pass counts by the upper 16 of them, the
+    second by the lower 16 among those that have the upper ones of the answer.
+
+    Args:
+        sizes: gives all tensors anew, none of them negative; rounded to fp32 they are what is compared.
+    """
+    upper = counted(sizes(), lambda bits: bits >> 16)
+    wanted = max(math.ceil(density * int(upper.sum())), 1)
+    first, left = digit_of(upper, wanted)
+    lower = counted(sizes(), lambda bits: bits[bits >> 16 == first] & DIGITS - 1)
+    last, _ = digit_of(lower, left)
+    return torch.tensor(first * DIGITS + last, dtype=torch.int32).view(torch.float32).item()
+
+
+def counted(sizes: Iterable[Tensor], digit: Callable[[Tensor], Tensor]) -> Tensor:
+    """How often each digit occurs among the entries' bits."""
+    counts = torch.zeros(DIGITS, dtype=torch.int64)
+    for tensor in sizes:
+        bits = tensor.float().flatten().view(torch.int32)
+        counts += torch.bincount(digit(bits), minlength=DIGITS).cpu()
+    return counts
+
+
+def digit_of(counts: Tensor, wanted: int) -> tuple[int, int]:
+    """The digit of the entry that is number `wanted` from above, and which number it has among those of its digit."""
+    above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, wanted))
+    before = int(above[place - 1]) if place else 0
+    return DIGITS - 1 - place, wanted - before
+
+
+def positive_share(value: float, name: str) -> float:
+    """`value`, if it lies in (0, 1].
+
+    Raises:
+        ValueError: it does not; names it.
+    """
+    if value == 0:
+        raise ValueError(f"{name} must be above 0")
+    return share(value, name)
