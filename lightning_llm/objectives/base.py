@@ -17,6 +17,7 @@ from lightning_llm.losses.load_balance import load_balancing_loss, load_imbalanc
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
+from lightning_llm.optimization.online_merging import OnlineMerging
 from lightning_llm.optimization.window import LossSum, Totals, optimizer_step
 from lightning_llm.schedules import learning_rate
 
@@ -53,6 +54,7 @@ class Objective(LightningModule):
         self.model = model
         self.totals = Totals()
         self.learning_rate = 0.0  # of the last step
+        self.online_merging: OnlineMerging | None = None  # of each step with what a reference has learnt
 
     def loss(self, batch: SegmentBatch) -> LossSum:
         """Sum of the loss over the batch's units, their count, and sums of what the field logs beside it."""
@@ -87,8 +89,9 @@ class Objective(LightningModule):
         return None if model is None else Frozen(model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer of the settings, over the trained model alone."""
-        return self.optimizer_config.build(self.model)
+        """The optimizer of the settings, over the trained model alone, its steps merged if they are to be."""
+        optimizer = self.optimizer_config.build(self.model)
+        return optimizer if self.online_merging is None else self.online_merging.around(optimizer, self.model)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """The window as it is."""

@@ -10,6 +10,47 @@ from lightning_llm.settings import AS_BEFORE, Buildable, option
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 PRECISIONS = ("bf16", "fp32")
 UPDATE_SCALES = ("adamw", "spectral")
+ONLINE_MERGING = ("none", "ondare", "onties")
+
+
+@dataclass
+class OnlineMergingConfig:
+    """Each step is merged with what a reference has learnt since its base (optimization/online_merging.py).
+
+    The paper (arXiv 2405.17931) sweeps alpha from 1e-7 to 1e-4, 1e-6 being near the best, and reserve rates down to
+    5e-4 (table 2, section 5.3); its code has 0.01. Without rescaling a step is in the mean the reserve rate times the
+    optimizer's: the learning rate wants to be raised by as much.
+    """
+
+    method: str = "none"  # none | ondare (a random part of the entries) | onties (the largest, by consensus of signs)
+    base: str | None = None  # what the reference was trained from: a stage, an artifact or a directory
+    reference: str | None = None  # the same; none: what the stage starts from
+    alpha: float = 1e-6  # weight of what the reference has learnt, in [0, 1]
+    reserve_rate: float = 0.01  # share of the entries that is kept, in (0, 1]
+    gap_steps: int = 1  # steps between two merges; those in between are plain
+    rescale: bool = False  # ondare: divide what is kept by the reserve rate
+
+    def __post_init__(self):
+        if self.method not in ONLINE_MERGING:
+            raise ValueError(f"method must be one of {', '.join(ONLINE_MERGING)}, got {self.method!r}")
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha must lie in [0, 1], got {self.alpha:g}")
+        if not 0 < self.reserve_rate <= 1:
+            raise ValueError(f"reserve_rate must lie in (0, 1], got {self.reserve_rate:g}")
+        if self.gap_steps < 1:
+            raise ValueError(f"gap_steps must be at least 1, got {self.gap_steps}")
+        if self.rescale and self.method == "onties":
+            raise ValueError("rescale is for ondare: onties keeps the largest entries, which is no draw")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is merged."""
+        return self.method != "none"
+
+    @property
+    def bytes_of_state(self) -> int:
+        """What is kept of each parameter: the task vector, the weights during a step, the sum of plain steps."""
+        return 0 if not self.is_on else 8 if self.gap_steps == 1 else 12
 
 
 @dataclass
@@ -18,10 +59,14 @@ class OptimizerConfig(Buildable):
 
     bytes_of_state: ClassVar[int] = 8  # that are remembered of each parameter, whatever the precision of products
     bytes_of_matrix_state: ClassVar[int | None] = None  # of one in the layers' matrices; none: the same
+    decay_follows_rate: ClassVar[bool] = True  # decay is multiplied by the learning rate; else by its schedule alone
 
     name: str = "???"
     weight_decay: float = 0.1  # a step takes lr * weight_decay of a weight away, where the optimizer says nothing else
     clip_norm: float = 1.0  # of the whole gradient; 0: no clipping
+    online_merging: OnlineMergingConfig = field(
+        default_factory=OnlineMergingConfig, metadata={AS_BEFORE: OnlineMergingConfig()}
+    )
 
     def __post_init__(self):
         for name in ("weight_decay", "clip_norm", "eps"):
@@ -95,6 +140,7 @@ class AFMRMSPropConfig(EntrywiseConfig):
 
     implementation: ClassVar[str] = "lightning_llm.optimization.optimizers:build_afm_rmsprop"
     bytes_of_state: ClassVar[int] = 8  # squares and a momentum
+    decay_follows_rate: ClassVar[bool] = False
     name: str = "afm_rmsprop"
     betas: tuple[float, float] = (0.95, 0.95)  # of the momentum, of the squares
     eps: float = 1e-30  # added to the square of the gradient

@@ -53,7 +53,7 @@ def build_afm_rmsprop(config: AFMRMSPropConfig, module: nn.Module) -> AFMRMSProp
 
     State of a parameter: `step` ([]), `exp_avg_sq` and `exp_avg` (of its shape).
     """
-    groups = _entrywise_groups(config, module, decay_follows_rate=False)
+    groups = _entrywise_groups(config, module)
     return AFMRMSProp(groups, betas=config.betas, eps=config.eps, update_clip=config.update_clip)
 
 
@@ -81,9 +81,7 @@ def build_muon(config: MuonConfig, module: nn.Module) -> Muon:
     )
 
 
-def _entrywise_groups(
-    config: EntrywiseConfig, module: nn.Module, *, decay_follows_rate: bool = True
-) -> list[dict[str, Any]]:
+def _entrywise_groups(config: EntrywiseConfig, module: nn.Module) -> list[dict[str, Any]]:
     """One group for each pair of decay and share of the learning rate.
 
     muParam changes how far a gradient moves a weight and not what decay takes away (section 3.2.2 of its paper), so
@@ -95,7 +93,7 @@ def _entrywise_groups(
     for name, parameter in _trained(module):
         scale = mu_scale(name, parameter.shape, width=width, base_width=base_width)
         decay = _decay(config, parameter)
-        groups[decay / scale if decay_follows_rate else decay, scale].append(parameter)
+        groups[decay / scale if config.decay_follows_rate else decay, scale].append(parameter)
     return [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale}
         for (decay, scale), parameters in groups.items()

@@ -235,9 +235,26 @@ def _check_training(key: str, stage: TrainStage) -> None:
             f"{stage.data.name} holds {stage.data.form}, and {objective.name} does not learn from that",
             f"Give it {' or '.join(objective.forms)}",
         )
+    if stage.optimizer.online_merging.is_on:
+        _check_online_merging(f"{key}.optimizer.online_merging", stage)
     if objective.needs_reference and stage.starts_from is None:
         raise UserError(f"{key}.starts_from", f"has no value, and {objective.name} needs a reference", "Name a stage")
     _check_data(f"{key}.data", stage.data)
+
+
+def _check_online_merging(key: str, stage: TrainStage) -> None:
+    merging = stage.optimizer.online_merging
+    if merging.base is None:
+        what = f"has no value, and {merging.method} needs the model that the reference was trained from"
+        raise UserError(f"{key}.base", what, "Name a stage, as pretrain")
+    if stage.starts_from is None:
+        what = f"is {merging.method}, and the stage starts from random weights"
+        raise UserError(f"{key}.method", what, "Give the stage a starts_from, or set it to none")
+    if merging.base == (merging.reference or stage.starts_from):
+        raise UserError(f"{key}.base", "is the reference itself: it has learnt nothing since", "Name an earlier stage")
+    if stage.objective.is_scored:
+        what = f"is {merging.method}, and a reward model's head is new: no base has one"
+        raise UserError(f"{key}.method", what, "Set it to none")
 
 
 def _check_data(key: str, data: DataConfig) -> None:

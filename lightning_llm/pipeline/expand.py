@@ -24,7 +24,7 @@ from lightning_llm.data.embedded.options import fewest_questions
 from lightning_llm.data.places import is_of_stage, is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
-from lightning_llm.optimization.config import LearningRateConfig
+from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.pipeline.order import order_of_stages
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
@@ -172,6 +172,11 @@ class _Expansion:
             score = ScoreSettings(contexts[-1], ["train", "validation"], recipe.compute.precision, stage.data.on_long)
             yield Node(f"{name}.reference", "score", score, {"model": source["starts_from"], "data": f"{name}.prepare"})
             inputs["reference"] = f"{name}.reference"
+        if stage.optimizer.online_merging.is_on:
+            assert stage.starts_from is not None, "checked"
+            merging = stage.optimizer.online_merging
+            inputs["merging_base"] = self._source(merging.base or "")
+            inputs["merging_reference"] = self._source(merging.reference or stage.starts_from)
         yield Node(name, "train", train, source | inputs, stage.evaluate_every)
         if stage.evaluate and not speaks:
             precision = recipe.compute.precision
@@ -283,7 +288,7 @@ class _Expansion:
         return TrainSettings(
             model=replace(self.models[name], published={}, tokenizer="train"),
             objective=stage.objective,
-            optimizer=stage.optimizer,
+            optimizer=_without_edges(stage.optimizer),
             data=replace(stage.data, tokens_per_example=None),
             lr=resolve_learning_rate(stage.lr, tokens, batch),
             tokens=max(tokens, 1),
@@ -302,6 +307,11 @@ def resolve_learning_rate(lr: LearningRateConfig, tokens: int, batch: Ramp) -> L
         lr = replace(lr, warmup_steps=None, warmup_tokens=tokens_of_steps(lr.warmup_steps, batch))
     warmup = round(warmup_tokens(lr, tokens))
     return replace(lr, final=final_learning_rate(lr), warmup_tokens=float(min(warmup, tokens)), warmup_share=None)
+
+
+def _without_edges(optimizer: OptimizerConfig) -> OptimizerConfig:
+    """What decides a step; which models it is merged with is told by the inputs."""
+    return replace(optimizer, online_merging=replace(optimizer.online_merging, base=None, reference=None))
 
 
 def _called(models: Sequence[str]) -> list[str]:

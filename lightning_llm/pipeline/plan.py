@@ -265,6 +265,7 @@ def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
         "memory_gib": (
             BYTES_PER_TRAINED_PARAMETER * counts["total"]
             + settings.optimizer.state_bytes(counts["total"], counts["matrices"])
+            + settings.optimizer.online_merging.bytes_of_state * counts["total"]
             + _activation_bytes(recipe, settings)
         )
         / GIB,

@@ -14,6 +14,8 @@ from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import came_later, option, refuse_below
 
+MODELS = ("train", "merge")  # kinds of stages that leave a model
+MERGING = "optimizer.online_merging."  # in front of `base` and `reference`
 INSERTED = ("prepare", "reference", "teacher", "evaluate", "tokenizer", "evaluation")  # nodes beside a stage's own
 
 
@@ -41,7 +43,7 @@ class StageConfig:
         for setting in ("starts_from", "models", "judged_by"):
             named = getattr(self, setting, None) or []
             names = [named] if isinstance(named, str) else named
-            found += [Edge(setting, name, ("train",), may_leave=True) for name in names]
+            found += [Edge(setting, name, MODELS, may_leave=True) for name in names]
         data = getattr(self, "data", None)
         if isinstance(data, list):
             found += [Edge("data", name, self.reads) for name in data]
@@ -70,6 +72,11 @@ class StageConfig:
                 if source:
                     sources[name] = replace(sources[name], path=STAGE + source)
                 changes["data"] = replace(data, sources=sources)
+            elif edge.setting.startswith(MERGING):
+                optimizer: OptimizerConfig = changes.get("optimizer", self.optimizer)  # pyright: ignore[reportAttributeAccessIssue]
+                role = edge.setting.removeprefix(MERGING)
+                merging = replace(optimizer.online_merging, **{role: source})
+                changes["optimizer"] = replace(optimizer, online_merging=merging)
             elif isinstance(getattr(self, edge.setting), list):
                 changes.setdefault(edge.setting, [])
                 changes[edge.setting] += [source] if source is not None else []
@@ -114,6 +121,13 @@ class TrainStage(StageConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: bool = True
+
+    def edges(self) -> list[Edge]:
+        """Also the models whose difference each step is merged with."""
+        merging = self.optimizer.online_merging
+        found = {"base": merging.base, "reference": merging.reference} if merging.is_on else {}
+        named = {role: model for role, model in found.items() if model is not None}
+        return super().edges() + [Edge(MERGING + role, model, MODELS, may_leave=True) for role, model in named.items()]
 
 
 @option("stage", "generate")

@@ -16,6 +16,7 @@ from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.reward import RewardModel
 from lightning_llm.models.size import training_flops
 from lightning_llm.objectives.base import Objective
+from lightning_llm.optimization.online_merging import OnlineMerging
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainSettings
 from lightning_llm.stages.context import (
@@ -161,7 +162,32 @@ def build_objective(context: StageContext, model: Transformer, tokenizer: Tokeni
     if config.needs_reference and "reference" not in context.inputs:
         parts["reference"] = copy.deepcopy(model)  # the policy before its first step, asked in each
     objective: Objective = config.build(model, **parts)
+    if settings.optimizer.online_merging.is_on:
+        objective.online_merging = build_online_merging(context, model)
     return objective.optimised_by(settings.optimizer, settings.lr, settings.tokens)
+
+
+def build_online_merging(context: StageContext, model: Transformer) -> OnlineMerging:
+    """Around the optimizer: the task vector from the base's directory to the reference's, as parameters of `model`.
+
+    Raises:
+        UserError: one of the two is another architecture than the trained model.
+    """
+    settings: TrainSettings = context.settings
+    base, reference = (
+        Transformer.from_pretrained(model_directory(context.inputs[f"merging_{role}"])).state_dict()
+        for role in ("base", "reference")
+    )
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    for role, state in (("base", base), ("reference", reference)):
+        if {name: tensor.shape for name, tensor in state.items()} != shapes:
+            raise UserError(
+                f"optimizer.online_merging.{role}",
+                f"{context.inputs[f'merging_{role}']} is a model of another shape than the trained one",
+                "Name one of the same family and size",
+            )
+    taus = {name: tensor.sub_(base.pop(name)) for name, tensor in reference.items()}
+    return OnlineMerging(settings.optimizer, taus, settings.seed)
 
 
 def validation_tokens(settings: TrainSettings) -> int:

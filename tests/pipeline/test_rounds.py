@@ -111,7 +111,7 @@ MISTAKES = {
     "stages.last.starts_from=post.sample": [
         "stages.last.starts_from",
         "is a stage of kind generate",
-        "train is wanted",
+        "train or merge is wanted",
     ],
     "stages.last.data.sources.best.path=stage:bets": ["stages.last.data.sources.best.path: bets is no stage", "best"],
     "stages.post.stages.sample.models=[previous_round.rs,rs]": ["goes round in a circle"],
