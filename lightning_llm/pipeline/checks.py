@@ -17,7 +17,7 @@ from lightning_llm.evaluation.config import RULES
 from lightning_llm.models.config import check_scaling
 from lightning_llm.pipeline.mappings import PHASES
 from lightning_llm.pipeline.names import name_nearest, unknown_entry
-from lightning_llm.pipeline.order import order_of_stages
+from lightning_llm.pipeline.order import order_of_stages, trained_behind
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
@@ -25,6 +25,7 @@ from lightning_llm.stages.config import (
     ComputeConfig,
     GenerateStage,
     JudgeStage,
+    MergeStage,
     RoundsStage,
     SelectStage,
     StageConfig,
@@ -125,6 +126,8 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         _names_stages(key, stage.data)
     elif isinstance(stage, SelectStage):
         _check_selection(key, stage)
+    elif isinstance(stage, MergeStage):
+        _check_merging(key, stage)
 
 
 def _check_generation(key: str, stage: GenerateStage) -> None:
@@ -154,15 +157,39 @@ def _check_selection(key: str, stage: SelectStage) -> None:
         raise UserError(f"{key}.per_prompt", "is above 1, and a prompt makes one pair", "Take it away")
 
 
+def _check_merging(key: str, stage: MergeStage) -> None:
+    _one_of(f"{key}.kind", stage.kind, ("merge",))
+    if not stage.models:
+        raise UserError(f"{key}.models", "names nobody", "Name stages, as [sft, dpo]")
+    if len(set(stage.models)) < len(stage.models):
+        raise UserError(f"{key}.models", "names one twice", "Take one away")
+    if stage.starts_from in stage.models:
+        what = "is one of the models: it has learnt nothing since itself"
+        raise UserError(f"{key}.starts_from", what, "Name what all of them started from")
+    if stage.method.needs_start and stage.starts_from is None:
+        what = f"has no value, and {stage.method.name} merges what models have learnt since they began as one"
+        raise UserError(f"{key}.starts_from", what, "Name what all of them started from")
+    try:
+        stage.method.refuse(len(stage.models))
+    except ValueError as error:
+        raise UserError(f"{key}.models", str(error), f"Choose another method: merge@{key}.method=...") from error
+
+
 def _check_heads(recipe: Recipe) -> None:
-    """Refuse to sample from a reward model, to judge by a model that speaks, and to begin with the wrong one."""
-    scores = {name: stage.objective.is_scored for name, stage in recipe.stages.items() if isinstance(stage, TrainStage)}
+    """Refuse to sample from a reward model, to judge by one that speaks, to begin with or to merge the wrong one."""
+    trained = {name: stage for name, stage in recipe.stages.items() if isinstance(stage, TrainStage)}
+    behind = {name: trained_behind(name, recipe.stages) for name in recipe.stages}
+    scores = {name: trained[other].objective.is_scored for name, other in behind.items() if other is not None}
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, MergeStage) and stage.method.needs_scores:
+            scores[name] = True
     for name, stage in recipe.stages.items():
         for edge in stage.edges():
             if edge.source not in scores:
                 continue
-            wanted = edge.setting == "judged_by"
-            may = edge.setting == "starts_from" and scores.get(name)  # a reward model begins as either
+            wanted = edge.setting == "judged_by" or (isinstance(stage, MergeStage) and scores.get(name, False))
+            # a reward model begins as either, but what is merged has one head
+            may = edge.setting == "starts_from" and scores.get(name) and isinstance(stage, TrainStage)
             if scores[edge.source] != wanted and not may:
                 kind = "a reward model" if scores[edge.source] else "a model that speaks"
                 known = [other for other, is_scored in scores.items() if is_scored == wanted and other != name]

@@ -39,7 +39,7 @@ from lightning_llm.settings import OPTIONS, UserError
 PACKAGE = Path(__file__).parents[1]
 CONF = next(p for p in (PACKAGE.parent / "conf", PACKAGE / "conf") if (p / "base.yaml").is_file())  # checkout, wheel
 # packages with a config.py
-SETTINGS = "models data optimization objectives evaluation training stages pipeline".split()
+SETTINGS = "merging models data optimization objectives evaluation training stages pipeline".split()
 
 # By these figures of all stages a scale maps each of them, so it has to know the recipe's own where the user's stand.
 RELATED = re.compile(r"stages\.(?:\w+\.stages\.)?\w+\.(tokens|steps|context|batch_tokens|lr\.peak)(\.|$)")

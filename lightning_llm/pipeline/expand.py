@@ -25,7 +25,7 @@ from lightning_llm.data.places import is_of_stage, is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
-from lightning_llm.pipeline.order import order_of_stages
+from lightning_llm.pipeline.order import order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
 from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, warmup_tokens
@@ -38,6 +38,8 @@ from lightning_llm.stages.config import (
     GenerateStage,
     JudgeSettings,
     JudgeStage,
+    MergeSettings,
+    MergeStage,
     PrepareSettings,
     ScoreSettings,
     SelectSettings,
@@ -57,7 +59,7 @@ class Node:
     """One stage as it will run."""
 
     name: str
-    kind: str  # the verb's file: prepare | score | train | evaluate | generate
+    kind: str  # the verb's file: prepare | score | train | merge | evaluate | generate | judge | select
     settings: Any  # one of stages/config.py
     inputs: dict[str, str] = field(default_factory=dict)  # role -> name of a node, or the path of a model of elsewhere
     evaluate_every: float | None = None  # tokens; not part of the settings, since it decides nothing
@@ -107,8 +109,11 @@ class _Expansion:
     def _nodes_of(self, name: str, stage: StageConfig) -> Iterator[Node]:
         recipe = self.recipe
         if isinstance(stage, TrainStage):
-            self.models[name] = self._model(stage)
+            self.models[name] = recipe.model if stage.starts_from is None else self._shape(stage.starts_from)
             yield from self._training(name, stage)
+        elif isinstance(stage, MergeStage):
+            self.models[name] = self._shape(stage.models[0])
+            yield from self._merging(name, stage)
         elif isinstance(stage, GenerateStage):
             yield from self._generation(name, stage)
         elif isinstance(stage, JudgeStage):
@@ -179,27 +184,77 @@ class _Expansion:
             inputs["merging_reference"] = self._source(merging.reference or stage.starts_from)
         yield Node(name, "train", train, source | inputs, stage.evaluate_every)
         if stage.evaluate and not speaks:
-            precision = recipe.compute.precision
-            rewards = EvaluateRewardsSettings(
-                recipe.evaluation.comparisons, contexts[-1], stage.data.on_long, precision
-            )
-            held_out = inputs | {"model": name}
-            yield Node(f"{name}.evaluate", "evaluate", rewards, held_out)
+            yield self._evaluation_of_rewards(name, name, inputs)
         elif evaluates:
-            settings = EvaluateSettings(
-                evaluation=_without_sources(recipe.evaluation),
-                context=int(as_ramp(self.first.context)[0]["value"]),
-                full_context=contexts[-1],
-                preference_mode="implicit_reward" if stage.objective.needs_reference else "likelihood",
-                precision=recipe.compute.precision,
-                seed=recipe.seed,
-            )
-            yield Node(
-                f"{name}.evaluate",
-                "evaluate",
-                settings,
-                {"model": name, "data": held_out, "tokenizer": tokenizer, **source},
-            )
+            reference = stage.objective.needs_reference
+            yield self._evaluation(name, contexts[-1], tokenizer, held_out, source, has_reference=reference)
+
+    def _merging(self, name: str, stage: MergeStage) -> Iterator[Node]:
+        models = {f"model.{number}": self._source(model) for number, model in enumerate(stage.models)}
+        source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
+        settings = MergeSettings(stage.method, self.recipe.seed if stage.method.draws else 0)
+        yield Node(name, "merge", settings, models | source)
+        trained = trained_behind(name, self.recipe.stages)
+        if not stage.evaluate:
+            return
+        tokenizer, held_out = self._shared(name)
+        if self._scores(name):
+            if trained is not None:  # what the first of them was trained on holds out rows; nobody else's data is known
+                data = {"data": f"{trained}.prepare", "tokenizer": tokenizer}
+                yield self._evaluation_of_rewards(name, trained, data)
+        elif any(part.sources for part in _parts(self.recipe.evaluation).values()):
+            yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
+            yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
+            last = self.recipe.stages.get(trained or "")
+            reference = isinstance(last, TrainStage) and last.objective.needs_reference and bool(source)
+            context = self._last_context(name, trained)
+            yield self._evaluation(name, context, tokenizer, held_out, source, has_reference=reference)
+
+    def _last_context(self, model: str, trained: str | None) -> int:
+        """Of the training behind a model; of one of elsewhere what it can read, up to the scale's context."""
+        stage = self.recipe.stages.get(trained or "")
+        if isinstance(stage, TrainStage):
+            return max(int(entry["value"]) for entry in _whole(as_ramp(stage.context)))
+        longest = self.models[model].max_position_embeddings
+        return min(longest, self.recipe.scale.context or longest)
+
+    def _evaluation(
+        self,
+        name: str,
+        context: int,
+        tokenizer: str,
+        held_out: str,
+        source: dict[str, str],
+        *,
+        has_reference: bool,
+    ) -> Node:
+        """Of a model that speaks, against what it started from.
+
+        Args:
+            context: the longest of its training.
+            has_reference: preferences are measured by implicit rewards.
+        """
+        recipe = self.recipe
+        settings = EvaluateSettings(
+            evaluation=_without_sources(recipe.evaluation),
+            context=int(as_ramp(self.first.context)[0]["value"]) if self.first else context,
+            full_context=context,
+            preference_mode="implicit_reward" if has_reference else "likelihood",
+            precision=recipe.compute.precision,
+            seed=recipe.seed,
+        )
+        inputs = {"model": name, "data": held_out, "tokenizer": tokenizer, **source}
+        return Node(f"{name}.evaluate", "evaluate", settings, inputs)
+
+    def _evaluation_of_rewards(self, name: str, trained: str, inputs: dict[str, str]) -> Node:
+        """Of a reward model, on what the data of a training stage holds out."""
+        stage = self.recipe.stages[trained]
+        assert isinstance(stage, TrainStage)
+        context = max(int(entry["value"]) for entry in _whole(as_ramp(stage.context)))
+        settings = EvaluateRewardsSettings(
+            self.recipe.evaluation.comparisons, context, stage.data.on_long, self.recipe.compute.precision
+        )
+        return Node(f"{name}.evaluate", "evaluate", settings, inputs | {"model": name})
 
     def _shared(self, model: str, user: str = "") -> tuple[str, str]:
         """Names of the tokenizer and of the held-out data that go with a model."""
@@ -215,20 +270,29 @@ class _Expansion:
         stage = self.recipe.stages.get(model)
         if stage is None:
             return user, model
+        if isinstance(stage, MergeStage):
+            return self._root(stage.models[0], model)
         assert isinstance(stage, TrainStage), "checked by order_of_stages"
         return self._root(stage.starts_from, model) if stage.starts_from is not None else (model, None)
 
     def _source(self, starts_from: str) -> str:
         return starts_from if starts_from in self.recipe.stages else str(Path(starts_from).expanduser().resolve())
 
-    def _model(self, stage: TrainStage) -> ModelConfig:
-        if stage.starts_from in self.models:
-            return self.models[stage.starts_from]
-        if stage.starts_from is None:
-            return self.recipe.model
+    def _shape(self, model: str) -> ModelConfig:
+        if model in self.models:
+            return self.models[model]
         from lightning_llm.models.families import read_config  # knows torch: only models of elsewhere cost it
 
-        return read_config(model_directory(Path(self._source(stage.starts_from))))
+        return read_config(model_directory(Path(self._source(model))))
+
+    def _scores(self, model: str) -> bool:
+        """Whether it is a reward model."""
+        if (trained := trained_behind(model, self.recipe.stages)) is not None:
+            return self.recipe.stages[trained].objective.is_scored  # pyright: ignore[reportAttributeAccessIssue]
+        from lightning_llm.models.families import CLASSIFIER, read_head
+
+        outside = self._root(model)[1] if model in self.recipe.stages else model
+        return read_head(model_directory(Path(self._source(outside or "")))) == CLASSIFIER
 
     def _tokenizer(self, outside: str | None) -> TokenizerSettings:
         recipe = self.recipe
@@ -297,7 +361,7 @@ class _Expansion:
             rope_theta=stage.rope_theta,
             rope_scaling=stage.rope_scaling,
             precision=self.recipe.compute.precision,
-            seed=self.recipe.seed,
+            seed=self.recipe.seed + stage.seed_offset,
         )
 
 

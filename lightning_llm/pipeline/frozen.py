@@ -8,6 +8,7 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.size import ScoreHead, forward_flops_per_token, parameter_counts
 from lightning_llm.objectives.config import ObjectiveConfig, RewardModelConfig
 from lightning_llm.pipeline.expand import Node
+from lightning_llm.pipeline.order import trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.stages.config import (
     EvaluateRewardsSettings,
@@ -15,10 +16,12 @@ from lightning_llm.stages.config import (
     GenerateSettings,
     GenerateStage,
     JudgeStage,
+    MergeStage,
     TrainSettings,
 )
 
 GIB = 2**30
+DISK_BYTES_PER_SECOND = 5e8  # read or written
 BYTES_PER_SAMPLED_TOKEN = 24  # its text, its id and its log-probability as JSON
 
 
@@ -46,10 +49,13 @@ def evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig])
     }
 
 
-def evaluate_rewards_figures(node: Node, nodes: dict[str, Node], tokens_per_example: float | None) -> dict[str, Any]:
-    """As many held-out comparisons as are asked for, once through the reward model."""
+def evaluate_rewards_figures(node: Node, trained: TrainSettings, tokens_per_example: float | None) -> dict[str, Any]:
+    """As many held-out comparisons as are asked for, once through the reward model.
+
+    Args:
+        trained: what it was trained by, or the first of those that were merged.
+    """
     settings: EvaluateRewardsSettings = node.settings
-    trained: TrainSettings = nodes[node.inputs["model"]].settings
     head, length = head_of(trained.objective), round(tokens_per_example or settings.context)
     tokens = settings.comparisons * length
     return {
@@ -90,6 +96,24 @@ def generate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig])
         **held,
         "memory_gib": held["memory_gib"] + 4 * cache * max(recipe.compute.micro_batch_tokens, length) / GIB,
         "disk_gib": BYTES_PER_SAMPLED_TOKEN * responses * len(members) / GIB,
+    }
+
+
+def merge_figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[str, ModelConfig]) -> dict[str, Any]:
+    """Every model read, some more than once, and one written; a tensor of each in memory."""
+    stage = recipe.stages[node.name]
+    assert isinstance(stage, MergeStage)
+    shape, behind = models[node.name], trained_behind(node.name, recipe.stages)
+    head = head_of(nodes[behind].settings.objective) if behind is not None else None
+    held, total = held_frozen(shape, head=head), parameter_counts(shape, head)["total"]
+    read = len(node.inputs) * (1 + stage.method.passes)
+    largest = max(shape.vocab_size, shape.intermediate_size) * shape.hidden_size
+    return {
+        "starts_from": ", ".join(stage.models),
+        **held,
+        "memory_gib": 4 * largest * (len(node.inputs) + 2) / GIB,
+        "disk_gib": 4 * total / GIB,
+        "seconds": 4 * total * (read + 1) / DISK_BYTES_PER_SECOND,
     }
 
 

@@ -14,9 +14,19 @@ from lightning_llm.stages.context import model_directory
 FROZEN = ("score", "evaluate", "generate")  # verbs that compute with models and train none
 
 
-def trained_models(nodes: Iterable[Node]) -> dict[str, ModelConfig]:
-    """What the stages that train leave, by their names."""
-    return {node.name: node.settings.model for node in nodes if node.kind == "train"}
+def made_models(nodes: Iterable[Node]) -> dict[str, ModelConfig]:
+    """What the stages that train or merge leave, by their names.
+
+    Args:
+        nodes: each after its inputs.
+    """
+    made: dict[str, ModelConfig] = {}
+    for node in nodes:
+        if node.kind == "train":
+            made[node.name] = node.settings.model
+        elif node.kind == "merge":
+            made[node.name] = _shape(node.inputs["model.0"], made)
+    return made
 
 
 def attention_lines(compute: ComputeConfig, nodes: Sequence[Node], trained: Mapping[str, ModelConfig]) -> list[str]:
@@ -24,7 +34,7 @@ def attention_lines(compute: ComputeConfig, nodes: Sequence[Node], trained: Mapp
 
     Args:
         nodes: that are to be made.
-        trained: `trained_models` of all nodes of the plan; other models are read where they lie.
+        trained: `made_models` of all nodes of the plan; other models are read where they lie.
 
     Raises:
         UserError: `compute.attention` cannot do what a model asks, or is installed and broken.

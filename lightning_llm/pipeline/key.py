@@ -28,6 +28,7 @@ CONTRACTS = {
     "train": 1,
     "evaluate": 3,
     "generate": 1,
+    "merge": 1,
     "judge": 1,
     "select": 1,
 }  # raised when a verb makes other artifacts of the same settings

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import Edge, StageConfig
+from lightning_llm.stages.config import Edge, MergeStage, StageConfig, TrainStage
 
 
 def order_of_stages(stages: Mapping[str, StageConfig]) -> list[str]:
@@ -35,6 +35,14 @@ def ancestors(name: str, stages: Mapping[str, StageConfig]) -> set[str]:
             seen.add(at)
             waiting += [edge.source for edge in stages[at].edges()]
     return seen
+
+
+def trained_behind(name: str, stages: Mapping[str, StageConfig]) -> str | None:
+    """The stage that has trained a model: itself, or of what is merged the first. None: a model of elsewhere."""
+    stage = stages.get(name)
+    if isinstance(stage, MergeStage) and stage.models:
+        return trained_behind(stage.models[0], stages)
+    return name if isinstance(stage, TrainStage) else None
 
 
 def _append(name: str, stages: Mapping[str, StageConfig], order: list[str], chain: list[str]) -> None:

@@ -27,10 +27,11 @@ from lightning_llm.pipeline.frozen import (
     head_of,
     held_frozen,
     judge_figures,
+    merge_figures,
 )
-from lightning_llm.pipeline.kernels import refused_attention, trained_models
+from lightning_llm.pipeline.kernels import made_models, refused_attention
 from lightning_llm.pipeline.names import name_nearest
-from lightning_llm.pipeline.order import ancestors
+from lightning_llm.pipeline.order import ancestors, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
@@ -91,7 +92,7 @@ class Plan:
         kept = [node for node in self.nodes if node.stage in wanted]
         needed = {source for node in kept for source in node.inputs.values()}
         nodes = [node for node in self.nodes if node in kept or (node.stage in SHARED and node.name in needed)]
-        return Plan(self.recipe, tuple(nodes), _notes(self.recipe, nodes, trained_models(self.nodes)))
+        return Plan(self.recipe, tuple(nodes), _notes(self.recipe, nodes, made_models(self.nodes)))
 
     def checked_stage(self, selector: str, name: str) -> str:
         """`name`, if it is a stage."""
@@ -149,7 +150,7 @@ def plan(recipe: Recipe) -> Plan:
     recipe = scaled(recipe)
     check_family(recipe.model)
     nodes = {node.name: node for node in expand(recipe)}
-    models = trained_models(nodes.values())
+    models = made_models(nodes.values())
     planned: list[Node] = []
     for node in nodes.values():
         figures = _figures(recipe, node, nodes, models)
@@ -210,10 +211,15 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         found = generate_figures(recipe, node, models)
     elif node.kind == "judge":
         found = judge_figures(recipe, node, nodes, models)
+    elif node.kind == "merge":
+        found = merge_figures(recipe, node, nodes, models)
     elif node.kind == "select":
         found = {"starts_from": ", ".join(recipe.stages[node.name].data)}  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(node.settings, EvaluateRewardsSettings):
-        found = evaluate_rewards_figures(node, nodes, _trained(recipe, node.stage).data.tokens_per_example)
+        behind = trained_behind(node.stage, recipe.stages)
+        assert behind is not None, "otherwise nobody knows its data"
+        example = _trained(recipe, behind).data.tokens_per_example
+        found = evaluate_rewards_figures(node, nodes[behind].settings, example)
     elif node.kind == "evaluate":
         found = evaluate_figures(recipe, node, models)
     elif isinstance(node.settings, PrepareSettings):

@@ -31,7 +31,7 @@ from typing import Any
 from lightning_llm import __version__
 from lightning_llm.pipeline.examples import planned_rows
 from lightning_llm.pipeline.expand import Node
-from lightning_llm.pipeline.kernels import attention_lines, trained_models
+from lightning_llm.pipeline.kernels import attention_lines, made_models
 from lightning_llm.pipeline.key import canonical, node_keys, outside_key
 from lightning_llm.pipeline.plan import Plan, duration, plan
 from lightning_llm.pipeline.recipe import Recipe
@@ -181,7 +181,7 @@ def check_run(
     refuse_absent(whole.recipe.logger.values())
     _refuse_absent_device(whole.recipe, to_make)
     _refuse_damaged(whole, to_make)
-    attention = attention_lines(whole.recipe.compute, to_make, trained_models(whole.nodes))
+    attention = attention_lines(whole.recipe.compute, to_make, made_models(whole.nodes))
     return CheckedRun(whole, chosen, keys, there, attention)
 
 
@@ -236,9 +236,13 @@ def _refuse_damaged(whole: Plan, nodes: Sequence[Node]) -> None:
     outside = {source: None for node in nodes for source in node.inputs.values() if source not in own}
     if outside:
         from lightning_llm.models import Transformer
+        from lightning_llm.models.families import CLASSIFIER, read_head
+        from lightning_llm.models.reward import RewardModel
 
         for source in outside:
-            Transformer.check_pretrained(model_directory(Path(source)))
+            directory = model_directory(Path(source))
+            kind = RewardModel if read_head(directory) == CLASSIFIER else Transformer
+            kind.check_pretrained(directory)
 
 
 # ---- one node ----

@@ -15,7 +15,7 @@ HEADS = ["the chosen one is better", "pairs", "right", "predicted", "calibration
 def calibrations(run: Run) -> list[tuple[Node, list[dict[str, Any]]]]:
     """The reward models of a run that were evaluated, each with the entries of its calibration.json."""
     found = []
-    for stage in run.trained:
+    for stage in run.models:
         node = run.evaluation(stage)
         entries = node.files.get("calibration.json") if node else None
         if isinstance(entries, list) and entries:

@@ -86,7 +86,7 @@ def metric_lines(runs: Sequence[Run], prefixes: Sequence[str], title: str) -> Fi
     for index, run in enumerate(runs):
         names = _metric_names([run], prefixes)
         for number, name in enumerate(names):
-            points = [(stage.name, run.results(stage).get(name)) for stage in run.trained]
+            points = [(stage.name, run.results(stage).get(name)) for stage in run.models]
             points = [(stage, value) for stage, value in points if is_number(value)]
             colour = COLOURS[(index if len(runs) > 1 else number) % len(COLOURS)]
             traces.append(
@@ -206,14 +206,14 @@ def metric_names(runs: Sequence[Run]) -> list[str]:
 def _metric_names(runs: Iterable[Run], prefixes: Sequence[str]) -> list[str]:
     names: dict[str, None] = {}
     for run in runs:
-        for stage in run.trained:
+        for stage in run.evaluated:
             found = [name for name, value in run.results(stage).items() if is_number(value)]
             names |= dict.fromkeys(name for name in found if name.startswith(tuple(prefixes)))
     return [name for name in names if not (name.endswith(("_low", "_high")) and name.rpartition("_")[0] in names)]
 
 
 def _stage_names(runs: Sequence[Run]) -> list[str]:
-    return list(dict.fromkeys(stage.name for run in runs for stage in run.trained))
+    return list(dict.fromkeys(stage.name for run in runs for stage in run.models))
 
 
 def offsets(run: Run) -> dict[str, float]:

@@ -14,6 +14,7 @@ LABELS = {
     "prepare": "data",
     "score": "scores",
     "train": "training",
+    "merge": "merging",
     "evaluate": "evaluation",
     "generate": "sampling",
     "judge": "judging",
@@ -86,9 +87,9 @@ def visible_edges(nodes: list[Node]) -> list[tuple[str, str]]:
 
 
 def _models(node: Node) -> set[str]:
-    """The models that a stage starts from, or samples."""
-    wanted = {"train": "starts_from", "generate": "model"}.get(node.kind)
-    return {source for role, source in node.inputs.items() if role.partition(".")[0] == wanted}
+    """The models that a stage starts from, samples or merges."""
+    wanted = {"train": ["starts_from"], "generate": ["model"], "merge": ["starts_from", "model"]}.get(node.kind, [])
+    return {source for role, source in node.inputs.items() if role.partition(".")[0] in wanted}
 
 
 def lay_out(nodes: list[Node]) -> dict[str, Place]:

@@ -44,7 +44,7 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
         ]
         yield from _table(["stage", "kind", "tokens", "steps", "time", "key", "state"], rows)
         names = charts.metric_names([run])
-        shown = [stage for stage in run.trained if run.results(stage)]
+        shown = run.evaluated
         if names:
             yield f"\n## Evaluation{which}\n"
             table = [[name, *(sections.metric_value(run.results(stage), name) for stage in shown)] for name in names]
@@ -87,7 +87,7 @@ def _overview(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def _samples(run: Run, which: str) -> Iterator[str]:
-    for stage in run.trained:
+    for stage in run.models:
         node = run.evaluation(stage)
         found = node.files.get("samples.json") if node else None
         if isinstance(found, list) and found:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.settings import UserError
+from lightning_llm.stages.config import MODELS
 
 CURVES = "metrics.jsonl"  # a training stage's figures over its tokens
 
@@ -109,6 +110,16 @@ class Run:
     def trained(self) -> list[Node]:
         """Training stages, made or not."""
         return [node for node in self.nodes if node.kind == "train"]
+
+    @property
+    def models(self) -> list[Node]:
+        """Stages that leave a model, made or not."""
+        return [node for node in self.nodes if node.kind in MODELS]
+
+    @property
+    def evaluated(self) -> list[Node]:
+        """Those whose model was measured."""
+        return [node for node in self.models if self.results(node)]
 
     @property
     def missing(self) -> list[Node]:

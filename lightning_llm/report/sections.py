@@ -209,13 +209,13 @@ def samples(runs: Sequence[Run]) -> Section | None:
     """What each model answered to the same questions."""
     parts = []
     for run in runs:
-        for stage in run.trained:
+        for stage in run.models:
             node = run.evaluation(stage)
             found = node.files.get("samples.json") if node else None
             if not isinstance(found, list) or not found:
                 continue
             name = stage.name if len(runs) == 1 else f"{run.name}: {stage.name}"
-            is_open = " open" if len(runs) == 1 and stage is run.trained[-1] else ""
+            is_open = " open" if len(runs) == 1 and stage is run.models[-1] else ""
             cards = "".join(_sample(sample) for sample in found if isinstance(sample, dict))
             parts.append(
                 f'<details{is_open}><summary>{escape(name)}</summary><div class="samples">{cards}</div></details>'
@@ -406,7 +406,7 @@ def _ledger(run: Run) -> str:
 
 
 def _metric_table(run: Run, names: Sequence[str]) -> str:
-    shown = [stage for stage in run.trained if run.results(stage)]
+    shown = run.evaluated
     heads = "".join(f"<th>{escape(stage.name)}</th>" for stage in shown)
     rows = []
     for name in names:
@@ -419,7 +419,7 @@ def _metric_table(run: Run, names: Sequence[str]) -> str:
 
 def _final_metrics(runs: Sequence[Run], names: Sequence[str]) -> str:
     """The last evaluation of each run, side by side."""
-    last = [next((stage for stage in reversed(run.trained) if run.results(stage)), None) for run in runs]
+    last = [run.evaluated[-1] if run.evaluated else None for run in runs]
     heads = "".join(
         f"<th>{_run_mark(runs, run)}<br>{escape(stage.name if stage else NOTHING)}</th>"
         for run, stage in zip(runs, last, strict=True)

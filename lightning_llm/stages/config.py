@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from lightning_llm.data.config import STAGE, DataConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig, JudgeConfig
 from lightning_llm.generation.config import SamplingConfig
+from lightning_llm.merging.config import MergeConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
@@ -121,6 +122,7 @@ class TrainStage(StageConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: bool = True
+    seed_offset: int = 0  # added to the recipe's seed: runs that differ in the order of their data (WARM, WARP)
 
     def edges(self) -> list[Edge]:
         """Also the models whose difference each step is merged with."""
@@ -128,6 +130,18 @@ class TrainStage(StageConfig):
         found = {"base": merging.base, "reference": merging.reference} if merging.is_on else {}
         named = {role: model for role, model in found.items() if model is not None}
         return super().edges() + [Edge(MERGING + role, model, MODELS, may_leave=True) for role, model in named.items()]
+
+
+@option("stage", "merge")
+@dataclass
+class MergeStage(StageConfig):
+    """One model of several. Llama 3: after every step of post-training (4.1.5); Gemma 2: after each phase."""
+
+    kind: str = "merge"
+    models: list[str] = field(default_factory=list)  # stages, artifacts or Hugging Face directories
+    starts_from: str | None = None  # where they all began: what they have learnt since is merged, if the method asks
+    method: MergeConfig = field(default_factory=MergeConfig)
+    evaluate: bool = True
 
 
 @option("stage", "generate")
@@ -281,6 +295,14 @@ class GenerateSettings:
     sampling: SamplingConfig
     precision: str
     seed: int
+
+
+@dataclass
+class MergeSettings:
+    """kind merge: how; of what is told by the inputs `model.0` and so on, and `starts_from`."""
+
+    method: MergeConfig
+    seed: int  # 0 where nothing is drawn
 
 
 @dataclass

@@ -25,6 +25,7 @@ WITHIN = {
     "optimizer": "optimizer",
     "schedule": "lr",
     "judge": "judge",
+    "merge": "method",
 }  # group -> key of a stage
 PLACES = {
     "qwen2_sft": "sft",
@@ -39,12 +40,14 @@ PLACES = {
     "ipo": "dpo",
     "reward_model": "reward",
 }  # option -> the stage that it suits
+MERGED = {"warm": "[reward,more]", "liti": "[dpo]"}  # way to merge -> models; the others take any two
 
 ON_SAMPLES = {"mdpo", "rloo", "ppo", "grpo", "dapo"}  # objectives of stages that sample while they train
 AFTERWARDS = {  # stages that do not train: (edge, where to, its role)
     "sample": ("models", "dpo", "model.0"),
     "score": ("data", "sample", "samples.0"),
     "select": ("data", "score", "verdicts.0"),
+    "merge": ("models", "dpo", "model.0"),
 }
 
 composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, overrides))
@@ -82,11 +85,16 @@ def test_options_of_a_recipe_compose(place):
 @pytest.mark.parametrize("place", range(max(len(options(group)) for group in WITHIN)))
 def test_options_of_a_stage_compose(place):
     chosen = {group: options(group)[place % len(options(group))] for group in WITHIN}
-    stages = {group: "score" if group == "judge" else PLACES.get(name, "pretrain") for group, name in chosen.items()}
+    stages = {group: PLACES.get(name, "pretrain") for group, name in chosen.items()}
+    stages |= {"judge": "score", "merge": "merged"}
     words = [f"{group}@stages.{stages[group]}.{WITHIN[group]}={name}" for group, name in chosen.items()]
     added = ["+stage@stages.sample=sample", "stages.sample.models=[dpo]", "+stage@stages.reward=reward_model"]
     added += ["stages.reward.starts_from=sft", "stages.reward.lr.peak=1e-5", "stages.reward.tokens=1e8"]
     added += ["stages.reward.batch_tokens=1e5", "+stage@stages.score=score", "stages.score.data=[sample]"]
+    added += ["+stage@stages.more=reward_model", "stages.more.starts_from=reward", "stages.more.lr.peak=1e-5"]
+    added += ["stages.more.tokens=1e8", "stages.more.batch_tokens=1e5", "+stage@stages.merged=merge"]
+    added += [f"stages.merged.models={MERGED.get(chosen['merge'], '[sft,dpo]')}"]
+    added += [] if chosen["merge"] == "warm" else ["stages.merged.starts_from=pretrain"]
     judged_by = ["stages.score.judged_by=[reward]"] if chosen["judge"] == "reward_model" else []
     recipe = compose("qwen2", "paper", [*added, *judged_by, *words])
     for group, name in chosen.items():
@@ -105,6 +113,7 @@ def test_stages_can_be_added():
         words += [f"stages.{name}.context=4096", f"stages.{name}.batch_tokens=1e6", f"stages.{name}.tokens=1e6"]
     for option, (setting, value, _) in AFTERWARDS.items():
         words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}=[{value}]"]
+    words += ["merge@stages.merge.method=liti", "stages.merge.starts_from=sft"]
     words.append("stages.more_selected.data.sources.best.path=stage:select")
     nodes = {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
     for option in training:
