@@ -60,14 +60,18 @@ class Cache:
         self.lengths.pop()
 
     def mask(self, slots: int, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of a step's queries, [B, 1, 1, filled slots]: -inf where a shorter row has
-        nothing yet; None where all rows are filled alike."""
-        filled = min(max(self.lengths) + 1, slots)
-        if min(self.lengths) + 1 >= filled:
-            return None
-        newest = torch.tensor(self.lengths, device=self.device)[:, None]
-        empty = torch.arange(filled, device=self.device) > newest
-        return torch.zeros(empty.shape, dtype=dtype, device=self.device).masked_fill_(empty, -torch.inf)[:, None, None]
+        """`hide_empty` for a step's queries."""
+        return hide_empty([length + 1 for length in self.lengths], slots, dtype, self.device)
+
+
+def hide_empty(lengths: Sequence[int], slots: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """What is added to the scores of a query to each of so many texts, [B, 1, 1, filled slots]: -inf where a shorter
+    one has nothing; None where all are filled alike."""
+    filled = min(max(lengths), slots)
+    if min(lengths) >= filled:
+        return None
+    empty = torch.arange(filled, device=device) >= torch.tensor(lengths, device=device)[:, None]
+    return torch.zeros(empty.shape, dtype=dtype, device=device).masked_fill_(empty, -torch.inf)[:, None, None]
 
 
 def slots_of_layers(config: ModelConfig, positions: int) -> list[int]:
@@ -101,12 +105,22 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], 
         chosen = torch.cat(tokens).to(cache.device)
         places[slots] = chosen, torch.cat(rows).to(cache.device), batch.positions[chosen] % slots
 
+    last = batch.cu_seqlens[1:] - 1
+    firsts = torch.tensor([0, *copies[:-1]], device=cache.device).cumsum(0) + len(cache.lengths)
+
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens, rows, slots = places[cache.slots[layer]]
         cache.add(layer, k[tokens], v[tokens], rows, slots)
-        asked = cache.asked[layer]
+        asked, is_last = cache.asked[layer], layer == len(cache.slots) - 1
         if cache.dual_chunk is not None:
-            return cache.dual_chunk.attend(q, k, v, batch.lengths, asked.scale, asked.softcap)
+            attended = cache.dual_chunk.attend(q, k, v, batch.lengths, asked.scale, asked.softcap)
+            return attended[last] if is_last else attended
+        if is_last:  # one query of each prompt, to what it has just put into its first row
+            filled = min(max(batch.lengths), cache.slots[layer])
+            keys, values = (stored[layer][firsts, :, :filled] for stored in (cache.keys, cache.values))
+            mask = hide_empty(batch.lengths, cache.slots[layer], q.dtype, cache.device)
+            grouped = q[last].unflatten(1, (k.shape[1], -1))
+            return attend_step(grouped, keys, values, mask, asked.scale, asked.softcap).flatten(1, 2)
         return attention(
             q,
             k,
@@ -119,7 +133,7 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], 
         )
 
     positions = batch.positions if cache.dual_chunk is None else batch.positions % cache.dual_chunk.period
-    hidden = model.run(batch.input_ids, positions, attend)[batch.cu_seqlens[1:] - 1]
+    hidden = model.run(batch.input_ids, positions, attend, kept=last)
     cache.lengths += [length for length, count in zip(batch.lengths, copies, strict=True) for _ in range(count)]
     return hidden
 

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lightning_llm.generation.cache import Cache, decode, prefill
 from lightning_llm.generation.config import DualChunkConfig, Sampling
 from lightning_llm.generation.dual_chunk import DualChunk
+from lightning_llm.generation.packed import Packed
 from lightning_llm.generation.sampling import next_tokens, request_uniforms
 from lightning_llm.models.rope import inverse_frequencies
 from lightning_llm.models.transformer import Transformer
@@ -48,88 +50,110 @@ def generate(
     return [response.ids for response in found]
 
 
-@torch.inference_mode()
-def sample(
-    model: Transformer,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int | Sequence[int],
-    stop_ids: Collection[int],
-    samples: int = 1,
-    sampling: Sampling = GREEDY,
-    seed: int = 0,
-    batch_size: int = 64,
-    context: int | None = None,
-    dual_chunk: DualChunkConfig | None = None,
-    listen: Listener | None = None,
-) -> list[Sample]:
-    """So many responses to each prompt: all of the first prompt's, then the second's, and so on.
+def sample(model: Transformer, prompts: Sequence[Sequence[int]], **options: Any) -> list[Sample]:
+    """`Sampler.sample` with the weights as they are now."""
+    return Sampler(model).sample(prompts, **options)
 
-    They run in `batch_size` places. One that ends leaves its place at once, and when enough are free the next come in,
-    shortest prompts first (continuous batching; Yu et al. 2022, Orca).
 
-    Args:
-        prompts: token ids, at least one each.
-        max_new_tokens: a response is cut after so many; one number, or one for each response.
-        stop_ids: tokens that end a response.
-        samples: of each prompt, which is computed once for as many of them as there are places.
-        sampling: how tokens are drawn.
-        seed: of sampling. A response depends on the seed and its own number, not on what runs beside it.
-        batch_size: responses that run at once, at most.
-        context: prompt and response have so many tokens at most; None: any number.
-        dual_chunk: dual chunk attention in the place of the model's own.
-        listen: hears every token as soon as it is known.
+class Sampler:
+    """Samples from a model again and again, also while it is trained: `refresh` takes over the weights of now."""
 
-    Raises:
-        ValueError: an empty prompt, one that leaves no room in the context, or a number out of range.
-        UserError: dual chunk attention of a model with sliding windows.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is at least 1, is {batch_size}")
-    limits = response_limits(prompts, samples, max_new_tokens, context)
-    chunks = build_dual_chunk(model, dual_chunk)
-    responses = [Sample() for _ in limits]
-    draws = [request_uniforms(number, limit, seed) for number, limit in enumerate(limits)]
-    positions = max((len(prompts[number // samples]) + limit - 1 for number, limit in enumerate(limits)), default=0)
-    cache = Cache(model, min(batch_size, len(limits)), positions, chunks)
-    waiting = deque(in_groups(prompts, samples, cache.rows))
-    running: list[int] = []  # the responses in the cache's rows
-    tokens: list[int] = []  # the newest of each
-    said = said_already(model, []) if sampling.repetition_penalty != 1 else None
+    def __init__(self, model: Transformer):
+        self.model, self.packed = model, Packed(model)
 
-    def is_over(number: int, token: int, logp: float) -> bool:
-        response = responses[number]
-        response.ids.append(token)
-        response.logps.append(logp)
-        is_last = token in stop_ids or len(response.ids) == limits[number]
-        return (listen is not None and listen(number, token, is_last)) or is_last
+    def refresh(self) -> None:
+        """Sample from the model's present weights from now on. In place: nothing is loaded or built again."""
+        self.packed.refresh()
 
-    while waiting or running:
-        hidden = [decode(model, cache, torch.tensor(tokens, device=cache.device))] if running else []
-        if groups := next_groups(waiting, cache.rows - len(running), cache.rows):
-            firsts = [prompts[group[0] // samples] for group in groups]
-            copies = torch.tensor([len(group) for group in groups])
-            of_prompts = prefill(model, cache, firsts, copies.tolist())
-            hidden.append(of_prompts.repeat_interleave(copies.to(cache.device), dim=0))
-            running += [number for group in groups for number in group]
+    @torch.inference_mode()
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int | Sequence[int],
+        stop_ids: Collection[int],
+        samples: int = 1,
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        batch_size: int = 64,
+        context: int | None = None,
+        dual_chunk: DualChunkConfig | None = None,
+        listen: Listener | None = None,
+    ) -> list[Sample]:
+        """So many responses to each prompt: all of the first prompt's, then the second's, and so on.
+
+        They run in `batch_size` places. One that ends leaves its place at once, and when enough are free the next come
+        in, shortest prompts first (continuous batching; Yu et al. 2022, Orca).
+
+        Args:
+            prompts: token ids, at least one each.
+            max_new_tokens: a response is cut after so many; one number, or one for each response.
+            stop_ids: tokens that end a response.
+            samples: of each prompt, which is computed once for as many of them as there are places.
+            sampling: how tokens are drawn.
+            seed: of sampling. A response depends on the seed and its own number, not on what runs beside it.
+            batch_size: responses that run at once, at most.
+            context: prompt and response have so many tokens at most; None: any number.
+            dual_chunk: dual chunk attention in the place of the model's own.
+            listen: hears every token as soon as it is known.
+
+        Raises:
+            ValueError: an empty prompt, one that leaves no room in the context, or a number out of range.
+            UserError: dual chunk attention of a model with sliding windows.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size is at least 1, is {batch_size}")
+        limits = response_limits(prompts, samples, max_new_tokens, context)
+        model = self.packed.body
+        chunks = build_dual_chunk(model, dual_chunk)
+        if not limits:
+            return []
+        responses = [Sample() for _ in limits]
+        draws = pad_sequence([request_uniforms(number, limit, seed) for number, limit in enumerate(limits)], True)
+        positions = max((len(prompts[number // samples]) + limit - 1 for number, limit in enumerate(limits)))
+        cache = Cache(model, min(batch_size, len(limits)), positions, chunks)
+        waiting = deque(in_groups(prompts, samples, cache.rows))
+        running: list[int] = []  # the responses in the cache's rows
+        tokens: list[int] = []  # the newest of each
+        said = said_already(model, []) if sampling.repetition_penalty != 1 else None
+
+        def is_over(number: int, token: int, logp: float) -> bool:
+            response = responses[number]
+            response.ids.append(token)
+            response.logps.append(logp)
+            is_last = token in stop_ids or len(response.ids) == limits[number]
+            return (listen is not None and listen(number, token, is_last)) or is_last
+
+        while waiting or running:
+            hidden = [decode(model, cache, torch.tensor(tokens, device=cache.device))] if running else []
+            if groups := next_groups(waiting, cache.rows - len(running), cache.rows):
+                firsts = [prompts[group[0] // samples] for group in groups]
+                copies = torch.tensor([len(group) for group in groups])
+                of_prompts = prefill(model, cache, firsts, copies.tolist())
+                hidden.append(of_prompts.repeat_interleave(copies.to(cache.device), dim=0))
+                running += [number for group in groups for number in group]
+                if said is not None:
+                    new = said_already(model, firsts).repeat_interleave(copies.to(cache.device), dim=0)
+                    said = torch.cat((said, new))
+            now = torch.tensor(running), torch.tensor([len(responses[number].ids) for number in running])
+            chosen, logps = next_tokens(
+                self.packed.logits(torch.cat(hidden)), draws[now].to(cache.device), sampling, said
+            )
             if said is not None:
-                new = said_already(model, firsts).repeat_interleave(copies.to(cache.device), dim=0)
-                said = torch.cat((said, new))
-        uniforms = torch.stack([draws[number][len(responses[number].ids)] for number in running])
-        chosen, logps = next_tokens(model.logits(torch.cat(hidden)), uniforms.to(cache.device), sampling, said)
-        if said is not None:
-            said.scatter_(1, chosen[:, None], True)
-        tokens = chosen.tolist()
-        over = [row for row, heard in enumerate(zip(running, tokens, logps.tolist(), strict=True)) if is_over(*heard)]
-        for row in reversed(over):  # the last takes the place of each
-            cache.remove(row)
-            for kept in (running, tokens):
-                kept[row] = kept[-1]
-                kept.pop()
-            if said is not None:
-                said[row] = said[-1]
-                said = said[:-1]
-    return responses
+                said.scatter_(1, chosen[:, None], True)
+            tokens = chosen.tolist()
+            over = [
+                row for row, heard in enumerate(zip(running, tokens, logps.tolist(), strict=True)) if is_over(*heard)
+            ]
+            for row in reversed(over):  # the last takes the place of each
+                cache.remove(row)
+                for kept in (running, tokens):
+                    kept[row] = kept[-1]
+                    kept.pop()
+                if said is not None:
+                    said[row] = said[-1]
+                    said = said[:-1]
+        return responses
 
 
 def response_limits(

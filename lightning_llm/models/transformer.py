@@ -133,10 +133,20 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm = build_norm(config, config.hidden_size) if config.post_norms else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+        kept: Tensor | None = None,
     ) -> Tensor:
-        """[T, d] of hidden states [T, d]; the other arguments are those of attention."""
+        """[T, d] of hidden states [T, d]; the other arguments are those of attention.
+
+        Args:
+            kept: the tokens, of which alone `attend` returns something, and this as well; None: all.
+        """
         attended = self.self_attn(self.input_layernorm(x), cos, sin, attend)
+        x = x if kept is None else x[kept]
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x))
@@ -223,12 +233,14 @@ class Transformer(nn.Module):
 
         return self.run(batch.input_ids, batch.positions, attend)
 
-    def run(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def run(self, input_ids: Tensor, positions: Tensor, attend: Attend, kept: Tensor | None = None) -> Tensor:
         """Hidden states [T, d] of tokens at given positions, with `attend` in the place of attention (a cache's).
 
         Args:
             input_ids, positions: int64 [T]; a position is counted from the begin of its text.
             attend: (layer, q [T, H, D], k [T, K, D], v [T, K, D]) -> [T, H, D], in order of the layers.
+            kept: the tokens [n] whose hidden states are wanted, None: all. What the last layer makes of the others
+                after their keys and values is left out; there `attend` returns [n, H, D].
         """
         rope = self.config.rope_parameters
         frequencies = inverse_frequencies(rope, self.config.head_size, positions.device)
@@ -239,6 +251,8 @@ class Transformer(nn.Module):
         again = self.activation_checkpointing and torch.is_grad_enabled()
         for index, layer in enumerate(self.layers):
             inputs = x, cos, sin, functools.partial(attend, index)
+            if kept is not None and index == len(self.layers) - 1:
+                inputs = *inputs, kept
             x = run_again_backwards(layer, *inputs) if again else layer(*inputs)
         return self.norm(x)
 
