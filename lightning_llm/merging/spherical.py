@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from lightning_llm.merging.averaging import share, weighted_sum
-from lightning_llm.merging.states import LazyState, Merge, State, differences, layer_of, refuse_unlike, wide
+from lightning_llm.merging.states import BLOCK, LazyState, Merge, State, differences, layer_of, refuse_unlike, wide
 
 STRAIGHT = 1e-6  # below this sine of the angle an arc is a line, or the way round is not known
 
@@ -81,11 +82,10 @@ def layer_weights(
 
 def inner_products(vectors: Sequence[Tensor]) -> np.ndarray:
     """Of each with each, [M, M] in float64."""
-    flat = [vector.flatten().double() for vector in vectors]
-    products = np.empty((len(flat), len(flat)))
-    for i, one in enumerate(flat):
-        for j in range(i + 1):
-            products[i, j] = products[j, i] = float(one @ flat[j])
+    products = np.zeros((len(vectors), len(vectors)))
+    for blocks in zip(*(vector.flatten().split(BLOCK) for vector in vectors), strict=True):
+        flat = torch.stack(blocks).double()
+        products += (flat @ flat.T).cpu().numpy()
     return products
 
 

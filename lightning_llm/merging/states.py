@@ -12,6 +12,7 @@ from torch import Tensor
 
 State = Mapping[str, Tensor]
 Arguments = ParamSpec("Arguments")
+BLOCK = 2**21  # entries that are counted or multiplied at a time: wider copies stay small
 
 
 class LazyState(Mapping[str, Tensor]):

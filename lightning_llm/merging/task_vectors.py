@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_llm.merging.averaging import share
-from lightning_llm.merging.states import LazyState, Merge, State, differences, refuse_unlike, wide
+from lightning_llm.merging.states import BLOCK, LazyState, Merge, State, differences, refuse_unlike, wide
 
 DIGITS = 2**16  # an fp32 number's bits are two digits of this base; as integers they are in the order of its size
 
@@ -56,9 +56,10 @@ def ties(init: State, states: Sequence[State], density: float = 0.2, scale: floa
     thresholds = [largest_from(sizes(state), density) for state in states]
 
     def tensor(name: str) -> Tensor:
-        moved = differences(init, states, name)
-        kept = [torch.where(d.abs().float() >= least, d, 0.0) for d, least in zip(moved, thresholds, strict=True)]
-        return added(init[name], agreed_mean(torch.stack(kept)), scale)
+        kept = torch.stack(differences(init, states, name))
+        for vector, least in zip(kept, thresholds, strict=True):
+            vector[vector.abs().float() < least] = 0.0
+        return added(init[name], agreed_mean(kept), scale)
 
     return LazyState(states[0], tensor)
 
@@ -105,8 +106,12 @@ def agreed_mean(vectors: Tensor) -> Tensor:
     What is 0 has been trimmed and does not count.
     """
     elected = vectors.sum(0).sign()
-    agree = (vectors.sign() == elected) & (vectors != 0)
-    return torch.where(agree, vectors, 0.0).sum(0) / agree.sum(0).clamp(min=1)
+    total, count = torch.zeros_like(elected), torch.zeros_like(elected)
+    for vector in vectors:
+        agree = (vector.sign() == elected) & (vector != 0)
+        total += vector * agree
+        count += agree
+    return total / count.clamp_(min=1)
 
 
 def dropped(vector: Tensor, rate: float, generator: torch.Generator, *, rescale: bool) -> Tensor:
@@ -149,8 +154,8 @@ def counted(sizes: Iterable[Tensor], digit: Callable[[Tensor], Tensor]) -> Tenso
     """How often each digit occurs among the entries' bits."""
     counts = torch.zeros(DIGITS, dtype=torch.int64)
     for tensor in sizes:
-        bits = tensor.float().flatten().view(torch.int32)
-        counts += torch.bincount(digit(bits), minlength=DIGITS).cpu()
+        for block in tensor.flatten().split(BLOCK):
+            counts += torch.bincount(digit(block.float().view(torch.int32)), minlength=DIGITS).cpu()
     return counts
 
 
