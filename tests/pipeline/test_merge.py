@@ -74,6 +74,50 @@ def test_only_a_method_that_draws_has_a_seed():
     assert nodes_of(*given, "merge@stages.mean.method=dare")["mean"].settings.seed == 3
 
 
+WARP = """# @package _global_
+defaults:
+  - qwen2
+  - /stage@stages.warp: rounds
+  - /stage@stages.warp.stages.one: dpo
+  - /stage@stages.warp.stages.two: dpo
+  - /stage@stages.warp.stages.arc: merge
+  - /stage@stages.warp.stages.init: merge
+  - override /merge@stages.warp.stages.arc.method: slerp
+  - override /merge@stages.warp.stages.init.method: liti
+  - _self_
+stages:
+  warp:
+    rounds: 2
+    begins_with: {init: sft}
+    stages:
+      one: &policy
+        starts_from: previous_round.init
+        examples: 60_000
+        context: 32_768
+        batch_tokens: 1.0e+5
+        lr: {peak: 5.0e-7}
+        optimizer: {online_merging: {method: ondare, base: pretrain}}
+      two: {<<: *policy, seed_offset: 1, optimizer: {online_merging: {method: onties, base: previous_round.arc}}}
+      arc: {models: [one, two], starts_from: previous_round.init}
+      init: {models: [arc], starts_from: previous_round.init, method: {eta: 0.3}}
+"""
+
+
+def test_a_loop_of_merges_is_made_of_rounds(tmp_path):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "warp.yaml").write_text(WARP.replace("{init: sft}", "{init: sft, arc: long_context}"))
+    nodes = {node.name: node.inputs for node in plan(compose("warp", config_dir=tmp_path)).nodes}
+    assert nodes["warp1.arc"] == {"model.0": "warp1.one", "model.1": "warp1.two", "starts_from": "sft"}
+    assert nodes["warp1.init"] == {"model.0": "warp1.arc", "starts_from": "sft"}
+    assert nodes["warp2.init"] == {"model.0": "warp2.arc", "starts_from": "warp1.init"}
+    assert nodes["warp2.one"]["starts_from"] == nodes["warp2.one"]["merging_reference"] == "warp1.init"
+    assert nodes["warp1.two"]["merging_base"] == "long_context"
+    assert nodes["warp2.two"]["merging_base"] == "warp1.arc"
+    (tmp_path / "recipe" / "warp.yaml").write_text(WARP)
+    with pytest.raises(UserError, match=r"stages.warp.stages.two.optimizer.online_merging.base: .* the first has none"):
+        compose("warp", config_dir=tmp_path)
+
+
 def test_reward_models_are_evaluated_on_what_the_first_holds_out():
     nodes = nodes_of(*COMMITTEE)
     assert nodes["warm.evaluate"].inputs == {"data": "first.prepare", "tokenizer": "tokenizer", "model": "warm"}
