@@ -51,6 +51,7 @@ from lightning_llm.stages.config import (
 )
 from lightning_llm.stages.context import model_directory
 
+SAID = ("text", "conversations", "pairs")  # forms of rows that a tokenizer learns from
 DATA_SEED = 0  # of tokenizers and prepared rows: they are the same for every seed of a sweep
 
 
@@ -314,9 +315,9 @@ class _Expansion:
                 for name, source in first.sources.items()
                 if not is_prepared(source.path) and not is_of_stage(source.path)
             }
-            learnt = {
-                n for stage in recipe.stages.values() if isinstance(stage, TrainStage) for n in stage.data.sources
-            }
+            # without what is only judged, so that a stage that judges or is judged leaves the others as they are
+            said = [stage.data for stage in recipe.stages.values() if isinstance(stage, TrainStage)]
+            learnt = {n for data in said if data.form in SAID for n in data.sources}
             corpora = {name: source for name, source in recipe.scale.corpora.items() if name in learnt}
             sources = {**corpora, **own}  # of tokens no merges can be learnt
             config = replace(config, sources={name: source for name, source in sources.items() if source.path})

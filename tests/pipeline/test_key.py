@@ -107,6 +107,11 @@ def test_a_stage_moves_what_depends_on_it_and_nothing_else(recipe):
     assert moved(before, after) == {"sft", "sft.evaluate", "dpo.reference", "dpo", "dpo.evaluate"}
 
 
+def test_a_stage_that_is_added_moves_no_other(recipe):
+    before = keys_of(recipe)
+    assert not moved(before, {name: key for name, key in keys_of(compose("reward_model")).items() if name in before})
+
+
 def test_a_seed_moves_all_training_and_no_data(recipe):
     names = moved(keys_of(recipe), keys_of(replace(recipe, seed=1)))
     assert {"pretrain", "dpo", "dpo.evaluate"} <= names
