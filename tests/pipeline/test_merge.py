@@ -160,6 +160,7 @@ def given(run_folder):
     return [word for word in overrides if not word.startswith(("recipe=", "scale="))]
 
 
+@pytest.mark.slow
 def test_a_run_by_the_command_line(given, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [*given, *ARC, *MORE, "stages.more.evaluate=false"]
@@ -186,6 +187,7 @@ def test_a_run_by_the_command_line(given, tmp_path, monkeypatch, capsys):
     assert all(stage["reused"] for stage in json.loads((folder / "run.json").read_text())["stages"].values())
 
 
+@pytest.mark.slow
 def test_warm_is_a_reward_model_that_judges_and_directories_merge_alone(given, tmp_path):
     corpus = "scale.corpora.comparisons.options.rows=300"
     record = run(compose("qwen2", overrides=[*given, *COMMITTEE, corpus]), until="warm")
