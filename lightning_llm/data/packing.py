@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,8 @@ class Window:
     samples: int  # units that begin in this window: conversations, pairs, documents' parts of a context's length
     context: int
     responses: int = 0  # over all ranks, where several of a policy's own are drawn for each prompt
+    figures: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # to be logged: name -> (sum, count)
+    flops: float = 0.0  # spent before the step, over all ranks: responses were drawn and scored
 
 
 class Feed:

@@ -121,7 +121,8 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     """Rows that come with the installation.
 
     Options: of text max_bytes; of instructions, preferences and comparisons rows, held_out (rows), seed; of tasks task
-    (one of the four; none: all), questions (of each task), split (train or validation; none: what is asked for), seed.
+    (one of the four; none: all), questions (of each task), held_out (of each; none: as many), split (train or
+    validation; none: what is asked for), seed.
     """
     form, _ = CONTENTS[name]
     check_embedded(name, options, where)
@@ -134,9 +135,11 @@ def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: 
     seed = options.get("seed", 0)
     if form == "questions":
         chosen = [options["task"]] if options.get("task") else list(tasks.TASKS)
+        asked = options.get("questions", 150)
+        counts = {"train": asked, "validation": options.get("held_out", asked)}
         for split in (split for split in splits if options.get("split", split) == split):
             for task in chosen:
-                for question in tasks.questions(split, task, options.get("questions", 150), seed):
+                for question in tasks.questions(split, task, counts[split], seed):
                     content = {key: question[key] for key in ("answer", "task")}
                     content["prompt"] = [{"role": "user", "content": question["question"]}]
                     yield Row(f"{origin} {question['question']}", form, content, split)

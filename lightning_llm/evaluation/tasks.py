@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from lightning_llm.data.embedded.tasks import STYLES, style_of
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.evaluation.judges import Question, Response, verify
+from lightning_llm.evaluation.questions import read_question
 from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import generate
 from lightning_llm.models import Transformer
@@ -19,9 +20,7 @@ def sample_questions(stores: Mapping[str, TokenStore], count: int) -> list[Quest
     by_task: dict[str, list[Question]] = defaultdict(list)
     for store in stores.values():
         for row, content in enumerate(store.metadata()):
-            said = "\n".join(message["content"] for message in content["prompt"])
-            ids = store.row(row).segments[0].tolist()
-            by_task[content["task"]].append(Question(content["task"], said, ids, content["answer"]))
+            by_task[content["task"]].append(read_question(store, row, content))
     turns = itertools.zip_longest(*by_task.values())
     return [question for turn in turns for question in turn if question is not None][:count]
 

@@ -75,6 +75,7 @@ class Sampler:
         samples: int = 1,
         sampling: Sampling = GREEDY,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
         batch_size: int = 64,
         context: int | None = None,
         dual_chunk: DualChunkConfig | None = None,
@@ -92,6 +93,7 @@ class Sampler:
             samples: of each prompt, which is computed once for as many of them as there are places.
             sampling: how tokens are drawn.
             seed: of sampling. A response depends on the seed and its own number, not on what runs beside it.
+            numbers: of each response; None: as they stand. Who samples a share of them gives them their own.
             batch_size: responses that run at once, at most.
             context: prompt and response have so many tokens at most; None: any number.
             dual_chunk: dual chunk attention in the place of the model's own.
@@ -109,7 +111,8 @@ class Sampler:
         if not limits:
             return []
         responses = [Sample() for _ in limits]
-        draws = pad_sequence([request_uniforms(number, limit, seed) for number, limit in enumerate(limits)], True)
+        of_seed = zip(range(len(limits)) if numbers is None else numbers, limits, strict=True)
+        draws = pad_sequence([request_uniforms(number, limit, seed) for number, limit in of_seed], True)
         positions = max((len(prompts[number // samples]) + limit - 1 for number, limit in enumerate(limits)))
         cache = Cache(model, min(batch_size, len(limits)), positions, chunks)
         waiting = deque(in_groups(prompts, samples, cache.rows))

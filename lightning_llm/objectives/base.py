@@ -115,6 +115,8 @@ class Objective(LightningModule):
             no_sync=wrapped.no_sync if isinstance(wrapped, DistributedDataParallel) else nullcontext,
         )
         self.totals.merge(step)
+        for name, (total, count) in window.figures.items():
+            self.totals.add(name, total, count)
 
 
 def token_logps(model: Transformer, batch: SegmentBatch) -> Tensor:

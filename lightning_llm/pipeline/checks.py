@@ -15,6 +15,8 @@ from lightning_llm.data.places import is_prepared, source_options, split_path
 from lightning_llm.data.rows import FORMS
 from lightning_llm.evaluation.config import RULES
 from lightning_llm.models.config import check_scaling
+from lightning_llm.pipeline.live import FORMS as LIVE
+from lightning_llm.pipeline.live import check_live
 from lightning_llm.pipeline.mappings import PHASES
 from lightning_llm.pipeline.names import name_nearest, unknown_entry
 from lightning_llm.pipeline.order import order_of_stages, trained_behind
@@ -136,7 +138,7 @@ def _check_generation(key: str, stage: GenerateStage) -> None:
         raise UserError(f"{key}.models", "names nobody", "Name a stage, or several: [sft, dpo]")
     if len(set(stage.models)) < len(stage.models):
         raise UserError(f"{key}.models", "names one twice", "Raise per_prompt instead")
-    _one_of(f"{key}.data.form", stage.data.form, ("questions", "prompts"))
+    _one_of(f"{key}.data.form", stage.data.form, LIVE)
     _check_data(f"{key}.data", stage.data)
     for name, source in stage.data.sources.items():
         if not isinstance(source.weight, int | float):
@@ -214,7 +216,7 @@ def _check_training(key: str, stage: TrainStage) -> None:
         raise UserError(key, f"wants exactly one of {', '.join(LENGTHS)}, has {found}", remedy)
     for name in (*given, "epochs"):
         _in_range(f"{key}.{name}", getattr(stage, name), above=0)
-    for name in ("context", "batch_tokens"):
+    for name in ("context", "batch_tokens") if stage.rollout is None else ("context",):
         if getattr(stage, name) is None:
             raise UserError(f"{key}.{name}", "has no value", f"Give {key}.{name}=...")
         try:
@@ -253,14 +255,13 @@ def _check_training(key: str, stage: TrainStage) -> None:
             remedy = "Give {rope_type: linear, factor: ...} or another"
             raise UserError(f"{key}.rope_scaling", str(error), remedy) from error
     objective = stage.objective
-    if objective.needs_samples:
-        what = f"{objective.name} learns from what the policy samples meanwhile, and no stage does that yet"
-        raise UserError(f"{key}.objective", what, "Choose causal_lm, dpo, ipo or reward_model")
-    if stage.data.form not in objective.forms:
+    check_live(key, stage)
+    forms = objective.forms if stage.rollout is None else LIVE
+    if stage.data.form not in forms:
         raise UserError(
             f"{key}.data",
             f"{stage.data.name} holds {stage.data.form}, and {objective.name} does not learn from that",
-            f"Give it {' or '.join(objective.forms)}",
+            f"Give it {' or '.join(forms)}",
         )
     if stage.optimizer.online_merging.is_on:
         _check_online_merging(f"{key}.optimizer.online_merging", stage)

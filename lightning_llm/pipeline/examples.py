@@ -30,7 +30,7 @@ def estimated_lengths(recipe: Recipe, names: Collection[str]) -> tuple[str, ...]
     assert recipe.is_scaled, "estimated_lengths(scaled(recipe), ...)"
     lines = []
     for name, stage in recipe.stages.items():
-        if name not in names or not isinstance(stage, TrainStage):
+        if name not in names or not isinstance(stage, TrainStage) or stage.rollout is not None:
             continue
         key = f"stages.{name}.data.tokens_per_example"
         cost = stage.data.tokens_per_example

@@ -3,7 +3,7 @@
     tokenizer            prepare   the one tokenizer of all stages that start from random weights
     evaluation.prepare   prepare   held-out rows that all evaluations share
     <stage>.prepare      prepare   its data as tokens
-    <stage>.reference    score     log-probabilities under the model it starts from, for preferences
+    <stage>.reference    score     log-probabilities under the model it starts from, for preferences that are there
     <stage>              train, generate, ...: what the recipe says
     <stage>.evaluate     evaluate  on rows that all evaluations share; of a reward model on what its own data holds out
 
@@ -166,15 +166,17 @@ class _Expansion:
             yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
         train = self._train(name, stage)
         contexts = sorted({int(entry["value"]) for entry in train.context})
-        data = PrepareSettings(
-            _rows_of(stage.data), contexts if stage.data.form != "text" else [], ["train", "validation"], DATA_SEED
-        )
+        fitted = (
+            contexts if stage.data.form != "text" and stage.rollout is None else []
+        )  # prompts leave room themselves
+        data = PrepareSettings(_rows_of(stage.data), fitted, ["train", "validation"], DATA_SEED)
         made = {n: source.path for n, source in stage.data.sources.items() if source.path and is_of_stage(source.path)}
         rows = {f"source.{source}": path.removeprefix(STAGE) for source, path in made.items()}
         yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer, **rows})
         inputs = {"data": f"{name}.prepare", "tokenizer": tokenizer}
         source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
-        if stage.objective.needs_reference:
+        inputs |= {f"reward_model.{place}": self._source(model) for place, model in enumerate(stage.judged_by)}
+        if stage.objective.needs_reference and stage.rollout is None:
             score = ScoreSettings(contexts[-1], ["train", "validation"], recipe.compute.precision, stage.data.on_long)
             yield Node(f"{name}.reference", "score", score, {"model": source["starts_from"], "data": f"{name}.prepare"})
             inputs["reference"] = f"{name}.reference"
@@ -363,6 +365,8 @@ class _Expansion:
             rope_scaling=stage.rope_scaling,
             precision=self.recipe.compute.precision,
             seed=self.recipe.seed + stage.seed_offset,
+            rollout=stage.rollout,
+            judge=stage.judge,
         )
 
 

@@ -30,6 +30,7 @@ from lightning_llm.pipeline.frozen import (
     merge_figures,
 )
 from lightning_llm.pipeline.kernels import made_models, refused_attention
+from lightning_llm.pipeline.live import live_figures
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.pipeline.order import ancestors, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
@@ -193,7 +194,7 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
     empty = {name: None for name in ("objective", "starts_from", "tokens", "steps", "context", "batch_tokens", "lr")}
     costs = {"parameters": None, "flops": 0.0, "memory_gib": 0.0, "disk_gib": 0.0, "seconds": 0.0}
     if node.kind == "train":
-        found = _train_figures(recipe, node)
+        found = _train_figures(recipe, node, models)
     elif node.kind == "score":
         model = models.get(node.inputs["model"], recipe.model)
         stage = nodes[node.stage].settings
@@ -226,7 +227,7 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         tokens = None
         if node.stage in recipe.stages and node.stage in nodes and node.name.endswith(".prepare"):
             user = nodes[node.stage].settings
-            if isinstance(user, TrainSettings):
+            if isinstance(user, TrainSettings) and user.rollout is None:
                 tokens = _prepared_tokens(recipe, node.stage, user)
         width = 2 if recipe.model.vocab_size <= 2**16 else 4
         found = {
@@ -238,20 +239,27 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         found = {}
     figures: dict[str, Any] = empty | costs | found
     figures.setdefault("hardware_flops", figures["flops"])
+    sampled = figures.pop("sampled_flops", figures["flops"] if node.kind == "generate" else 0.0)
     if figures["flops"]:
-        devices = compute.devices if node.kind == "train" else 1
-        efficiency = compute.generation_efficiency if node.kind == "generate" else compute.efficiency
-        figures["seconds"] = figures["hardware_flops"] / (compute.flops_per_second * efficiency * devices)
+        at_best = compute.flops_per_second * (compute.devices if node.kind == "train" else 1)
+        others = figures["hardware_flops"] - sampled
+        figures["seconds"] = (sampled / compute.generation_efficiency + others / compute.efficiency) / at_best
     return figures
 
 
-def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
+def _train_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -> dict[str, Any]:
     settings: TrainSettings = node.settings
     batches = BatchPlan(settings.batch_tokens, settings.tokens)
     counts = parameter_counts(settings.model, head_of(settings.objective))
     flops, again = _flops(recipe, node.name, settings, training_flops_per_token), 0.0
     if recipe.compute.activation_checkpointing == "full":
         again = _flops(recipe, node.name, settings, recomputed_flops_per_token)
+    stage, live = _trained(recipe, node.name), {}
+    if stage.rollout is not None:
+        length = _segment_length(recipe, node.name, settings.context[0]["value"])
+        live = live_figures(stage, node, settings.model, models, length)
+        again *= live["learnt"]
+        flops = live["learnt"] * flops + live["sampled_flops"] + live["scored_flops"]
     return {
         "objective": settings.objective.name,
         "starts_from": node.inputs.get("starts_from"),
@@ -273,9 +281,11 @@ def _train_figures(recipe: Recipe, node: Node) -> dict[str, Any]:
             + settings.optimizer.state_bytes(counts["total"], counts["matrices"])
             + settings.optimizer.online_merging.bytes_of_state * counts["total"]
             + _activation_bytes(recipe, settings)
+            + live.get("memory_bytes", 0)
         )
         / GIB,
-        "disk_gib": 4 * counts["total"] / GIB,
+        "disk_gib": (4 * counts["total"] + live.get("disk_bytes", 0)) / GIB,
+        "sampled_flops": live.get("sampled_flops", 0.0),
     }
 
 

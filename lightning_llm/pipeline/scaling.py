@@ -40,7 +40,7 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
     scale = scale or recipe.scale
     order = order_of_stages(recipe.stages)
     trained = {name: stage for name in order if isinstance(stage := recipe.stages[name], TrainStage)}
-    original = {name: _Published(recipe, name, stage) for name, stage in trained.items()}
+    original = {name: _Published(recipe, scale, name, stage) for name, stage in trained.items()}
     stages: dict[str, StageConfig] = {}
     for name in order:
         stages[name] = _scaled_stage(recipe, scale, name, original, stages)
@@ -64,13 +64,17 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
 class _Published:
     """A stage's figures as the recipe states them, also where the user has set others."""
 
-    def __init__(self, recipe: Recipe, name: str, stage: TrainStage):
+    def __init__(self, recipe: Recipe, scale: ScaleConfig, name: str, stage: TrainStage):
         def figure(key: str, value: Any) -> Any:
             return recipe.published.get(f"stages.{name}.{key}", value)
 
         self.phase = stage.phase
         self.context: Ramp = as_ramp(figure("context", stage.context))
-        self.batch: Ramp = as_ramp(figure("batch_tokens", stage.batch_tokens))
+        batch = figure("batch_tokens", stage.batch_tokens)
+        if stage.rollout is not None:
+            cost = stage.data.tokens_per_example or scale.phases.get(stage.phase, PhaseScale()).tokens_per_example
+            batch = figure("rollout.prompts", stage.rollout.prompts) * (cost or 1)
+        self.batch: Ramp = as_ramp(batch)
         self.tokens: float | None = figure("tokens", stage.tokens)
         self.peak: float = figure("lr.peak", stage.lr.peak)
         steps = figure("steps", stage.steps)
@@ -122,14 +126,14 @@ def _scaled_training(
     data = _located(recipe, scale, f"{key}.data", stage.data)
     if data.tokens_per_example is None:
         data = replace(data, tokens_per_example=phase.tokens_per_example)
-    stage = replace(stage, data=data)
+    stage = _scaled_rollout(recipe, scale, key, replace(stage, data=data))
     context, batch = as_ramp(stage.context), as_ramp(stage.batch_tokens)
     factor = _context_factor(scale, original)
     if stage.rope_scaling and free("rope_scaling.original_max_position_embeddings"):
         stage = replace(stage, rope_scaling=_shortened(stage.rope_scaling, factor))
     if free("context") and scale.context is not None:
         context = _times(context, factor)
-    if free("batch_tokens") and phase.batch_tokens is not None:
+    if free("batch_tokens") and phase.batch_tokens is not None and stage.rollout is None:
         first = next(other for other in original.values() if other.phase == own.phase)
         batch = _times(batch, phase.batch_tokens / first.batch[0]["value"])
 
@@ -154,6 +158,24 @@ def _scaled_training(
     highest = max(other.peak for other in original.values() if other.phase == own.phase)
     lr = _scaled_learning_rate(recipe, f"{key}.lr", stage, scale, own, tokens, batch, highest)
     return replace(stage, context=_plain(context), batch_tokens=_plain(batch), lr=lr)
+
+
+def _scaled_rollout(recipe: Recipe, scale: ScaleConfig, key: str, stage: TrainStage) -> TrainStage:
+    """A stage whose policy answers prompts: so many for a step as the scale can afford, and as long.
+
+    Its step in tokens is nominal: the prompts times what one of them costs with all that is said to it.
+
+    Raises:
+        UserError: nobody says what that is.
+    """
+    if stage.rollout is None:
+        return stage
+    prompts = scale.phases.get(stage.phase, PhaseScale()).prompts
+    sizes = {"prompts": prompts, "max_new_tokens": scale.generation.max_new_tokens}
+    given = {name: value for name, value in sizes.items() if value is not None}
+    rollout = _overlaid(recipe, f"{key}.rollout", stage.rollout, given)
+    cost = example_cost(key, stage)
+    return replace(stage, rollout=rollout, batch_tokens=max(round(rollout.prompts * cost), 1))
 
 
 def _budgeted(
@@ -211,13 +233,22 @@ def length_in_tokens(key: str, stage: TrainStage, batch: Ramp) -> float:
     if stage.steps is not None:
         return tokens_of_steps(stage.steps, batch)
     assert stage.examples is not None
+    return stage.examples * stage.passes * example_cost(key, stage)
+
+
+def example_cost(key: str, stage: TrainStage) -> float:
+    """Tokens of an example on average; of a prompt with all that is said to it.
+
+    Raises:
+        UserError: nobody says.
+    """
     if stage.data.tokens_per_example is None:
         raise UserError(
             f"{key}.data.tokens_per_example",
             "has no value, so examples cannot be counted in tokens",
-            f"Give it, or give {key}.tokens",
+            f"Give it, or give {key}.tokens" if stage.rollout is None else "Give it",
         )
-    return stage.examples * stage.epochs * stage.data.tokens_per_example
+    return stage.data.tokens_per_example
 
 
 def _lengthened(stage: TrainStage, factor: float) -> TrainStage:

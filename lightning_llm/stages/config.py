@@ -14,6 +14,7 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import came_later, option, refuse_below
+from lightning_llm.training.config import RolloutConfig
 
 MODELS = ("train", "merge")  # kinds of stages that leave a model
 MERGING = "optimizer.online_merging."  # in front of `base` and `reference`
@@ -106,10 +107,12 @@ class TrainStage(StageConfig):
     """A training run: objective x data x schedule. Figures are the report's; `scaled` maps them."""
 
     kind: str = "train"
-    phase: str = "pretrain"  # pretrain | sft | selected | preference | reward: whose figures in the scale apply
+    phase: str = (
+        "pretrain"  # pretrain | sft | selected | preference | reward | online: whose figures in the scale apply
+    )
     starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory; none: random weights
     tokens: float | None = None  # exactly one of tokens, examples, steps
-    examples: float | None = None  # rows (conversations or pairs); become tokens by data.tokens_per_example
+    examples: float | None = None  # rows (conversations, pairs, prompts); become tokens by data.tokens_per_example
     steps: float | None = None
     epochs: float = 1.0  # passes over `examples`
     context: Any = 4096  # tokens, or a ramp [{at: <tokens>, value: ...}]
@@ -123,6 +126,14 @@ class TrainStage(StageConfig):
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: bool = True
     seed_offset: int = 0  # added to the recipe's seed: runs that differ in the order of their data (WARM, WARP)
+    rollout: RolloutConfig | None = None  # learn from what the policy itself says to the prompts of `data`
+    judge: JudgeConfig | None = None  # what its responses are worth
+    judged_by: list[str] = field(default_factory=list)  # reward models: stages, artifacts or directories
+
+    @property
+    def passes(self) -> float:
+        """Optimizer steps that learn from an example."""
+        return self.epochs * (self.rollout.epochs if self.rollout else 1)
 
     def edges(self) -> list[Edge]:
         """Also the models whose difference each step is merged with."""
@@ -280,6 +291,8 @@ class TrainSettings:
     precision: str
     seed: int
     rope_scaling: dict[str, Any] | None = came_later(None)
+    rollout: RolloutConfig | None = came_later(None)
+    judge: JudgeConfig | None = came_later(None)
 
 
 @dataclass

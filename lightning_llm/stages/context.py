@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,22 +41,6 @@ class StageResult:
     ledger: dict[str, int] = field(default_factory=dict)  # source -> tokens consumed
     flops: float = 0.0
     seconds: dict[str, float] = field(default_factory=dict)  # phase of the stage -> wall time
-
-
-class Phases:
-    """Wall time of a stage's phases: `with phases("load"): ...`; what is entered twice adds up in `seconds`."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Add the seconds that the block takes to those under `name`."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
 def model_directory(path: Path) -> Path:

@@ -36,7 +36,6 @@ from lightning_llm.models.size import forward_flops_per_token
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import EvaluateRewardsSettings, EvaluateSettings
 from lightning_llm.stages.context import (
-    Phases,
     StageContext,
     StageResult,
     model_directory,
@@ -44,6 +43,7 @@ from lightning_llm.stages.context import (
     threads,
 )
 from lightning_llm.stages.evaluate_rewards import evaluate_rewards
+from lightning_llm.training.phases import Phases
 
 TEMPERATURE = 1.0  # of the responses that are judged: the policies themselves, not what is likeliest under them
 KL_SAMPLES = 200  # a fifteenth of their standard deviation is what the mean errs by

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,9 @@ import torch
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.data.turns import draw_places
 from lightning_llm.evaluation.judges import Question, Response
+from lightning_llm.evaluation.questions import read_question
 from lightning_llm.generation.engine import sample
 from lightning_llm.models import Transformer
 from lightning_llm.models.families import read_config
@@ -28,7 +30,7 @@ from lightning_llm.models.size import forward_flops
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import GenerateSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
-from lightning_llm.stages.samples import SAMPLES, Json, Sampled, grow_rows, read_rows, said, write_rows
+from lightning_llm.stages.samples import SAMPLES, Json, Sampled, grow_rows, read_rows, write_rows
 
 TOGETHER = 512  # responses between two writes: places are filled again and again, and little is lost with a kill
 
@@ -109,41 +111,14 @@ def choose_prompts(context: StageContext, settings: GenerateSettings, longest: i
     contents = {name: store.metadata() for name, store in stores.items()}
     asked = []
     for source, row in places:
-        content, ids = contents[source][row], stores[source].row(row).segments[0].tolist()
-        known = {name: value for name, value in content.items() if name != "prompt"}
-        asked.append(Asked(Question(prompt=said(content["prompt"]), prompt_ids=ids, **known), content["prompt"]))
+        content = contents[source][row]
+        asked.append(Asked(read_question(stores[source], row, content), content["prompt"]))
     fit = [prompt for prompt in asked if len(prompt.question.prompt_ids) < longest]
     if len(fit) < len(asked):
         context.console.note(f"{len(asked) - len(fit)} prompts fill the context of {longest} tokens and are left out")
     if not fit:
         raise UserError("data.sources", "hold no prompt that can be asked", "Give them rows, or shorter ones")
     return fit
-
-
-def draw_places(
-    rows: Mapping[str, int], weights: Mapping[str, float], count: int, turn: int, seed: int
-) -> list[tuple[str, int]]:
-    """(source, row) of the prompts of a round: sources by their weights, rows of each in an order of the seed.
-
-    Each round goes on where the one before has ended, and begins again behind the last row.
-
-    Args:
-        rows: of each source.
-        weights: shares of the sources; of one that has fewer rows all are taken.
-        count: prompts of a round.
-        turn: number of the round, from 0.
-    """
-    total = sum(weights.values())
-    ends = np.rint(np.cumsum([weights[name] / total * count for name in rows])).astype(int).tolist()
-    wanted = dict(zip(rows, np.diff([0, *ends]).tolist(), strict=True))
-    drawn = []
-    for name, there in rows.items():
-        order = np.random.default_rng([seed, *name.encode()]).permutation(there)
-        taken = min(wanted[name], there)
-        for place in range(taken):
-            drawn.append(((place + 0.5) / taken, name, int(order[(turn * wanted[name] + place) % there])))
-    drawn.sort(key=lambda entry: entry[0])  # stable: sources take turns in the shares of their weights
-    return [(name, row) for _, name, row in drawn]
 
 
 # ---- samples ----

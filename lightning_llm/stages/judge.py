@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from lightning_llm.evaluation.config import JudgeConfig
 from lightning_llm.evaluation.judges import Judge, JudgeContext
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import JudgeSettings
@@ -29,15 +30,8 @@ def run(context: StageContext) -> StageResult:
         UserError: a reward model has another tokenizer than the samples, or a judge lacks what it needs.
     """
     settings: JudgeSettings = context.settings
-    samples, models = numbered(context.inputs, "samples"), numbered(context.inputs, "reward_model")
-    judging = {f"model.{number}": path for number, path in enumerate(models)}
-    for path in samples:
-        refuse_other_tokenizer(f"stage {context.name}", {"data": path, **judging})
-    device = "cuda" if context.compute.accelerator == "gpu" else "cpu"
-    directories = [model_directory(path) for path in models]
-    judge: Judge = settings.judge.build(
-        JudgeContext(directories, device, context.compute.micro_batch_tokens, settings.seed)
-    )
+    samples = numbered(context.inputs, "samples")
+    judge, device = build_judge(context, samples), device_of(context)
     total = sum(1 for path in samples for _ in read_rows(path / SAMPLES))
     if not total:
         raise UserError(f"stage {context.name}", "has no samples to judge", "Sample some")
@@ -54,6 +48,29 @@ def run(context: StageContext) -> StageResult:
                 context.console.note(f"{done} of {total} prompts were judged before")
             context.console.update(done, total, "prompts")
     return StageResult(metrics_of(read_rows(verdicts)))
+
+
+def build_judge(context: StageContext, data: Sequence[Path]) -> Judge:
+    """The judge of a stage's settings, with the reward models among its inputs.
+
+    Args:
+        data: artifacts whose tokens the reward models will read.
+
+    Raises:
+        UserError: a reward model has another tokenizer, or the judge lacks what it needs.
+    """
+    models = numbered(context.inputs, "reward_model")
+    judging = {f"model.{number}": path for number, path in enumerate(models)}
+    for path in data:
+        refuse_other_tokenizer(f"stage {context.name}", {"data": path, **judging})
+    directories, most = [model_directory(path) for path in models], context.compute.micro_batch_tokens
+    config: JudgeConfig = context.settings.judge
+    return config.build(JudgeContext(directories, device_of(context), most, context.settings.seed))
+
+
+def device_of(context: StageContext) -> str:
+    """Where models of a stage compute that are not trained."""
+    return "cuda" if context.compute.accelerator == "gpu" else "cpu"
 
 
 def numbered(inputs: Mapping[str, Path], role: str) -> list[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.evaluation.judges import Question, Response
+from lightning_llm.evaluation.questions import said
 
 SAMPLES, VERDICTS, ROWS = "samples.jsonl", "verdicts.jsonl", "rows.jsonl"
 Json = dict[str, Any]
@@ -44,11 +45,6 @@ class Sampled:
         question = Question(prompt=said(row["prompt"]), **own)
         responses = [Response(each["ids"], each["text"], each["is_complete"]) for each in row["responses"]]
         return cls(question, row["prompt"], responses, [each["model"] for each in row["responses"]])
-
-
-def said(messages: Sequence[dict[str, str]]) -> str:
-    """A prompt for people to read."""
-    return "\n".join(message["content"] for message in messages)
 
 
 def read_rows(path: Path) -> Iterator[Json]:

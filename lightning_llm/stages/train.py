@@ -20,16 +20,18 @@ from lightning_llm.optimization.online_merging import OnlineMerging
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainSettings
 from lightning_llm.stages.context import (
-    Phases,
     StageContext,
     StageResult,
     model_directory,
     refuse_other_tokenizer,
     threads,
 )
-from lightning_llm.training.journal import Journal
+from lightning_llm.stages.live import build_rollouts
+from lightning_llm.training.journal import Journal, held_out_loss
 from lightning_llm.training.loggers import stage_loggers
 from lightning_llm.training.loop import fit
+from lightning_llm.training.phases import Phases
+from lightning_llm.training.rollout import Rollouts
 
 
 def run(context: StageContext) -> StageResult:
@@ -61,40 +63,43 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
     ):
         fit(objective, data, compute, precision=settings.precision, callbacks=[journal], rank=rank)
     if "loss" not in journal.last:
-        raise UserError(f"stage {context.name}", "nothing in its data is to be learnt", "Give rows with an answer")
+        raise nothing_learnt(context)
     if rank == 0:
         chat = settings.data.form != "text"
         stop_ids = [tokenizer.end_of_turn_id, tokenizer.eos_id] if chat else [tokenizer.eos_id]
         with phases("save"):
             objective.model.save_pretrained(context.output / "model", eos_token_ids=stop_ids)
             tokenizer.save(context.output / "model")
+            if isinstance(data, Rollouts) and data.config.reference == "ema":  # it is state of the stage, too
+                data.actor.reference.model.save_pretrained(context.output / "reference", eos_token_ids=stop_ids)
     rates = {"tokens_per_second": journal.tokens / journal.seconds, "steps": data.steps, "tokens": journal.tokens}
     utilisation = journal.flops / journal.seconds / journal.flops_per_second
     metrics = journal.last | rates | {"flops_utilisation": utilisation}
     seconds = phases.seconds | {"train": journal.seconds, "validate": journal.validation_seconds}
+    if isinstance(data, Rollouts):  # parts of what training and validation took
+        seconds |= data.actor.phases.seconds
     return StageResult(metrics, data.ledger(data.steps), journal.flops, seconds)
 
 
-def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageData, Tokenizer]:
+def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageData | Rollouts, Tokenizer]:
     """All that stands before the first step."""
     settings: TrainSettings = context.settings
     compute = context.compute
     tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
-    data = StageData(
-        context.inputs["data"],
-        settings.data,
-        context_ramp=settings.context,
-        batch_ramp=settings.batch_tokens,
-        total_tokens=settings.tokens,
-        seed=settings.seed,
-        token_columns={"reference_logps": context.inputs["reference"]} if "reference" in context.inputs else {},
-    )
+    if settings.rollout is None:
+        data = stored_data(context)
+        model = build_model(context)
+        batches = functools.partial(
+            data.validation, settings.context[-1]["value"], compute.micro_batch_tokens, validation_tokens(settings)
+        )
+        validate = held_out_loss(batches)
+    else:
+        model = build_model(context)
+        data = build_rollouts(context, model, tokenizer)
+        validate = data.validate
     for source, rows in data.dropped.items():
         if rows:
             context.console.note(f"{rows} rows of {source} are longer than the context and left out")
-    if context.rows is not None and (other := count_of_rows(context.name, settings.tokens, context.rows, data.rows)):
-        context.console.note(other)
-    model = build_model(context)
     objective = build_objective(context, model, tokenizer)
     if compute.compile:
         compile_parts(objective.model)
@@ -105,13 +110,36 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
         context.console,
         total_tokens=settings.tokens,
         evaluate_every=context.evaluate_every,
-        validation=functools.partial(
-            data.validation, settings.context[-1]["value"], compute.micro_batch_tokens, validation_tokens(settings)
-        ),
+        validate=validate,
         training_flops=functools.partial(training_flops, model.config, head=head),
         flops_per_second=compute.flops_per_second * compute.devices,
     )
     return journal, objective, data, tokenizer
+
+
+def stored_data(context: StageContext) -> StageData:
+    """The prepared rows, by counters; says so where they are not as many as was planned."""
+    settings: TrainSettings = context.settings
+    data = StageData(
+        context.inputs["data"],
+        settings.data,
+        context_ramp=settings.context,
+        batch_ramp=settings.batch_tokens,
+        total_tokens=settings.tokens,
+        seed=settings.seed,
+        token_columns={"reference_logps": context.inputs["reference"]} if "reference" in context.inputs else {},
+    )
+    if context.rows is not None and (other := count_of_rows(context.name, settings.tokens, context.rows, data.rows)):
+        context.console.note(other)
+    return data
+
+
+def nothing_learnt(context: StageContext) -> UserError:
+    """What is said of a stage without any unit of its objective."""
+    if context.settings.rollout is not None:
+        what = "no prompt has a response that is worth more than another"
+        return UserError(f"stage {context.name}", what, "Raise rollout.per_prompt, or choose another judge")
+    return UserError(f"stage {context.name}", "nothing in its data is to be learnt", "Give rows with an answer")
 
 
 def count_of_rows(name: str, tokens: int, planned: float, rows: float) -> str:
@@ -153,13 +181,13 @@ def build_model(context: StageContext) -> Transformer:
 
 
 def build_objective(context: StageContext, model: Transformer, tokenizer: Tokenizer) -> Objective:
-    """The objective with its optimizer and schedule; without a scored reference it keeps a frozen copy of `model`."""
+    """The objective with its optimizer and schedule; where its data know no reference it keeps a copy of `model`."""
     settings: TrainSettings = context.settings
     config = settings.objective
     parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_reference else {}
     if config.is_scored:
         parts["seed"] = settings.seed
-    if config.needs_reference and "reference" not in context.inputs:
+    if config.needs_reference and "reference" not in context.inputs and settings.rollout is None:
         parts["reference"] = copy.deepcopy(model)  # the policy before its first step, asked in each
     objective: Objective = config.build(model, **parts)
     if settings.optimizer.online_merging.is_on:

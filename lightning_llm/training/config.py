@@ -1,11 +1,45 @@
-"""Settings of the loggers: where figures of training go besides metrics.jsonl. None of it enters a key."""
+"""Settings of training on a policy's own responses, and of the loggers (none of these enters a key)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lightning_llm.settings import Buildable, option
+from lightning_llm.generation.config import SamplingConfig
+from lightning_llm.settings import Buildable, option, refuse_below
+
+
+@dataclass
+class RolloutConfig:
+    """How a stage learns from what its own policy says: how much is drawn at once, and how long that is used."""
+
+    prompts: int = 128  # of one optimizer step
+    per_prompt: int = 4  # responses to each
+    max_new_tokens: int = 512  # a response is cut after so many
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    steps: int = 1  # optimizer steps whose responses are drawn together, before the first of them
+    epochs: int = 1  # passes over what was drawn
+    max_staleness: int = 7  # optimizer steps between the policy that drew a response and the one that learns from it
+    reference: str = "fixed"  # fixed (the model that the stage starts from) | ema (an average that follows the policy)
+    ema_decay: float = 0.99  # of that average, per optimizer step
+    held_out: int = 64  # held-out prompts whose mean reward is followed; 0: none
+
+    def __post_init__(self):
+        refuse_below(1, self, "prompts", "max_new_tokens", "steps", "epochs")
+        refuse_below(0, self, "max_staleness", "held_out")
+        if self.per_prompt < 2:
+            raise ValueError(f"per_prompt is at least 2, as responses to a prompt are compared, is {self.per_prompt}")
+        if not self.sampling.temperature:
+            raise ValueError("sampling.temperature is 0: all responses to a prompt would be the same")
+        if self.reference not in ("fixed", "ema"):
+            raise ValueError(f"reference is fixed or ema, is {self.reference!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay lies in [0, 1), is {self.ema_decay:g}")
+        if (staleness := self.steps * self.epochs - 1) > self.max_staleness:
+            raise ValueError(
+                f"max_staleness is {self.max_staleness}, and {self.steps} steps of {self.epochs} epochs after each "
+                f"drawing learn from responses that are up to {staleness} steps old"
+            )
 
 
 @dataclass

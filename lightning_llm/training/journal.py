@@ -18,8 +18,29 @@ from lightning_llm.objectives.base import Objective
 from lightning_llm.optimization.window import Sums, Totals
 from lightning_llm.training.console import StageConsole
 from lightning_llm.training.loggers import log_line
+from lightning_llm.training.rollout import Rollouts
 
 LINES = 200  # of training metrics in a stage
+Validate = Callable[[Objective, int, int], Totals]  # objective, rank, ranks -> this rank's share of the sums
+
+
+def held_out_loss(batches: Callable[[], Iterable[tuple[str, SegmentBatch]]]) -> Validate:
+    """Held-out loss of every source, and over all of them, per unit of the objective.
+
+    Args:
+        batches: makes (source, batch) of held-out rows, the same at every validation of a stage.
+    """
+
+    def validate(objective: Objective, rank: int, ranks: int) -> Totals:
+        totals = Totals()
+        for index, (source, batch) in enumerate(batches()):
+            if index % ranks == rank:
+                part = objective.loss(batch.to(objective.device))
+                totals.add_loss(part, prefix="validation/")
+                totals.add(f"validation/{source}", part.loss, part.count)
+        return totals
+
+    return validate
 
 
 class Journal(Callback):
@@ -32,25 +53,25 @@ class Journal(Callback):
     def __init__(
         self,
         path: Path,
-        data: StageData,
+        data: StageData | Rollouts,
         console: StageConsole,
         *,
         total_tokens: int,
         evaluate_every: float | None,
-        validation: Callable[[], Iterable[tuple[str, SegmentBatch]]],
+        validate: Validate,
         training_flops: Callable[[list[tuple[int, int]]], float],
         flops_per_second: float,
     ):
         """
         Args:
             evaluate_every: tokens between validation losses; none: a tenth of the total.
-            validation: makes (source, batch) of held-out rows, the same at every validation of the stage.
+            validate: what is measured on held-out rows.
             training_flops: of segments, given as (tokens, tokens of the prefix).
             flops_per_second: of all devices together, for the utilisation.
         """
         self.path, self.data, self.console, self.total_tokens = path, data, console, total_tokens
         self.evaluate_every = evaluate_every or max(total_tokens / 10, 1)
-        self.validation = validation
+        self.validate = validate
         self.training_flops, self.flops_per_second = training_flops, flops_per_second
         self.loggers: Sequence[Logger] = ()  # where every line goes as well
         self.every = math.ceil(data.steps / LINES)
@@ -74,7 +95,7 @@ class Journal(Callback):
         consumed = sum(window.consumed.values())
         self.tokens += consumed
         self.interval_tokens += consumed
-        flops = self.training_flops(window.segments)
+        flops = self.training_flops(window.segments) + window.flops
         self.flops += flops
         self.interval_flops += flops
         if steps % self.every == 0 or steps == self.data.steps:
@@ -82,7 +103,7 @@ class Journal(Callback):
         if self._is_due(window):
             self.interval_began += self._timed_validation(trainer, pl_module, step=steps, tokens=window.progress.tokens)
         self.nominal = window.progress.tokens
-        shown = {"loss": self.last["loss"]} if "loss" in self.last else {}
+        shown = {name.removesuffix("/mean"): self.last[name] for name in ("loss", "reward/mean") if name in self.last}
         self.console.update(window.progress.tokens, self.total_tokens, "tok", **shown)
 
     def _begin_interval(self, objective: Objective) -> None:
@@ -135,15 +156,10 @@ class Journal(Callback):
 
     @torch.no_grad()
     def _validate(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int) -> None:
-        """Held-out loss of every source, and over all of them, per unit of the objective; ranks share the batches."""
-        totals = Totals()
+        """Write down what is found on held-out rows; ranks share them."""
         objective.eval()
         with trainer.precision_plugin.val_step_context():
-            for index, (source, batch) in enumerate(self.validation()):
-                if index % trainer.world_size == trainer.global_rank:
-                    part = objective.loss(batch.to(objective.device))
-                    totals.add_loss(part, prefix="validation/")
-                    totals.add(f"validation/{source}", part.loss, part.count)
+            totals = self.validate(objective, trainer.global_rank, trainer.world_size)
         objective.train()
         means = totals.means(_gather if trainer.world_size > 1 else None)
         if means:

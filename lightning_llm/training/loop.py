@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_llm.data.packing import StageData, Window
 from lightning_llm.objectives.base import Objective
 from lightning_llm.stages.config import ComputeConfig
+from lightning_llm.training.rollout import Rollouts
 
 for part in ("pytorch", "fabric"):
     logging.getLogger(f"lightning.{part}").setLevel(logging.ERROR)  # works after the import only
@@ -24,7 +25,7 @@ for part in ("pytorch", "fabric"):
 class Windows(Dataset[Window]):
     """A rank's share of each step of a stage. It has a length: otherwise Lightning draws an item ahead."""
 
-    def __init__(self, data: StageData, rank: int, world_size: int, micro_batch_tokens: int):
+    def __init__(self, data: StageData | Rollouts, rank: int, world_size: int, micro_batch_tokens: int):
         self.data, self.rank, self.world_size, self.micro_batch_tokens = data, rank, world_size, micro_batch_tokens
 
     def __len__(self) -> int:
@@ -49,7 +50,7 @@ class DiesOfSigterm(Callback):
 
 def fit(
     objective: Objective,
-    data: StageData,
+    data: StageData | Rollouts,
     compute: ComputeConfig,
     *,
     precision: str,

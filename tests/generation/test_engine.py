@@ -78,6 +78,13 @@ def test_a_sample_does_not_depend_on_its_batch(model, prompts):
     assert sample(seed=5) != sample(seed=6)
 
 
+def test_whoever_samples_a_share_draws_what_the_whole_would(model, prompts):
+    options = {"max_new_tokens": 9, "stop_ids": {7}, "sampling": Sampling(1.0), "samples": 2, "seed": 5}
+    whole = generate(model, prompts, **options)
+    numbers = [number for prompt in range(1, len(prompts), 3) for number in (2 * prompt, 2 * prompt + 1)]
+    assert generate(model, prompts[1::3], numbers=numbers, **options) == [whole[number] for number in numbers]
+
+
 def test_equal_prompts_have_samples_of_their_own(model):
     responses = generate(model, [[1, 2, 3]] * 20, max_new_tokens=8, stop_ids=(), sampling=Sampling(1.0))
     assert len(set(map(tuple, responses))) > 15

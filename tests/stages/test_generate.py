@@ -19,7 +19,6 @@ from lightning_llm.objectives.base import token_logps
 from lightning_llm.settings import UserError
 from lightning_llm.stages import generate, prepare
 from lightning_llm.stages.config import GenerateSettings, PrepareSettings
-from lightning_llm.stages.generate import draw_places
 from lightning_llm.stages.samples import grow_rows, read_rows
 
 WORDS = ["one", "two", "three"]
@@ -170,18 +169,6 @@ def test_seeds_models_and_rounds_draw_otherwise(sampled, inputs, context_of):
     for row in first:
         if responses := again.get(row["prompt"][0]["content"]):
             assert [r["ids"] for r in responses] != [r["ids"] for r in row["responses"]]
-
-
-def test_rounds_ask_one_after_the_other():
-    rows, weights = {"a": 10, "b": 100}, {"a": 1.0, "b": 1.0}
-    rounds = [draw_places(rows, weights, 8, turn, 0) for turn in range(3)]
-    for drawn in rounds:
-        assert Counter(source for source, _ in drawn) == {"a": 4, "b": 4}
-        assert len(set(drawn)) == 8
-    assert not set(rounds[0]) & set(rounds[1])
-    taken = [row for drawn in rounds for source, row in drawn if source == "a"]
-    assert Counter(Counter(taken).values()) == {1: 8, 2: 2}  # 12 of 10: begun again behind the last
-    assert {row for source, row in draw_places(rows, weights, 1000, 0, 0) if source == "a"} == set(range(10))
 
 
 def test_a_file_grows_by_whole_chunks(tmp_path):

@@ -20,6 +20,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "text": ("max_bytes",),
     "conversations": ("rows", "held_out", "seed", "multi_turn"),
     "pairs": ("rows", "held_out", "seed"),
-    "questions": ("task", "questions", "seed", "split"),
+    "questions": ("task", "questions", "held_out", "seed", "split"),
 }
 REVISION = 4  # of the readers and generators: raised when the same packages give other rows

@@ -43,16 +43,22 @@ def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
             raise UserError(key, f"is {value!r}", "Give a whole number")
         elif value < LOWEST.get(option, value):
             raise UserError(key, f"is {value}", f"It must be at least {LOWEST[option]}")
-    if "questions" in options:
-        split = options.get("split", "validation")
-        task, count = fewest_questions(options.get("task"), options["questions"], split)
-        if count < options["questions"]:
-            which = "held out" if split == "validation" else "not held out"
-            raise UserError(
-                f"{where}.options.questions",
-                f"is {options['questions']}, and only {count} different questions of {task} are {which}",
-                f"Give at most {count}",
-            )
+    if (
+        "questions" in options
+        and options.get("split") != "validation"
+        and ("split" in options or "held_out" in options)
+    ):
+        _refuse_too_many("questions", options, "train", where)
+    if "held_out" in options or ("questions" in options and options.get("split", "validation") == "validation"):
+        _refuse_too_many("held_out" if "held_out" in options else "questions", options, "validation", where)
+
+
+def _refuse_too_many(option: str, options: Mapping[str, Any], split: str, where: str) -> None:
+    task, count = fewest_questions(options.get("task"), options[option], split)
+    if count < options[option]:
+        which = "held out" if split == "validation" else "not held out"
+        what = f"is {options[option]}, and only {count} different questions of {task} are {which}"
+        raise UserError(f"{where}.options.{option}", what, f"Give at most {count}")
 
 
 def fewest_questions(task: str | None, wanted: int, split: str = "validation") -> tuple[str, int]:
