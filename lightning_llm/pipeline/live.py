@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from lightning_llm.models.config import ModelConfig
-from lightning_llm.models.size import forward_flops_per_token, parameter_counts
+from lightning_llm.models.size import ScoreHead, forward_flops_per_token, parameter_counts
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainStage
@@ -81,11 +81,12 @@ def live_figures(
     assert rollout is not None
     drawn = node.settings.tokens / rollout.epochs
     judges = [models.get(source, model) for role, source in node.inputs.items() if role.startswith("reward_model.")]
-    passes = [forward_flops_per_token(shape, length) for shape in (model, model, *judges)]
+    own = forward_flops_per_token(model, length)
+    judging = sum(forward_flops_per_token(shape, length, ScoreHead()) for shape in judges)
     return {
         "learnt": min(2 / rollout.per_prompt, 1.0) if "pairs" in stage.objective.forms else 1.0,
-        "sampled_flops": drawn * passes[0],
-        "scored_flops": drawn * sum(passes),
+        "sampled_flops": drawn * own,
+        "scored_flops": drawn * (2 * own + judging),
         "memory_bytes": 4 * sum(parameter_counts(shape)["total"] for shape in (model, *judges)),
         "disk_bytes": BYTES_PER_RECORDED_TOKEN * drawn,
     }

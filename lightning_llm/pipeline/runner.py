@@ -49,6 +49,7 @@ SHOWN = {  # metric -> how the console calls it when a stage is done
     "loss": "loss",
     "validation/loss": "validation loss",
     "rewards/accuracies": "pairs won",
+    "validation/reward/mean": "held-out reward",
     "tasks/exact_match": "tasks",
     "preference/accuracy": "preference",
     "preference/calibration_error": "calibration error",

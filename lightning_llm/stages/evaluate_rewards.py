@@ -20,13 +20,13 @@ from lightning_llm.models.reward import RewardModel
 from lightning_llm.models.size import forward_flops
 from lightning_llm.stages.config import EvaluateRewardsSettings
 from lightning_llm.stages.context import (
-    Phases,
     StageContext,
     StageResult,
     model_directory,
     refuse_other_tokenizer,
     threads,
 )
+from lightning_llm.training.phases import Phases
 
 
 def evaluate_rewards(context: StageContext) -> StageResult:

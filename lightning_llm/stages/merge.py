@@ -24,7 +24,8 @@ from lightning_llm.models.reward import GRADING_FILE
 from lightning_llm.models.shards import Shards, refuse_unlike_shards, write_shards
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import MergeSettings
-from lightning_llm.stages.context import Phases, StageContext, StageResult, model_directory, threads
+from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
+from lightning_llm.training.phases import Phases
 
 COPIED = (  # of the first model, as far as they are there
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",

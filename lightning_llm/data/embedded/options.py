@@ -43,14 +43,13 @@ def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
             raise UserError(key, f"is {value!r}", "Give a whole number")
         elif value < LOWEST.get(option, value):
             raise UserError(key, f"is {value}", f"It must be at least {LOWEST[option]}")
-    if (
-        "questions" in options
-        and options.get("split") != "validation"
-        and ("split" in options or "held_out" in options)
-    ):
-        _refuse_too_many("questions", options, "train", where)
-    if "held_out" in options or ("questions" in options and options.get("split", "validation") == "validation"):
-        _refuse_too_many("held_out" if "held_out" in options else "questions", options, "validation", where)
+    if CONTENTS[name][0] == "questions":
+        split = options.get("split", "validation")
+        if "questions" in options and (split == "train" or "held_out" in options):
+            _refuse_too_many("questions", options, "train", where)
+        held_out = "held_out" if "held_out" in options else "questions"
+        if held_out in options and split == "validation":
+            _refuse_too_many(held_out, options, "validation", where)
 
 
 def _refuse_too_many(option: str, options: Mapping[str, Any], split: str, where: str) -> None:
