@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from itertools import accumulate
 from typing import Any
@@ -140,22 +140,39 @@ def loss_by_position(runs: Sequence[Run]) -> Figure | None:
 
 def preference_curves(runs: Sequence[Run]) -> Figure | None:
     """Rewards and accuracies of preference stages over their tokens."""
-    shown = (("rewards/chosen", 1), ("rewards/rejected", 1), ("rewards/margins", 1), ("rewards/accuracies", 2))
+    axes = (("rewards/chosen", 1), ("rewards/rejected", 1), ("rewards/margins", 1), ("rewards/accuracies", 2))
+    shown = [(metric, _last_part(metric), axis) for metric, axis in axes]
+    drawn = _curves_of_stages(runs, has_rewards, shown, ["reward, nats", "accuracy"])
+    if drawn:
+        drawn["layout"]["yaxis2"] |= {"range": [0, 1.03]}
+    return drawn
+
+
+def live_curves(runs: Sequence[Run]) -> Figure | None:
+    """What the judge says of the policy's own responses, and how far the policy has gone, over the stages' tokens."""
+    shown = (("reward/mean", "reward", 1), ("kl/reference", "KL", 2))
+    return _curves_of_stages(runs, is_live, shown, ["mean reward", "KL, nats"])
+
+
+def _curves_of_stages(
+    runs: Sequence[Run], wanted: Callable[[Node], bool], shown: Sequence[tuple[str, str, int]], titles: list[str]
+) -> Figure | None:
+    """Curves of all stages that are wanted, in two diagrams with one axis of tokens.
+
+    Args:
+        shown: figures, what each is called, and in which of the two it is.
+    """
     traces = []
-    stages = [(run, stage) for run in runs for stage in run.trained if has_rewards(stage)]
+    stages = [(run, stage) for run in runs for stage in run.trained if wanted(stage)]
     for index, (run, stage) in enumerate(stages):
-        for number, (metric, axis) in enumerate(shown):
+        for number, (metric, label, axis) in enumerate(shown):
             lines = [line for line in stage.training if is_number(line.get(metric))]
             colour = COLOURS[(index if len(stages) > 1 else number) % len(COLOURS)]
-            name = _last_part(metric) if len(stages) <= len(runs) else f"{stage.name}: {_last_part(metric)}"
+            name = label if len(stages) <= len(runs) else f"{stage.name}: {label}"
             trace = _curve(lines, metric, 0, colour, axis) | _legend(runs, run, name)
             trace["line"] |= {"dash": _dash(number if len(stages) > 1 else 0)}
             traces.append(trace)
-    if not traces:
-        return None
-    layout = _stacked(["reward, nats", "accuracy"], [0.62, 0.38], _end(traces))
-    layout["yaxis2"] |= {"range": [0, 1.03]}
-    return _figure(traces, layout, 460)
+    return _figure(traces, _stacked(titles, [0.62, 0.38], _end(traces)), 460) if traces else None
 
 
 def calibration_curves(runs: Sequence[Run], found: Sequence[tuple[Run, Node, list[dict[str, Any]]]]) -> Figure | None:
@@ -193,6 +210,11 @@ def calibration_curves(runs: Sequence[Run], found: Sequence[tuple[Run, Node, lis
 def has_rewards(stage: Node) -> bool:
     """Whether a stage logged rewards, as preference training does."""
     return any("rewards/margins" in line for line in stage.training)
+
+
+def is_live(stage: Node) -> bool:
+    """Whether a stage learns from its own policy's responses."""
+    return any("responses/length" in line for line in stage.training)
 
 
 def metric_names(runs: Sequence[Run]) -> list[str]:

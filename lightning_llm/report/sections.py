@@ -205,6 +205,15 @@ def calibration(runs: Sequence[Run]) -> Section | None:
     return Section("calibration", "Calibration of reward models", f'<p class="soft">{note}</p>{"".join(parts)}')
 
 
+def live(runs: Sequence[Run]) -> Section | None:
+    """Rewards and KL of the responses that a policy has drawn while it was trained."""
+    drawn = charts.live_curves(runs)
+    if not drawn:
+        return None
+    note = "What the judge gives the policy's own responses in the mean, and their log-ratio to the reference."
+    return Section("live", "The policy's own responses", f'<p class="soft">{note}</p>{_figure(drawn)}')
+
+
 def samples(runs: Sequence[Run]) -> Section | None:
     """What each model answered to the same questions."""
     parts = []
@@ -265,7 +274,7 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
-    graph, training, evaluation, calibration, selection, samples, preference, position, mixture, stages, settings,
+    graph, training, evaluation, calibration, selection, samples, preference, live, position, mixture, stages, settings,
 )  # fmt: skip
 
 

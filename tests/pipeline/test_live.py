@@ -9,6 +9,9 @@ import pytest
 from lightning_llm import compose, plan, run
 from lightning_llm.data.experience import Experience
 from lightning_llm.pipeline.scaling import scaled
+from lightning_llm.report import report
+from lightning_llm.report.charts import live_curves
+from lightning_llm.report.record import read_run
 from lightning_llm.settings import UserError
 
 ONLINE = [
@@ -113,6 +116,10 @@ def test_a_run_with_a_reward_model(run_folder):
     for line, path in zip(training, sorted((folder / "experience").iterdir()), strict=True):
         rewards = [response.reward for group in Experience.load(path).groups for response in group.responses]
         assert line["reward/mean"] == pytest.approx(sum(rewards) / len(rewards))
+    drawn = live_curves([read_run(done.folder)])
+    assert drawn is not None
+    assert drawn["data"][0]["y"] == pytest.approx([line["reward/mean"] for line in training], abs=1e-4)
+    assert "own responses" in report([done.folder], folder.parent / "page.html").read_text()
     metrics = done.stages["online"]["metrics"]
     assert {"validation/reward/mean", "reward/mean", "kl/reference", "tasks/exact_match", "judge/win_rate"} <= set(
         metrics
