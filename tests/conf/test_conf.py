@@ -39,10 +39,11 @@ PLACES = {
     "dpo": "dpo",
     "ipo": "dpo",
     "reward_model": "reward",
+    "online_prompts": "rlhf",
+    **dict.fromkeys(("mdpo", "rloo", "ppo", "grpo", "dapo"), "rlhf"),
 }  # option -> the stage that it suits
 MERGED = {"warm": "[reward,more]", "liti": "[dpo]"}  # way to merge -> models; the others take any two
-
-ON_SAMPLES = {"mdpo", "rloo", "ppo", "grpo", "dapo"}  # objectives of stages that sample while they train
+LIVE = ("online_dpo", "rlhf")  # stages whose policy answers prompts while it is trained: a step is so many of them
 AFTERWARDS = {  # stages that do not train: (edge, where to, its role)
     "sample": ("models", "dpo", "model.0"),
     "score": ("data", "sample", "samples.0"),
@@ -54,7 +55,7 @@ composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, ove
 
 
 def options(group: str) -> list[str]:
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if path.stem not in ON_SAMPLES)
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
 
 
 def test_every_file_is_tried_here():
@@ -95,6 +96,8 @@ def test_options_of_a_stage_compose(place):
     added += ["stages.more.tokens=1e8", "stages.more.batch_tokens=1e5", "+stage@stages.merged=merge"]
     added += [f"stages.merged.models={MERGED.get(chosen['merge'], '[sft,dpo]')}"]
     added += [] if chosen["merge"] == "warm" else ["stages.merged.starts_from=pretrain"]
+    added += ["+stage@stages.rlhf=rlhf", "stages.rlhf.starts_from=sft", "judge@stages.rlhf.judge=exact_answer"]
+    added += ["stages.rlhf.context=4096", "stages.rlhf.examples=1000", "stages.rlhf.lr.peak=1e-6"]
     judged_by = ["stages.score.judged_by=[reward]"] if chosen["judge"] == "reward_model" else []
     recipe = compose("qwen2", "paper", [*added, *judged_by, *words])
     for group, name in chosen.items():
@@ -110,7 +113,9 @@ def test_stages_can_be_added():
     for option in training:
         name = f"more_{option}"
         words += [f"+stage@stages.{name}={option}", f"stages.{name}.starts_from=sft", f"stages.{name}.lr.peak=1e-5"]
-        words += [f"stages.{name}.context=4096", f"stages.{name}.batch_tokens=1e6", f"stages.{name}.tokens=1e6"]
+        words += [f"stages.{name}.context=4096", f"stages.{name}.tokens=1e6"]
+        live = option in LIVE
+        words.append(f"judge@stages.{name}.judge=random" if live else f"stages.{name}.batch_tokens=1e6")
     for option, (setting, value, _) in AFTERWARDS.items():
         words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}=[{value}]"]
     words += ["merge@stages.merge.method=liti", "stages.merge.starts_from=sft"]
