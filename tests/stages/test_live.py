@@ -115,7 +115,9 @@ def test_records_make_the_same_updates_to_the_bit(objective, live, inputs, conte
             line.pop("flops_utilisation", None)
         assert one == two
     training = [line for line in lines(first) if "loss" in line]
-    assert max(line["staleness"] for line in training) == 3
+    ages = [line["staleness"] for line in training]  # of several steps, where those before had no pair to learn from
+    assert max(ages) <= 3
+    assert objective.name == "dpo" or ages == [0, 1, 2, 3, 0]
     assert [Experience.load(path).step for path in sorted((first.output / "experience").iterdir())] == [0, 4]
 
 
