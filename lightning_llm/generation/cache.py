@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.generation.dual_chunk import DualChunk
+from lightning_llm.generation.shared_prompt import SharedPrompt
 from lightning_llm.models import ModelConfig
 from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.soft_cap import soft_capped
@@ -36,6 +37,10 @@ class Cache:
         self.asked = [model.config.layer_attention(layer) for layer in layers]
         self.slots = slots_of_layers(model.config, positions)
         self.lengths: list[int] = []  # tokens of each row in use
+        self.prompts: list[tuple[int, int]] = []  # of each row in use: which, and how long
+        self.seen = 0  # prompts so far
+        self.shared: SharedPrompt | None = None
+        self.has_changed = False  # who is in it, since `shared` was found
         self.device = model.embed_tokens.weight.device
         self.dual_chunk = dual_chunk
         self.keys: list[Tensor] = []  # made by the first prompts, in the type that they are computed in
@@ -56,8 +61,24 @@ class Cache:
             for stored in (*self.keys, *self.values):
                 filled = min(self.lengths[last], stored.shape[2])
                 stored[row, :, :filled] = stored[last, :, :filled]
-            self.lengths[row] = self.lengths[last]
+            self.lengths[row], self.prompts[row] = self.lengths[last], self.prompts[last]
         self.lengths.pop()
+        self.prompts.pop()
+        self.has_changed = True
+
+    def grow(self, lengths: Sequence[int], copies: Sequence[int]) -> None:
+        """Count rows of new prompts in, each as often as it has copies."""
+        for length, count in zip(lengths, copies, strict=True):
+            self.lengths += [length] * count
+            self.prompts += [(self.seen, length)] * count
+            self.seen += 1
+        self.has_changed = True
+
+    def find_shared(self) -> SharedPrompt | None:
+        """Which rows have a prompt in common."""
+        if self.has_changed:
+            self.shared, self.has_changed = SharedPrompt.of_rows(self.prompts, self.device), False
+        return self.shared
 
     def mask(self, slots: int, dtype: torch.dtype) -> Tensor | None:
         """`hide_empty` for a step's queries."""
@@ -134,7 +155,7 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], 
 
     positions = batch.positions if cache.dual_chunk is None else batch.positions % cache.dual_chunk.period
     hidden = model.run(batch.input_ids, positions, attend, kept=last)
-    cache.lengths += [length for length, count in zip(batch.lengths, copies, strict=True) for _ in range(count)]
+    cache.grow(batch.lengths, copies)
     return hidden
 
 
@@ -143,6 +164,7 @@ def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
     positions = torch.tensor(cache.lengths, device=cache.device)
     count, longest = len(cache.lengths), max(cache.lengths)
     rows = torch.arange(count, device=cache.device)
+    shared = cache.find_shared()
     masks = {slots: cache.mask(slots, model.embed_tokens.weight.dtype) for slots in set(cache.slots)}
     places = {slots: positions % slots for slots in set(cache.slots)}
 
@@ -158,7 +180,9 @@ def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
             of_keys = positions[:, None] - (positions[:, None] - held) % slots
             return cache.dual_chunk.attend_step(q, keys, values, positions, of_keys, mask, asked.scale, asked.softcap)
         grouped = q.unflatten(1, (k.shape[1], -1))  # [B, K, H/K, D]: the heads of a group are queries to the same keys
-        return attend_step(grouped, keys, values, mask, asked.scale, asked.softcap).flatten(1, 2)
+        is_whole = asked.window is None or slots < asked.window  # and no ring, whose slots have another order
+        way = attend_step if shared is None or not is_whole else shared.attend
+        return way(grouped, keys, values, mask, asked.scale, asked.softcap).flatten(1, 2)
 
     hidden = model.run(tokens, positions if cache.dual_chunk is None else positions % cache.dual_chunk.period, attend)
     cache.lengths = [length + 1 for length in cache.lengths]
