@@ -72,8 +72,8 @@ def page(results: Results) -> str:
             INTRODUCTION,
             "![Times the rate of each peer](images/performance.svg)\n",
             "## Figures\n",
-            "Rate: useful tokens (or pairs) per CPU-second, ours over the peer's; median of the paired calls and",
-            "their quartiles. Memory: our peak over the peer's.\n",
+            "Rate: useful tokens (or pairs) per CPU-second, ours over the peer's, and CPU-seconds of a call: medians",
+            "with their quartiles. Memory: our peak over the peer's.\n",
             *table(["", "peer", "rate", "quartiles", "memory", "ours, CPU-s", "peer's, CPU-s"], figure_rows(results)),
             *vocabulary_section(results.get("vocabulary", {})),
             "\n## What falls short\n",
@@ -106,11 +106,15 @@ def figure_rows(results: Results) -> list[list[str]]:
                     f"**{ratio['median']:.2f}**",
                     f"{ratio['lower_quartile']:.2f} to {ratio['upper_quartile']:.2f}",
                     f"{ours['peak_bytes'] / theirs['peak_bytes']:.2f}",
-                    f"{ours['cpu_seconds']['median']:.2f}",
-                    f"{theirs['cpu_seconds']['median']:.2f}",
+                    with_quartiles(ours["cpu_seconds"]),
+                    with_quartiles(theirs["cpu_seconds"]),
                 ]
             )
     return rows
+
+
+def with_quartiles(found: dict[str, float]) -> str:
+    return f"{found['median']:.2f} ({found['lower_quartile']:.2f} to {found['upper_quartile']:.2f})"
 
 
 def vocabulary_section(sizes: dict[str, Any]) -> list[str]:
@@ -130,7 +134,7 @@ def vocabulary_rows(sizes: dict[str, Any]) -> list[list[str]]:
         [
             f"{int(size):,}",
             NAMES[name],
-            f"{worker['cpu_seconds']['median']:.2f}",
+            with_quartiles(worker["cpu_seconds"]),
             f"{found['ratios'][name]['median']:.2f}" if name in found["ratios"] else "1",
             f"{worker['peak_bytes'] / 2**20:,.0f}",
         ]

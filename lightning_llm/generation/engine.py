@@ -18,6 +18,7 @@ from lightning_llm.generation.config import DualChunkConfig, Sampling
 from lightning_llm.generation.dual_chunk import DualChunk
 from lightning_llm.generation.packed import Packed
 from lightning_llm.generation.sampling import next_tokens, request_uniforms
+from lightning_llm.generation.stream import TextStream
 from lightning_llm.models.rope import inverse_frequencies
 from lightning_llm.models.transformer import Transformer
 from lightning_llm.settings import UserError
@@ -35,6 +36,7 @@ class Sample:
 
     ids: list[int] = field(default_factory=list)  # the stop token included, if there is one
     logps: list[float] = field(default_factory=list)  # of each token in what it was drawn from, in nats; greedy: 0
+    is_stopped: bool = False  # by a stop string
 
 
 def generate(
@@ -80,6 +82,8 @@ class Sampler:
         context: int | None = None,
         dual_chunk: DualChunkConfig | None = None,
         listen: Listener | None = None,
+        stops: Sequence[str] = (),
+        decode_ids: Callable[[list[int]], str] | None = None,
     ) -> list[Sample]:
         """So many responses to each prompt: all of the first prompt's, then the second's, and so on.
 
@@ -98,6 +102,8 @@ class Sampler:
             context: prompt and response have so many tokens at most; None: any number.
             dual_chunk: dual chunk attention in the place of the model's own.
             listen: hears every token as soon as it is known.
+            stops: strings that end a response, with the token that completes one; needs `decode_ids`.
+            decode_ids: ids to text.
 
         Raises:
             ValueError: an empty prompt, one that leaves no room in the context, or a number out of range.
@@ -105,7 +111,10 @@ class Sampler:
         """
         if batch_size < 1:
             raise ValueError(f"batch_size is at least 1, is {batch_size}")
+        if stops and decode_ids is None:
+            raise ValueError("stop strings need at least decode_ids, to be found in a text")
         limits = response_limits(prompts, samples, max_new_tokens, context)
+        streams = [TextStream(decode_ids, stops) for _ in limits] if stops and decode_ids is not None else None
         model = self.packed.body
         chunks = build_dual_chunk(model, dual_chunk)
         if not limits:
@@ -125,6 +134,10 @@ class Sampler:
             response.ids.append(token)
             response.logps.append(logp)
             is_last = token in stop_ids or len(response.ids) == limits[number]
+            if streams is not None and token not in stop_ids:
+                streams[number].push(token)
+                response.is_stopped = streams[number].is_stopped
+                is_last = is_last or response.is_stopped
             return (listen is not None and listen(number, token, is_last)) or is_last
 
         while waiting or running:

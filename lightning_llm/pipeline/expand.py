@@ -152,6 +152,8 @@ class _Expansion:
             sampling=stage.sampling,
             precision=self.recipe.compute.precision,
             seed=self.recipe.seed,
+            stop=stage.stop,
+            engine=stage.engine,
         )
         yield Node(name, "generate", settings, models | {"data": f"{name}.prepare", "tokenizer": tokenizer})
 

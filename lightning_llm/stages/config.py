@@ -155,6 +155,9 @@ class MergeStage(StageConfig):
     evaluate: bool = True
 
 
+ENGINES = ("own", "vllm")  # of a stage that generates
+
+
 @option("stage", "generate")
 @dataclass
 class GenerateStage(StageConfig):
@@ -168,10 +171,18 @@ class GenerateStage(StageConfig):
     max_new_tokens: int = 512  # a response is cut after so many
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     round: int = 0  # prompts of the rounds before are passed over; unrolling sets it
+    stop: list[str] = came_later([])  # strings that end a response and are left out of its text
+    engine: str = came_later("own")  # own | vllm; the latter on a GPU, with the extra of that name
 
     def __post_init__(self):
         refuse_below(1, self, "prompts", "per_prompt", "max_new_tokens")
         refuse_below(0, self, "round")
+        if "" in self.stop:
+            raise ValueError("stop: an empty string would end every response before it begins")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, is {self.engine}")
+        if self.engine == "vllm" and self.stop:
+            raise ValueError("stop strings are our own engine's: leave engine at own, or end responses by tokens")
 
 
 @option("stage", "judge")
@@ -308,6 +319,8 @@ class GenerateSettings:
     sampling: SamplingConfig
     precision: str
     seed: int
+    stop: list[str] = came_later([])
+    engine: str = came_later("own")
 
 
 @dataclass

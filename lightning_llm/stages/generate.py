@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.data.turns import draw_places
 from lightning_llm.evaluation.judges import Question, Response
 from lightning_llm.evaluation.questions import read_question
-from lightning_llm.generation.engine import sample
+from lightning_llm.generation.engine import Sampler
+from lightning_llm.generation.vllm import VLLMSampler
 from lightning_llm.models import Transformer
 from lightning_llm.models.families import read_config
 from lightning_llm.models.kernels import use_attention
@@ -131,45 +133,56 @@ class Member:
         self.context, self.directory, self.number, self.asked = context, directory, number, asked
         self.settings: GenerateSettings = context.settings
         self.tokenizer = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer")
-        self._model: Transformer | None = None
+        self.config = read_config(directory)
+        self._sampler: Sampler | VLLMSampler | None = None
 
     @property
     def is_idle(self) -> bool:
         """Nothing has been asked of it yet."""
-        return self._model is None
+        return self._sampler is None
 
     def sample(self, first: int, end: int) -> list[Json]:
         """Its responses to a chunk of the prompts: a row for each prompt."""
-        model, settings = self._loaded(), self.settings
+        sampler, settings = self._loaded(), self.settings
         prompts = [prompt.question.prompt_ids for prompt in self.asked[first:end]]
-        room = model.config.max_position_embeddings
+        room = self.config.max_position_embeddings
         longest = min(max(map(len, prompts)) + settings.max_new_tokens, room)
-        samples = sample(
-            model,
-            prompts,
-            max_new_tokens=settings.max_new_tokens,
-            stop_ids=self.tokenizer.stop_ids,
-            samples=settings.per_prompt,
-            sampling=settings.sampling.resolved(),
-            seed=seed_of(settings.seed, self.number, settings.round, first),
-            batch_size=max(self.context.compute.micro_batch_tokens // longest, 1),
-            context=room,
-        )
+        options: dict[str, Any] = {
+            "max_new_tokens": settings.max_new_tokens,
+            "stop_ids": self.tokenizer.stop_ids,
+            "samples": settings.per_prompt,
+            "sampling": settings.sampling.resolved(),
+            "seed": seed_of(settings.seed, self.number, settings.round, first),
+        }
+        if isinstance(sampler, Sampler):
+            options |= {"batch_size": max(self.context.compute.micro_batch_tokens // longest, 1), "context": room}
+            options |= {"stops": settings.stop, "decode_ids": self.tokenizer.decode}
         responses = []
-        for drawn in samples:
-            is_complete = bool(drawn.ids) and drawn.ids[-1] in self.tokenizer.stop_ids
-            text = self.tokenizer.decode(drawn.ids[:-1] if is_complete else drawn.ids)
+        for drawn in sampler.sample(prompts, **options):
+            has_stop_token = bool(drawn.ids) and drawn.ids[-1] in self.tokenizer.stop_ids
+            text = self.tokenizer.decode(drawn.ids[:-1] if has_stop_token else drawn.ids)
+            if drawn.is_stopped:
+                text = text[: min(text.find(stop) for stop in settings.stop if stop in text)]
+            is_complete = has_stop_token or drawn.is_stopped
             responses.append({"text": text, "ids": drawn.ids, "logps": drawn.logps, "is_complete": is_complete})
         each = settings.per_prompt
         return [{"responses": responses[at : at + each]} for at in range(0, len(responses), each)]
 
-    def _loaded(self) -> Transformer:
-        if self._model is None:
-            compute = self.context.compute
+    def _loaded(self) -> Sampler | VLLMSampler:
+        if self._sampler is None:
+            compute, precision = self.context.compute, self.settings.precision
+            if self.settings.engine == "vllm":
+                if compute.accelerator != "gpu":
+                    remedy = "Use compute=gpu, or leave engine at own"
+                    raise UserError(f"stage {self.context.name}: engine", "vllm needs a GPU", remedy)
+                dtype = "bfloat16" if precision == "bf16" else "float32"
+                self._sampler = VLLMSampler(self.directory, context=self.config.max_position_embeddings, dtype=dtype)
+                return self._sampler
             model = Transformer.from_pretrained(self.directory).eval()
-            self._model = model.to("cuda" if compute.accelerator == "gpu" else "cpu")
-            use_attention(self._model, compute, precision=self.settings.precision, needs_gradient=False)
-        return self._model
+            model = model.to("cuda" if compute.accelerator == "gpu" else "cpu")
+            use_attention(model, compute, precision=precision, needs_gradient=False)
+            self._sampler = Sampler(model)
+        return self._sampler
 
 
 def seed_of(seed: int, model: int, turn: int, first: int) -> int:

@@ -166,3 +166,30 @@ def test_no_prompts_no_responses(model):
 def test_impossible_requests_are_refused(model, wrong):
     with pytest.raises(ValueError, match="at least"):
         generate(model, **{"prompts": [[1]], "max_new_tokens": 4, "stop_ids": (), **wrong})
+
+
+def test_stop_strings_end_responses_in_a_batch(model, prompts):
+    """Each with the token that completes one, whatever runs beside it; a stop token counts before a string."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,;:!?-"
+    options = {"max_new_tokens": 30, "sampling": Sampling(1.0), "seed": 4, "samples": 2}
+
+    def decode_ids(ids):
+        return "".join(letters[id] for id in ids)
+
+    whole = sample(model, prompts, stop_ids={7}, **options)
+    stops = [decode_ids(whole[0].ids[9:11]), decode_ids(whole[5].ids[3:4])]
+    for batch_size in (4, 64):
+        found = sample(
+            model, prompts, stop_ids={7}, stops=stops, decode_ids=decode_ids, batch_size=batch_size, **options
+        )
+        for before, after in zip(whole, found, strict=True):
+            text = decode_ids([id for id in before.ids if id != 7])
+            ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+            assert after.ids == before.ids[: min(ends)] if ends else before.ids
+            assert after.is_stopped == bool(ends)
+        assert {response.is_stopped for response in found} == {True, False}
+
+
+def test_stop_strings_need_a_text(model):
+    with pytest.raises(ValueError, match="decode_ids"):
+        sample(model, [[1]], max_new_tokens=1, stop_ids=(), stops=["a"])

@@ -155,6 +155,24 @@ def test_a_sample_depends_on_its_prompts_place_and_not_on_how_many_there_are(sam
         assert [r["ids"] for r in more["responses"]] == [r["ids"] for r in fewer["responses"]]
 
 
+def test_stop_strings_are_left_out_of_texts(sampled, inputs, context_of):
+    before = [response for row in read_rows(sampled[1] / "samples.jsonl") for response in row["responses"]]
+    stop = next(r["text"] for r in before if len(r["text"]) > 3)[2:4]
+    context = context_of(settings(stop=[stop]), inputs)
+    generate.run(context)
+    after = [response for row in read_rows(context.output / "samples.jsonl") for response in row["responses"]]
+    for whole, cut in zip(before, after, strict=True):
+        assert cut["text"] == whole["text"].partition(stop)[0]
+        assert cut["ids"] == whole["ids"][: len(cut["ids"])]
+        assert cut["is_complete"] == (whole["is_complete"] or stop in whole["text"])
+    assert any(len(cut["ids"]) < len(whole["ids"]) for whole, cut in zip(before, after, strict=True))
+
+
+def test_vllm_wants_a_gpu(inputs, context_of):
+    with pytest.raises(UserError, match="vllm needs a GPU"):
+        generate.run(context_of(settings(engine="vllm"), inputs))
+
+
 def test_seeds_models_and_rounds_draw_otherwise(sampled, inputs, context_of):
     first = list(read_rows(sampled[1] / "samples.jsonl"))
     twins = dict(inputs, **{"model.1": inputs["model.0"]})
