@@ -9,6 +9,7 @@ its own here as well, but kernels may depend on what runs beside it); weights ar
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ class VLLMSampler:
             UserError: vLLM is not installed.
         """
         try:
-            import vllm  # pyright: ignore[reportMissingImports]  # an extra
+            vllm = importlib.import_module("vllm")  # an extra
         except ImportError as error:
             remedy = "pip install 'lightning-llm[vllm]' on a machine with a GPU, or leave engine at own"
             raise UserError("engine", f"vllm cannot be imported ({error})", remedy) from error

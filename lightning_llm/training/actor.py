@@ -16,7 +16,7 @@ from lightning_llm.data.experience import Drawn, Group
 from lightning_llm.data.packing import share_out
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.evaluation.judges import Judge, Question, Response, Verdict
-from lightning_llm.generation.engine import Sample, sample
+from lightning_llm.generation.engine import Sample, Sampler
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.training.config import RolloutConfig
@@ -88,6 +88,7 @@ class Actor:
         self.context, self.max_tokens, self.precision, self.seed = context, max_tokens, precision, seed
         self.reference = Reference(policy, config.ema_decay if config.reference == "ema" else None)
         self.phases = Phases()
+        self._sampler: Sampler | None = None
 
     def draw(self, questions: Sequence[Question], numbers: Sequence[int]) -> list[Group]:
         """A group for each question: its responses, judged, with all log-probabilities.
@@ -140,8 +141,7 @@ class Actor:
         prompts = [question.prompt_ids for question in questions]
         longest = min(max(map(len, prompts)) + config.max_new_tokens, self.context)
         with self.phases("sample"):
-            samples = sample(
-                self.policy,
+            samples = self._refreshed().sample(
                 prompts,
                 max_new_tokens=config.max_new_tokens,
                 stop_ids=stop_ids,
@@ -156,6 +156,14 @@ class Actor:
         with self.phases("judge"):
             verdicts = self.judge([question for question in questions for _ in range(each)], responses)
         return list(map(Answer, samples, responses, verdicts))
+
+    def _refreshed(self) -> Sampler:
+        """The sampler with the policy's weights of now; made when the policy is where it is trained."""
+        if self._sampler is None:
+            self._sampler = Sampler(self.policy)
+        else:
+            self._sampler.refresh()
+        return self._sampler
 
     def _response(self, drawn: Sample) -> Response:
         is_complete = bool(drawn.ids) and drawn.ids[-1] in self.tokenizer.stop_ids
