@@ -46,7 +46,8 @@ format: $(BIN)/.dev ## format and mend what can be mended
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found. Name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no environment. Debian and Ubuntu: apt install python3-venv" >&2; exit 2; }
+	@test ! -e "$(VENV)" || test -f "$(VENV)/pyvenv.cfg" || { echo "error: $(VENV) is there and no environment: name another folder, make VENV=..." >&2; exit 2; }
+	$(PYTHON) -m venv --clear "$(VENV)" || { echo "error: no environment. Debian and Ubuntu: apt install python3-venv" >&2; rm -f "$(VENV)"/bin/python; exit 2; }
 
 # Stamps: nothing is installed again until pyproject.toml changes.
 $(BIN)/.demo: pyproject.toml | $(BIN)/python

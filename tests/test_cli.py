@@ -33,7 +33,7 @@ from lightning_llm.stages.config import ComputeConfig
 
 ROOT = Path(__file__).parents[1]
 # what generate and chat say first, on stderr
-ATTENTION = "note: attention by sdpa (the fastest on a CPU, and trains)\n"
+ATTENTION = "note: attention by sdpa (the fastest on a CPU, and trains), new tokens by torch's products\n"
 PROGRAM = [sys.executable, "-c", "import sys; from lightning_llm.cli import main; sys.exit(main())"]
 
 

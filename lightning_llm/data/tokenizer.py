@@ -189,7 +189,8 @@ class Tokenizer:
 
     def render_pairs(self, rows: Sequence[tuple[list[Message], Sequence[str]]]) -> list[list[list[int]]]:
         """Prompts with their responses -> ids [prompt, response, response, ...] of each row; a response ends in the
-        end-of-turn token, and prompt + response is what `render` makes of the whole conversation."""
+        end-of-turn token, and prompt + response is what `render` makes of the whole conversation, unless the template's
+        last token before the response would swallow the response's first blanks."""
         texts: list[str] = []
         for prompt, responses in rows:
             before = self.render_text(prompt, add_generation_prompt=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 UNUSED = {"devices": 1, "compile": False, "activation_checkpointing": "none"}  # of compute; for training alone
+NEW_TOKENS = ", new tokens by torch's products"  # one query at a time needs no kernel: generation/cache.py
 UNHEARD = {"no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1}  # of generation_config.json; neutral
 
 
@@ -86,7 +87,7 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
         try:
             check_scaling(config.rope_scaling)
         except ValueError as error:
-            remedy = "Give {rope_type: linear, factor: ...} or another"
+            remedy = "Give it {rope_type: ..., factor: ...} and what that type needs"
             raise UserError("rope_scaling", str(error), remedy) from error
     tokenizer = Tokenizer.load(directory)
     model = Transformer.from_pretrained(directory, PRECISIONS[compute.precision]).eval()
@@ -95,7 +96,7 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
         context = stretched_context(model.config, config.rope_scaling)
         model.config = set_rope_scaling(model.config, config.rope_scaling)
     model = model.to("cuda" if compute.accelerator == "gpu" else "cpu")
-    kernel = use_attention(model, compute, precision=compute.precision, needs_gradient=False)
+    kernel = use_attention(model, compute, precision=compute.precision, needs_gradient=False) + NEW_TOKENS
     if config.dual_chunk.chunk_size is not None:
         kernel = f"attention by dual chunks of {config.dual_chunk.chunk_size:,} positions (dual_chunk.chunk_size)"
     print(f"note: {kernel}", file=sys.stderr)

@@ -98,7 +98,10 @@ class Objective(LightningModule):
         return batch  # `training_step` moves one micro-batch at a time
 
     def training_step(self, window: Window, index: int) -> None:
-        """One optimizer step over a whole window, with the learning rate at its last token."""
+        """One optimizer step over a whole window, with the learning rate at its last token.
+
+        So the first step of a warm-up moves something already, and the last of a schedule that ends at 0 nothing.
+        """
         wrapped = self.trainer.strategy.model
         self.learning_rate = learning_rate(self.schedule, window.progress.tokens, self.total_tokens)
         step = optimizer_step(

@@ -152,8 +152,9 @@ def _check_report(context: StageContext, settings: PrepareSettings, name: str, r
     data = settings.data
     if report.skipped:
         first = f"{report.skipped_rows[0]['where']} {report.skipped_rows[0]['what']}"
+        listed = "all" if report.skipped <= LISTED else f"{LISTED:,}"
         context.console.note(
-            f"{report.skipped} malformed rows of {name} skipped, all in prepare.json; the first: {first}"
+            f"{report.skipped} malformed rows of {name} skipped, {listed} in prepare.json; the first: {first}"
         )
     total = sum(split["rows"] for split in report.splits.values())
     empty = [split for split, facts in report.splits.items() if not facts["rows"]]

@@ -1,1 +1,1 @@
-"""What surrounds a training run: progress on the console."""
+"""What surrounds a training run: loop, journal, loggers and console, and what a policy samples meanwhile."""

@@ -71,7 +71,10 @@ def test_stop_tokens_that_are_no_numbers_are_refused(directory, ids):
 def test_what_is_left_out_is_said(directory, capsys):
     say(directory, {"num_beams": 1})
     load(directory)
-    assert capsys.readouterr().err == "note: attention by sdpa (the fastest on a CPU, and trains)\n"
+    assert (
+        capsys.readouterr().err
+        == "note: attention by sdpa (the fastest on a CPU, and trains), new tokens by torch's products\n"
+    )
     say(directory, {"num_beams": 4})
     load(directory)
     assert "num_beams 4" in capsys.readouterr().err
@@ -81,7 +84,7 @@ def test_what_attention_is_computed_with_is_said_or_refused(directory, capsys):
     assert load(directory, attention="sdpa").model.attention_backend == "sdpa"
     load(directory, dual_chunk=DualChunkConfig(2048))
     plain, dual = capsys.readouterr().err.splitlines()
-    assert plain == "note: attention by sdpa (as asked)"
+    assert plain == "note: attention by sdpa (as asked), new tokens by torch's products"
     assert dual == "note: attention by dual chunks of 2,048 positions (dual_chunk.chunk_size)"
     with pytest.raises(UserError, match=r"compute\.attention: flash needs an NVIDIA GPU"):
         load(directory, attention="flash")

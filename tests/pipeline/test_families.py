@@ -80,7 +80,7 @@ def test_gemma_2_goes_through_all_stages_and_speaks(tiny, tmp_path, monkeypatch,
     words = ["model=dpo", f"store.root={tmp_path}/artifacts", "prompt=reverse 12", "template=chat"]
     assert cli.command(["generate", *words, "max_new_tokens=24", "format=jsonl"]) == 0
     said = capsys.readouterr()
-    assert said.err == "note: attention by sdpa (the fastest on a CPU, and trains)\n"
+    assert said.err == "note: attention by sdpa (the fastest on a CPU, and trains), new tokens by torch's products\n"
     reply = json.loads(said.out)
     theirs = transformers.Gemma2ForCausalLM.from_pretrained(
         record.artifact("dpo") / "model", attn_implementation="eager"
