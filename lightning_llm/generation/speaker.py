@@ -87,7 +87,7 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
         try:
             check_scaling(config.rope_scaling)
         except ValueError as error:
-            remedy = "Give it {rope_type: ..., factor: ...} and what that type needs"
+            remedy = "Give {rope_type: linear, factor: ...} or another, with all that it needs"
             raise UserError("rope_scaling", str(error), remedy) from error
     tokenizer = Tokenizer.load(directory)
     model = Transformer.from_pretrained(directory, PRECISIONS[compute.precision]).eval()

@@ -252,7 +252,7 @@ def _check_training(key: str, stage: TrainStage) -> None:
         try:
             check_scaling(stage.rope_scaling)
         except ValueError as error:
-            remedy = "Give it {rope_type: ..., factor: ...} and what that type needs"
+            remedy = "Give {rope_type: linear, factor: ...} or another, with all that it needs"
             raise UserError(f"{key}.rope_scaling", str(error), remedy) from error
     objective = stage.objective
     check_live(key, stage)
