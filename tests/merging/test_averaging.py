@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.merging import ema, linear, liti, polyak
+from lightning_llm.merging.averaging import ema, linear, liti, polyak
 from lightning_llm.merging.states import LazyState
 
 SHAPES = {"model.embed_tokens.weight": (5, 3), "model.layers.0.mlp.weight": (2, 3), "model.norm.weight": (3,)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_llm.merging import slerp, slerp_task_vectors
+from lightning_llm.merging.spherical import slerp, slerp_task_vectors
 
 SHAPES = {
     "model.embed_tokens.weight": (6, 4),

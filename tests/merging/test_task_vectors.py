@@ -8,8 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.merging import dare, task_arithmetic, ties
-from lightning_llm.merging.task_vectors import agreed_mean, dropped, largest_from, seeded
+from lightning_llm.merging.task_vectors import agreed_mean, dare, dropped, largest_from, seeded, task_arithmetic, ties
 
 SHAPES = {"model.embed_tokens.weight": (50, 4), "model.layers.0.mlp.weight": (30, 4), "model.norm.weight": (4,)}
 

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lightning_llm.merging import linear, slerp_task_vectors, ties
+from lightning_llm.merging.averaging import linear
+from lightning_llm.merging.spherical import slerp_task_vectors
+from lightning_llm.merging.task_vectors import ties
 from lightning_llm.models import ModelConfig, Transformer, families
 from lightning_llm.models.shards import Shards, refuse_unlike_shards, write_shards
 from lightning_llm.settings import UserError

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_llm import cli, compose, plan, run
-from lightning_llm.merging import slerp_task_vectors
+from lightning_llm.merging.spherical import slerp_task_vectors
 from lightning_llm.models import Transformer
 from lightning_llm.models.reward import RewardModel
 from lightning_llm.pipeline.key import node_keys

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_llm.data.tokenizer import Tokenizer, train_tokenizer
-from lightning_llm.merging import dare, liti, slerp_task_vectors, task_arithmetic, ties
+from lightning_llm.merging.averaging import liti
 from lightning_llm.merging.config import (
     DareConfig,
     LinearConfig,
@@ -21,6 +21,8 @@ from lightning_llm.merging.config import (
     TiesConfig,
     WarmConfig,
 )
+from lightning_llm.merging.spherical import slerp_task_vectors
+from lightning_llm.merging.task_vectors import dare, task_arithmetic, ties
 from lightning_llm.models import Transformer
 from lightning_llm.models.families import CLASSIFIER, read_head
 from lightning_llm.models.reward import GRADING_FILE, RewardModel
