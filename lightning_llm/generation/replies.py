@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_llm.generation.engine import generate
 from lightning_llm.generation.speaker import Speaker
 from lightning_llm.generation.stream import TextStream
 
@@ -61,8 +60,7 @@ def reply_to(
             hear(number, piece, replies.get(number))
         return is_last
 
-    generate(
-        speaker.model,
+    speaker.sampler.sample(
         prompts,
         max_new_tokens=speaker.config.max_new_tokens,
         stop_ids=speaker.stop_ids,

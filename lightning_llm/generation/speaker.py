@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ import torch
 
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.generation.config import GenerationConfig, Sampling
+from lightning_llm.generation.engine import Sampler
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.config import check_scaling, set_rope_scaling
 from lightning_llm.models.families import read_json
@@ -36,6 +38,11 @@ class Speaker:
     sampling: Sampling
     stop_ids: frozenset[int]  # that end a text
     context: int | None  # tokens of prompt and reply together; none: any number
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """One for all turns of a chat: weights are laid out for it once."""
+        return Sampler(self.model)
 
     @property
     def turn_stop_ids(self) -> frozenset[int]:

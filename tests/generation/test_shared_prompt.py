@@ -18,7 +18,10 @@ LENGTHS = {0: 5, 1: 8, 2: 6, 3: 7}
 @pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS.keys())
 def test_the_same_sums(rows, softcap):
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)  # noqa: E731
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64, generator=generator)
+
     prompts = {number: (draw(2, length, 4), draw(2, length, 4)) for number, length in LENGTHS.items()}
     lengths = [LENGTHS[number] + 1 + row % 4 for row, number in enumerate(rows)]
     keys, values = draw(len(rows), 2, max(lengths), 4), draw(len(rows), 2, max(lengths), 4)

@@ -27,11 +27,11 @@ MORE = [
     "stages.more.batch_tokens=1e6",
     "stages.more.examples=100",
 ]
-REWARD = "stages.{}.starts_from=sft stages.{}.examples=100 stages.{}.context=1024 stages.{}.batch_tokens=1024 stages.{}.lr.peak=3e-5"  # noqa: E501
+REWARD = ("starts_from=sft", "examples=100", "context=1024", "batch_tokens=1024", "lr.peak=3e-5")
 COMMITTEE = [
     word
     for name in ("first", "second")
-    for word in [f"+stage@stages.{name}=reward_model", *REWARD.replace("{}", name).split()]
+    for word in [f"+stage@stages.{name}=reward_model", *(f"stages.{name}.{setting}" for setting in REWARD)]
 ] + ["stages.second.seed_offset=1", "+stage@stages.warm=merge", "stages.warm.models=[first,second]"]
 COMMITTEE += ["merge@stages.warm.method=warm"]
 
