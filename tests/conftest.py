@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
 TINY = [  # overrides of qwen2 at nano
@@ -41,6 +45,19 @@ def run_folder(tmp_path_factory):
 
     place = tmp_path_factory.mktemp("run")
     return run(compose("qwen2", overrides=[*TINY, f"store.root={place}/artifacts", f"runs={place}/runs"])).folder
+
+
+@pytest.fixture(scope="session")
+def beside(run_folder):
+    """`beside(folder)` -> overrides of the finished run, for a copy of its store there: reused, and left as it was."""
+
+    def copied(folder: Path) -> list[str]:
+        given = json.loads((run_folder / "run.json").read_text())["overrides"]
+        words = [word for word in given if not word.startswith(("recipe=", "scale=", "store.", "runs="))]
+        shutil.copytree((run_folder / "artifacts" / "sft").resolve().parent, folder / "artifacts")
+        return [*words, f"store.root={folder}/artifacts", f"runs={folder}/runs"]
+
+    return copied
 
 
 @pytest.fixture(scope="session")

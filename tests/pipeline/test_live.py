@@ -98,11 +98,15 @@ def test_every_objective_that_learns_from_samples_composes():
         assert recipe.stages["online"].objective.name == name
 
 
-def test_a_run_with_a_reward_model(run_folder):
+def test_a_run_with_a_reward_model(beside, tmp_path):
     """sft -> reward_model, and online DPO from dpo with its scores: the run of the other tests goes on."""
-    given = json.loads((run_folder / "run.json").read_text())["overrides"]
-    words = [word for word in given if not word.startswith(("recipe=", "scale="))]
-    words += [*ONLINE, *REWARDS, "judge@stages.online.judge=reward_model", "stages.online.judged_by=[reward_model]"]
+    words = [
+        *beside(tmp_path),
+        *ONLINE,
+        *REWARDS,
+        "judge@stages.online.judge=reward_model",
+        "stages.online.judged_by=[reward_model]",
+    ]
     words += ["stages.online.examples=24", "stages.online.rollout.prompts=8", "stages.online.rollout.held_out=6"]
     words += ["stages.online.context=1024"]
     words += ["stages.online.rollout.max_new_tokens=12", "scale.corpora.comparisons.options={rows: 400}"]

@@ -154,10 +154,9 @@ def test_a_mistake_is_one_line(words, says):
 
 
 @pytest.fixture(scope="module")
-def given(run_folder):
+def given(beside, tmp_path_factory):
     """What a finished run was told: its artifacts are reused."""
-    overrides = json.loads((run_folder / "run.json").read_text())["overrides"]
-    return [word for word in overrides if not word.startswith(("recipe=", "scale="))]
+    return beside(tmp_path_factory.mktemp("merged"))
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -38,13 +37,9 @@ WORDS = [
 class Program:
     """The command line in a copy of the finished run's store."""
 
-    def __init__(self, folder: Path, run_folder: Path):
+    def __init__(self, folder: Path, own: list[str]):
         self.folder = folder
-        shutil.copytree((run_folder / "artifacts" / "sft").resolve().parent, folder / "artifacts")
-        given = json.loads((run_folder / "run.json").read_text())["overrides"]
-        words = [word for word in given if not word.startswith(("recipe=", "store.", "runs="))]
-        places = [f"store.root={folder}/artifacts", f"runs={folder}/runs"]
-        self.words = ["run", "recipe=rejection_sampling", *words, *WORDS, *places]
+        self.words = ["run", "recipe=rejection_sampling", *own, *WORDS]
 
     def start(self) -> subprocess.Popen:
         program = [sys.executable, "-m", "lightning_llm.cli", *self.words]
@@ -65,9 +60,9 @@ class Program:
 
 
 @pytest.fixture(scope="module")
-def killed(tmp_path_factory, run_folder):
+def killed(tmp_path_factory, beside):
     """A run that was killed while the second model was sampled, and the one that followed: (folder, what was said)."""
-    program = Program(tmp_path_factory.mktemp("killed"), run_folder)
+    program = Program(folder := tmp_path_factory.mktemp("killed"), beside(folder))
     started = program.start()
     making = program.folder / "artifacts" / ".making"
     while started.poll() is None and not [p for p in making.glob("generate-*/parts/1.jsonl") if p.stat().st_size]:
@@ -90,8 +85,8 @@ def test_what_was_sampled_before_the_kill_is_kept(killed):
     assert int(continued) % 170 == 0  # whole chunks, of 510 responses each
 
 
-def test_the_samples_are_those_of_a_run_that_nobody_killed(killed, tmp_path, run_folder):
-    whole, said = Program(tmp_path, run_folder).run()
+def test_the_samples_are_those_of_a_run_that_nobody_killed(killed, tmp_path, beside):
+    whole, said = Program(tmp_path, beside(tmp_path)).run()
     assert "answered before" not in said
     for name in ("samples.jsonl", "verdicts.jsonl", "rows.jsonl", "table.json"):
         node = {"samples.jsonl": "sample", "verdicts.jsonl": "score"}.get(name, "best")
@@ -134,11 +129,9 @@ def test_the_page_tells_who_won(killed, tmp_path):
     assert "## Who won where: best" in (tmp_path / "page.md").read_text()
 
 
-def test_a_committee_teaches_itself_for_two_rounds(run_folder, tmp_path):
+def test_a_committee_teaches_itself_for_two_rounds(beside, tmp_path):
     """Rows and pairs out of the same samples, each learnt from; the second round asks what the first has taught."""
-    given = json.loads((run_folder / "run.json").read_text())["overrides"]
-    own = [word for word in given if not word.startswith(("recipe=", "scale=", "store.", "runs="))]
-    shutil.copytree((run_folder / "artifacts" / "sft").resolve().parent, tmp_path / "artifacts")
+    own = beside(tmp_path)
     inside = "stages.itec.stages"
     words = [f"{inside}.sample.prompts=120", f"{inside}.sample.per_prompt=2", f"{inside}.sample.max_new_tokens=24"]
     words += [
@@ -147,8 +140,7 @@ def test_a_committee_teaches_itself_for_two_rounds(run_folder, tmp_path):
         f"{inside}.pairs.minimum_score=0",
     ]
     words += [f"{inside}.{name}.data.max_epochs=1e3" for name in ("distilled", "preferred")]
-    places = [f"store.root={tmp_path}/artifacts", f"runs={tmp_path}/runs"]
-    record = run(compose("itec", overrides=[*own, *words, *places]), until="itec2.preferred")
+    record = run(compose("itec", overrides=[*own, *words]), until="itec2.preferred")
     assert record.status == "done"
     assert {stage for stage, facts in record.stages.items() if facts["reused"]} >= {"sft", "dpo"}
     asked = [

@@ -40,10 +40,9 @@ FIGURE = re.compile(r'<script type="application/json">(.*?)</script>')
 
 
 @pytest.fixture(scope="module")
-def judged(run_folder):
-    """A run that has a reward model after sft, in the store of the finished one."""
-    given = json.loads((run_folder / "run.json").read_text())["overrides"]
-    words = [word for word in given if not word.startswith(("recipe=", "scale="))]
+def judged(beside, tmp_path_factory):
+    """A run that has a reward model after sft, in a copy of the finished one's store."""
+    words = beside(tmp_path_factory.mktemp("judged"))
     return run(
         compose("qwen2", overrides=[*words, *ADDED, "scale.corpora.comparisons.options={rows: 400, held_out: 60}"]),
         until="best",
