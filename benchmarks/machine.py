@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -45,5 +46,7 @@ def _processor() -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    if shutil.which("git") is None:
+        return None
     done = subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True)
     return done.stdout.strip() if done.returncode == 0 else None

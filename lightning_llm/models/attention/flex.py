@@ -21,6 +21,8 @@ from lightning_llm.models.attention.segments import Segments
 
 TILE = 128  # queries and keys; FlexAttention's default
 SMALLEST_HEAD = 16  # of its GPU kernel
+# By itself it takes its kernel for decoding where queries are few, and has none for four heads to one of 32.
+KERNEL = {"BACKEND": "TRITON"}
 
 
 class Flex:
@@ -63,6 +65,7 @@ class Flex:
             block_mask=mask,
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
+            kernel_options=None if q.is_cpu else KERNEL,
         )
         return output[0].transpose(0, 1)
 

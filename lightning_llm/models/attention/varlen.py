@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,8 +39,7 @@ class Varlen:
         scale: float,
     ) -> Tensor:
         """[T, H, D] of q [T, H, D], k and v [T, K, D]; see `attention`."""
-        from torch.nn.attention.varlen import varlen_attn
-
+        varlen_attn, says_grouped = load_kernel()
         ranges = segments.derive(("ranges", q.device), lambda: ranges_of(segments, q.device))
         output = varlen_attn(
             q,
@@ -47,7 +51,15 @@ class Varlen:
             ranges.max_seqlen_k,
             scale=scale,
             window_size=window_size(window),
-            enable_gqa=q.shape[1] != k.shape[1],
+            **({"enable_gqa": q.shape[1] != k.shape[1]} if says_grouped else {}),
         )
         assert isinstance(output, Tensor)  # a tuple only where auxiliary outputs are asked for
         return output
+
+
+@cache
+def load_kernel() -> tuple[Callable[..., Any], bool]:
+    """varlen_attn, and whether it wants to be told of grouped heads: torch 2.11's groups them without a word."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, "enable_gqa" in inspect.signature(varlen_attn).parameters
