@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu lint bench bench-peers format
+.PHONY: help demo test test-fast test-gpu lint bench bench-gpu bench-peers format
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
@@ -35,6 +35,10 @@ bench: $(BIN)/.bench bench-peers ## make the figures of benchmarks/results and d
 	-$(BIN)/python benchmarks/learning.py
 	-$(BIN)/python benchmarks/demo.py --clone
 	-for name in pretrain sft dpo reward generate vocabulary rejection_sampling reward_models; do $(BIN)/python benchmarks/$$name.py; done
+	$(BIN)/python benchmarks/page.py
+
+bench-gpu: $(BIN)/.bench ## the part of docs/performance.md that needs an NVIDIA GPU
+	$(BIN)/python benchmarks/gpu.py
 	$(BIN)/python benchmarks/page.py
 
 bench-peers: $(BIN)/python ## an environment for each library that the benchmarks compare with, in build/peers

@@ -38,19 +38,22 @@ PARTS = {
     ("generate", "samples"): "Sampling, 8 prompts of 160 tokens, 8 x 64 new ones each",
     ("generate", "mixed"): "Sampling, 128 responses of 8 to 128 tokens in 32 places",
 }
-SOURCES = ["pretrain", "sft", "dpo", "reward", "generate", "vocabulary"]
+SOURCES = ["pretrain", "sft", "dpo", "reward", "generate", "vocabulary", "gpu"]
+BACKENDS = ("flash", "varlen", "flex", "sdpa")
 Results = dict[str, dict[str, Any]]  # benchmark -> part -> what was found
 
 INTRODUCTION = """# Performance
 
-Ours beside the newest versions of what people use, on the same weights and tokens, in float32 on one thread. Made by
-`make bench`; this page and its pictures are drawn from `benchmarks/results/*.json` by `benchmarks/page.py`.
+Ours beside the newest versions of what people use, on the same weights and tokens, in float32 on one thread; at the
+end, in bf16 on a GPU. Made by `make bench`; this page and its pictures are drawn from `benchmarks/results/*.json` by
+`benchmarks/page.py`.
 
 Each library runs in a process and an environment of its own (LitGPT and transformers 5 do not install together) and
 makes one call, a whole training step, at a time: ours, a peer, another, ours again. What counts are ratios of
 CPU-seconds of calls made side by side; absolute times swing severalfold from machine to machine. Before anything is
 timed, the losses of the first call have to agree to 1e-4. Peak memory is the process's high-water mark above what its
-imports take.
+imports take. Medians are of 20 calls of each after 3 to warm up; of sampling 8 after 1, of the vocabulary 8 after 1
+(3 and 2 for its largest sizes).
 
 The model is a Llama of 6.5 million weights: vocabulary 8,192 (tied), width 256, 6 layers, 8 heads of 32 with 4 for
 keys and values, feed-forward 704. Every library gets the same fused AdamW, clipping and learning rate. TRL's trainers
@@ -76,6 +79,7 @@ def page(results: Results) -> str:
             "with their quartiles. Memory: our peak over the peer's.\n",
             *table(["", "peer", "rate", "quartiles", "memory", "ours, CPU-s", "peer's, CPU-s"], figure_rows(results)),
             *vocabulary_section(results.get("vocabulary", {})),
+            *gpu_section(results.get("gpu", {})),
             "\n## What falls short\n",
             *fallen_short(claims),
             "\n## All claims\n",
@@ -143,6 +147,62 @@ def vocabulary_rows(sizes: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+def gpu_section(parts: dict[str, Any]) -> list[str]:
+    """What `benchmarks/gpu.py` has found; parts that it has not measured are named."""
+    if not parts:
+        return []
+    machine_of = next(iter(parts.values()))["machine"]
+    says = (
+        f"One {machine_of['gpu']}, torch {machine_of['libraries']['torch']}, wall time, in turns (`benchmarks/gpu.py`)."
+    )
+    lines = ["\n## One GPU\n", says]
+    if missing := [name for name in ("attention", "training", "vocabulary", "generation") if name not in parts]:
+        lines.append(f"Not measured yet: {', '.join(missing)}.")
+    if attention := parts.get("attention"):
+        heads, key_heads, width = attention["heads"]
+        lines += [
+            f"\nAttention of one layer forward and backward, {attention['tokens']:,} tokens, {heads} heads of {width}",
+            f"with {key_heads} for keys and values: milliseconds (TFLOP/s over the pairs that are seen).\n",
+            *table(["batch", *BACKENDS], [attention_row(*item) for item in attention["batches"].items()]),
+        ]
+    if vocabulary := parts.get("vocabulary"):
+        tokens, width, size = vocabulary["shape"]
+        rows = [
+            [NAMES[name], milliseconds(found), f"{found['peak_bytes'] / 2**20:,.0f}"]
+            for name, found in vocabulary["found"].items()
+        ]
+        lines += [
+            f"\nThe vocabulary's loss and its gradients: {tokens:,} tokens of width {width:,}, V = {size:,}.\n",
+            *table(["way", "ms", "peak MiB"], rows),
+        ]
+    if generation := parts.get("generation"):
+        count, length, new = generation["prompts"]
+        rows = [
+            [name, *(f"{batch['found'][who]['tokens_per_second']:,.0f}" for who in ("ours", "transformers"))]
+            for name, batch in generation["batches"].items()
+        ]
+        lines += [
+            f"\nSampling {count} responses of {new} tokens to prompts of {length}, {generation['model']}:",
+            "tokens a second.\n",
+            *table(["", "ours", "transformers"], rows),
+        ]
+    return lines
+
+
+def attention_row(name: str, batch: dict[str, Any]) -> list[str]:
+    cells = [
+        f"{milliseconds(batch['found'][backend])} ({batch['found'][backend]['tflops']:.0f})"
+        if backend in batch["found"]
+        else batch["refused"][backend]
+        for backend in BACKENDS
+    ]
+    return [name, *cells]
+
+
+def milliseconds(found: dict[str, Any]) -> str:
+    return f"{found['seconds']['median'] * 1e3:.1f}"
+
+
 def refusals(sizes: dict[str, Any]) -> list[str]:
     reasons = {(name, why) for found in sizes.values() for name, why in found["refused"].items()}
     return [f"\n{NAMES[name]} did not run here: `{why}`." for name, why in sorted(reasons)]
@@ -169,7 +229,12 @@ def machines(results: Results) -> list[list[str]]:
             place = found["machine"]
             commit = (place["commit"] or "?")[:10] + (" and changes" if place["uncommitted_changes"] else "")
             rows.append(
-                [f"{benchmark}, {part}", f"{place['processor']}, {place['cores']} cores", commit, place["date"]]
+                [
+                    f"{benchmark}, {part}",
+                    place.get("gpu") or f"{place['processor']}, {place['cores']} cores",
+                    commit,
+                    place["date"],
+                ]
             )
     return rows
 
@@ -179,7 +244,7 @@ def versions(results: Results) -> list[str]:
         f"{library} {version}"
         for parts in results.values()
         for part in parts.values()
-        for worker in part["workers"].values()
+        for worker in part.get("workers", {}).values()
         for library, version in worker["versions"].items()
     }
     return ["Versions: " + ", ".join(sorted(found)) + "."]
