@@ -88,7 +88,7 @@ class Sampler:
         """So many responses to each prompt: all of the first prompt's, then the second's, and so on.
 
         They run in `batch_size` places. One that ends leaves its place at once, and when enough are free the next come
-        in, shortest prompts first (continuous batching; Yu et al. 2022, Orca).
+        in (continuous batching; Yu et al. 2022, Orca): those that may take longest, and of these the shortest prompts.
 
         Args:
             prompts: token ids, at least one each.
@@ -124,7 +124,7 @@ class Sampler:
         draws = pad_sequence([request_uniforms(number, limit, seed) for number, limit in of_seed], True)
         positions = max((len(prompts[number // samples]) + limit - 1 for number, limit in enumerate(limits)))
         cache = Cache(model, min(batch_size, len(limits)), positions, chunks)
-        waiting = deque(in_groups(prompts, samples, cache.rows))
+        waiting = deque(in_groups(prompts, limits, samples, cache.rows))
         running: list[int] = []  # the responses in the cache's rows
         tokens: list[int] = []  # the newest of each
         said = said_already(model, []) if sampling.repetition_penalty != 1 else None
@@ -194,14 +194,18 @@ def response_limits(
     return room
 
 
-def in_groups(prompts: Sequence[Sequence[int]], samples: int, places: int) -> list[list[int]]:
-    """Responses that come in together because they share a prompt, at most as many as there are places; shortest
-    prompts first."""
+def in_groups(prompts: Sequence[Sequence[int]], limits: Sequence[int], samples: int, places: int) -> list[list[int]]:
+    """Responses that come in together because they share a prompt, at most as many as there are places.
+
+    First those that may take longest, so that the last steps are not those of a few; among equals shortest prompts.
+    """
     groups = []
-    for prompt in sorted(range(len(prompts)), key=lambda prompt: len(prompts[prompt])):
-        numbers = list(range(prompt * samples, (prompt + 1) * samples))
-        groups += [numbers[first : first + places] for first in range(0, samples, places)]
-    return groups
+    for prompt in range(len(prompts)):
+        numbers = range(prompt * samples, (prompt + 1) * samples)
+        groups += [list(numbers[first : first + places]) for first in range(0, samples, places)]
+    return sorted(
+        groups, key=lambda group: (-max(limits[number] for number in group), len(prompts[group[0] // samples]))
+    )
 
 
 def next_groups(waiting: deque[list[int]], free: int, places: int) -> list[list[int]]:
