@@ -1,7 +1,9 @@
 """Text to token ids and back, conversations to ids with a mask of what the assistant said: no transformers needed.
 
 A tokenizer is a directory of `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, as
-transformers' AutoTokenizer reads it; ids, rendered text and masks are the same as there.
+transformers' AutoTokenizer reads it; ids, rendered text and masks are the same as there. One thing differs: what the
+assistant says begins with a token of its own, since a model that speaks is given the prompt's tokens first. So blanks
+that a template keeps in front of an answer never melt into the prompt's last token.
 """
 
 from __future__ import annotations
@@ -10,16 +12,15 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from jinja2 import TemplateError, nodes
-from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
+from lightning_llm.data.templates import compile_template
 from lightning_llm.settings import UserError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -174,38 +175,67 @@ class Tokenizer:
     ) -> list[Rendered]:
         """Many conversations as ids and masks, on all cores."""
         marked = [self._render_spans(messages, add_generation_prompt) for messages in conversations]
-        encodings = self.backend.encode_batch([text for text, _ in marked], add_special_tokens=False)
+        pieces = [self._pieces(text, spans) for text, spans in marked]
+        texts = [piece for of_one in pieces for _, piece in of_one]
+        encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
         rendered = []
-        for (_, spans), encoding in zip(marked, encodings, strict=True):
-            mask = [False] * len(encoding.ids)
+        for (_, spans), of_one in zip(marked, pieces, strict=True):
+            ids, mask = [], []
             span = iter(spans)
             start, end = next(span, (0, 0))
-            for i, (position, _) in enumerate(encoding.offsets):
-                while position >= end and (following := next(span, None)):
-                    start, end = following
-                mask[i] = start <= position < end
-            rendered.append(Rendered(encoding.ids, mask))
+            for begin, _ in of_one:
+                encoding = next(encodings)
+                ids += encoding.ids
+                for position, _ in encoding.offsets:
+                    while begin + position >= end and (following := next(span, None)):
+                        start, end = following
+                    mask.append(start <= begin + position < end)
+            rendered.append(Rendered(ids, mask))
         return rendered
 
-    def render_pairs(self, rows: Sequence[tuple[list[Message], Sequence[str]]]) -> list[list[list[int]]]:
-        """Prompts with their responses -> ids [prompt, response, response, ...] of each row; a response ends in the
-        end-of-turn token, and prompt + response is what `render` makes of the whole conversation, unless the template's
-        last token before the response would swallow the response's first blanks."""
-        texts: list[str] = []
-        for prompt, responses in rows:
-            before = self.render_text(prompt, add_generation_prompt=True)
-            texts.append(before)
-            for response in responses:
-                whole = self.render_text([*prompt, {"role": "assistant", "content": response}])
-                texts.append(self._cut_after_turn(whole.removeprefix(before)) if whole.startswith(before) else response)
-        ids = iter(self.encode_many(texts))
-        return [
-            [next(ids)] + [self._close_turn(next(ids)) for _ in responses]
-            for _, responses in rows
-        ]  # fmt: skip
+    def _pieces(self, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, str]]:
+        """Where each piece begins that is encoded for itself, and the piece: a new one where the assistant begins."""
+        cuts = [0, *(start for start, _ in spans if not self._begins_texts), len(text)]
+        return [(begin, text[begin:end]) for begin, end in pairwise(cuts)]
 
-    def _close_turn(self, ids: list[int]) -> list[int]:
-        return ids if ids and ids[-1] == self.end_of_turn_id else [*ids, self.end_of_turn_id]
+    @functools.cached_property
+    def _begins_texts(self) -> bool:
+        """Whether a text begins otherwise than it goes on, as with SentencePiece's blank in front: a piece encoded for
+        itself would then not be what it is in its place."""
+        alone = self.encode("a")
+        return self.encode("\na")[-len(alone) :] != alone
+
+    def render_pairs(self, rows: Sequence[tuple[list[Message], Sequence[str]]]) -> list[list[list[int]]]:
+        """Prompts with their responses -> ids [prompt, response, response, ...] of each row. A response ends in the
+        end-of-turn token; prompt + response is what `render` makes of the whole conversation, up to that token.
+
+        Raises:
+            UserError: the template or the tokenizer makes something else of a prompt with its answer than of it alone.
+        """
+        prompts = self.render_many([prompt for prompt, _ in rows], add_generation_prompt=True)
+        answered = [
+            [*prompt, {"role": "assistant", "content": response}]
+            for prompt, responses in rows
+            for response in responses
+        ]
+        wholes = iter(self.render_many(answered))
+        return [
+            [prompt.ids] + [self._behind(prompt.ids, next(wholes).ids) for _ in responses]
+            for (_, responses), prompt in zip(rows, prompts, strict=True)
+        ]
+
+    def _behind(self, prompt: list[int], whole: list[int]) -> list[int]:
+        """A conversation's ids behind its prompt, up to the last end of a turn, which is added if there is none."""
+        if whole[: len(prompt)] != prompt:
+            raise UserError(
+                "chat template",
+                "makes other tokens of a prompt alone than of the prompt with its answer, so responses cannot share it",
+                "Let add_generation_prompt end where the answer begins, and trim the answer (| trim)",
+            )
+        response = whole[len(prompt) :]
+        if self.end_of_turn_id not in response:
+            return [*response, self.end_of_turn_id]
+        return response[: len(response) - response[::-1].index(self.end_of_turn_id)]
 
     def _cut_after_turn(self, text: str) -> str:
         end = self.backend.id_to_token(self.end_of_turn_id) or ""
@@ -245,7 +275,7 @@ class Tokenizer:
 
     def _apply(self, messages: list[Message], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
         try:
-            return _compile(self.chat_template).render(
+            return compile_template(self.chat_template).render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
@@ -261,39 +291,6 @@ class Tokenizer:
         """bos_token, eos_token, ... as templates know them."""
         named = {key: value for key, value in self.settings.items() if key.endswith("_token") and value}
         return {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
-
-
-class _Generation(Extension):
-    """The tag {% generation %}: transformers' way of marking in a template what the assistant says."""
-
-    tags = {"generation"}  # noqa: RUF012  (jinja2's own declaration)
-
-    def parse(self, parser):
-        """What stands between the tag and its end, as a call of `_mark` on it."""
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        marks = nodes.ContextReference()
-        return nodes.CallBlock(self.call_method("_mark", [marks]), [], [], body).set_lineno(line)
-
-    def _mark(self, context, caller) -> str:
-        opening, closing = context["span_marks"]
-        return opening + caller() + closing
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(chat_template: str):
-    """A template in Jinja's sandbox: it comes with a tokenizer, which may be anyone's."""
-
-    def raise_exception(message: str):
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(chat_template)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

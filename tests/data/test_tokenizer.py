@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import models, normalizers, trainers
 
 from lightning_llm.data.tokenizer import CHAT_TEMPLATE, Tokenizer, train_tokenizer
 from lightning_llm.settings import UserError
@@ -58,6 +60,72 @@ def test_prompt_and_response_are_the_whole_conversation(tokenizer, question, ans
     [[prompt_ids, response_ids]] = tokenizer.render_pairs([(prompt, [answer])])
     assert prompt_ids == tokenizer.render(prompt, add_generation_prompt=True).ids
     assert prompt_ids + response_ids == whole.ids
+
+
+KEEPS_BLANKS = (  # as Qwen 2's own, but for the newline behind a turn
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LEADING = {"newlines": "\n\nyes\n", "blanks": "   yes", "both": " \n yes", "nothing but": "\n\n", "none": "yes"}
+
+
+@pytest.mark.parametrize("said", LEADING.values(), ids=LEADING.keys())
+@pytest.mark.parametrize("opening", ["assistant\n", "assistant\n\n", "assistant: "])
+def test_blanks_that_a_template_keeps_begin_the_answer_in_conversations_and_pairs(opening, said, tmp_path):
+    from transformers import AutoTokenizer
+
+    words = "yes\n\n   no: what? \n yes \n\n\nassistant\n\nuser: assistant: "
+    template = KEEPS_BLANKS.replace("m.role + '\\n'", "m.role + '" + opening.removeprefix("assistant") + "'")
+    template = template.replace("assistant\\n", opening)
+    backend = train_tokenizer([words * 20], 300)
+    tokenizer = Tokenizer(backend.backend, template, backend.settings)
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    prompt = [QUESTION, {"role": "assistant", "content": said}, QUESTION]
+    whole = tokenizer.render([*prompt, {"role": "assistant", "content": said}])
+    [[prompt_ids, *responses]] = tokenizer.render_pairs([(prompt, [said, "no"])])
+    assert prompt_ids == tokenizer.render(prompt, add_generation_prompt=True).ids
+    assert prompt_ids + responses[0] == whole.ids
+    assert responses == [theirs.encode(f"{answer}<|im_end|>") for answer in (said, "no")]
+    first = theirs.apply_chat_template([QUESTION], add_generation_prompt=True, return_dict=True)["input_ids"]
+    rest = theirs.encode(tokenizer.render_text([QUESTION], add_generation_prompt=True))
+    assert prompt_ids == first + responses[0] + rest
+    assert [i for i, counts in zip(*whole, strict=True) if counts] == 2 * responses[0]
+
+
+def test_newlines_would_melt_into_the_prompt_of_a_text_encoded_as_one():
+    backend = train_tokenizer(["yes\n\n\nno\n\n\n" * 20], 270)
+    tokenizer = Tokenizer(backend.backend, KEEPS_BLANKS, backend.settings)
+    talk = [QUESTION, {"role": "assistant", "content": "\n\nyes"}]
+    prompt = tokenizer.encode(tokenizer.render_text(talk[:1], add_generation_prompt=True))
+    assert (
+        tokenizer.encode(tokenizer.render_text(talk))[: len(prompt)]
+        != prompt
+        == tokenizer.render(talk).ids[: len(prompt)]
+    )
+
+
+def test_a_tokenizer_that_begins_each_text_with_a_blank_encodes_conversations_as_one_text():
+    """As SentencePiece does for Llama 2. Where an answer would then melt into its prompt, a pair is refused."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=80, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    backend.train_from_iterator(["sum 12 39", "user\n assistant\n", "\n\n\n", "yes no"] * 20, trainer)
+    tokenizer = Tokenizer(backend, KEEPS_BLANKS, {})
+    talk = [QUESTION, {"role": "assistant", "content": "yes"}]
+    assert tokenizer.render(talk).ids == tokenizer.encode(tokenizer.render_text(talk))
+    [[prompt, chosen, rejected]] = tokenizer.render_pairs([([QUESTION], ["yes", "no"])])
+    assert prompt == tokenizer.encode(tokenizer.render_text([QUESTION], add_generation_prompt=True))
+    assert prompt + chosen == tokenizer.render(talk).ids
+    assert tokenizer.backend.id_to_token(rejected[0]) == "no"
+    with pytest.raises(UserError, match=r"other tokens of a prompt alone .* trim the answer"):
+        tokenizer.render_pairs([([QUESTION], ["yes", "\n\nyes"])])
+
+
+def test_a_template_that_opens_an_answer_otherwise_than_its_prompt_is_refused_for_pairs(tokenizer):
+    thinks = CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
+    with pytest.raises(UserError, match="add_generation_prompt end where the answer begins"):
+        Tokenizer(tokenizer.backend, thinks, tokenizer.settings).render_pairs([([QUESTION], ["yes"])])
 
 
 def test_the_mask_is_what_the_assistant_says_and_its_ends_of_turn(tokenizer):
