@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from lightning_llm.data.gauge import Tell
 from lightning_llm.data.places import file_kind
 from lightning_llm.settings import UserError
 
@@ -29,29 +30,31 @@ class Damaged(Exception):
     """The bytes end too early or are not what was compressed; what came before is sound."""
 
 
-def read_pieces(path: Path) -> Iterator[bytes]:
+def read_pieces(path: Path, tell: Tell | None = None) -> Iterator[bytes]:
     """A file's content, decompressed as its name says.
+
+    Args:
+        tell: is told the share of the file's bytes that have been read.
 
     Raises:
         UserError: it is compressed in another way than its name says.
         Damaged: it cannot be read to its end.
     """
     _, codec = file_kind(path) or ("", "")
+    size = path.stat().st_size
     with path.open("rb") as file:
         _refuse_other_codec(path, codec, file.read(16))
         file.seek(0)
-        if codec == "gzip":
-            yield from _gzip(file)
-        elif codec == "zstd":
-            yield from _zstd(file)
-        else:
-            yield from iter(lambda: file.read(PIECE), b"")
+        for piece in {"gzip": _gzip, "zstd": _zstd}.get(codec, _plain)(file):
+            if tell:
+                tell(file.tell() / size)
+            yield piece
 
 
-def read_lines(path: Path) -> Iterator[bytes]:
-    """A file's lines, without their ends; raises as `read_pieces`."""
+def read_lines(path: Path, tell: Tell | None = None) -> Iterator[bytes]:
+    """A file's lines, without their ends; raises and tells as `read_pieces`."""
     begun: list[bytes] = []  # of a line that goes on
-    for piece in read_pieces(path):
+    for piece in read_pieces(path, tell):
         first, *others = piece.split(b"\n")
         begun.append(first)
         if others:
@@ -67,6 +70,10 @@ def _refuse_other_codec(path: Path, codec: str, begin: bytes) -> None:
     if found and found != codec:
         remedy = f"Name it {path.stem if codec else path.name}{ENDINGS[found]}" if found in ENDINGS else "Convert it"
         raise UserError(str(path), f"is {found} by its content", remedy)
+
+
+def _plain(file: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: file.read(PIECE), b"")
 
 
 def _gzip(file: BinaryIO) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.compression import PIECE, Damaged, read_lines, read_pieces
+from lightning_llm.data.gauge import Tell
 from lightning_llm.data.rows import SKIP, first_line
 from lightning_llm.settings import UserError
 
@@ -19,19 +20,22 @@ BETWEEN = re.compile(r"[\s,]*")  # the rows of an array
 CUT = 16  # characters: an error this close to the end of what has been read may be a value cut in two
 
 
-def read_json(path: Path) -> Iterator[tuple[str, Any]]:
+def read_json(path: Path, tell: Tell | None = None) -> Iterator[tuple[str, Any]]:
     """(where, what stands there or the error that stands for it) of each row.
+
+    Args:
+        tell: is told the share of the file that has been read.
 
     Raises:
         UserError: the file is damaged, or not what its name says.
     """
-    return _array(path) if ".json" in path.suffixes and _is_array(path) else _lines(path)
+    return _array(path, tell) if ".json" in path.suffixes and _is_array(path) else _lines(path, tell)
 
 
-def _lines(path: Path) -> Iterator[tuple[str, Any]]:
+def _lines(path: Path, tell: Tell | None) -> Iterator[tuple[str, Any]]:
     number = 0
     try:
-        for number, line in enumerate(read_lines(path), 1):
+        for number, line in enumerate(read_lines(path, tell), 1):
             if line.strip():
                 where = f"{path}:{number}"
                 yield where, _parsed(line, where)
@@ -65,9 +69,9 @@ def _is_array(path: Path) -> bool:
         return False
 
 
-def _array(path: Path) -> Iterator[tuple[str, Any]]:
+def _array(path: Path, tell: Tell | None) -> Iterator[tuple[str, Any]]:
     """The elements of one array, each as soon as it is there; a row is named by the line that it begins in."""
-    decoder, pieces = json.JSONDecoder(), _characters(path)
+    decoder, pieces = json.JSONDecoder(), _characters(path, tell)
     text, at, line = "", 0, 1
     while "[" not in text:
         text += next(pieces)
@@ -95,10 +99,10 @@ def _array(path: Path) -> Iterator[tuple[str, Any]]:
         at = end
 
 
-def _characters(path: Path) -> Iterator[str]:
+def _characters(path: Path, tell: Tell | None) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     try:
-        for piece in read_pieces(path):
+        for piece in read_pieces(path, tell):
             yield decoder.decode(piece)
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:

@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lightning_llm.data.gauge import Tell
 from lightning_llm.data.rows import SKIP, first_line
 from lightning_llm.settings import UserError
 
 TOGETHER = 256  # rows turned into objects at a time
 
 
-def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def read_parquet(path: Path, tell: Tell | None = None) -> Iterator[tuple[str, Any]]:
     """(where, fields or the error that stands for them) of each row.
+
+    Args:
+        tell: is told the share of the rows that have been read.
 
     Raises:
         UserError: the file cannot be read, or not to its end.
@@ -30,6 +34,8 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
             for batch in table.iter_batches(batch_size=TOGETHER):
                 for fields in _objects(batch):
                     number += 1
+                    if tell:
+                        tell(number / table.metadata.num_rows)
                     yield _named(f"{path}: row {number}", fields)
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         after = f" after row {number}" if number else ""
@@ -38,8 +44,11 @@ def read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
-def read_datasets_folder(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
+def read_datasets_folder(folder: Path, split: str, tell: Tell | None = None) -> Iterator[tuple[str, Any]]:
     """(where, fields or the error that stands for them) of each row of a split that save_to_disk wrote.
+
+    Args:
+        tell: is told the share of the rows that have been read.
 
     Raises:
         UserError: it cannot be read.
@@ -53,6 +62,8 @@ def read_datasets_folder(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
         for table in rows.iter(TOGETHER):
             for fields in _objects(table):
                 number += 1
+                if tell:
+                    tell(number / len(rows))
                 yield _named(f"{folder} {split}: row {number}", fields)
     except (OSError, ValueError, KeyError, TypeError, pyarrow.ArrowException) as error:
         after = f" after row {number}" if number else ""
@@ -60,7 +71,9 @@ def read_datasets_folder(folder: Path, split: str) -> Iterator[tuple[str, Any]]:
         raise UserError(str(folder), what, "Save it again") from error
 
 
-def read_hub(name: str, options: dict[str, Any], commit: str | None, where: str) -> Iterator[tuple[str, Any]]:
+def read_hub(
+    name: str, options: dict[str, Any], commit: str | None, where: str, tell: Tell | None = None
+) -> Iterator[tuple[str, Any]]:
     """(where, fields) of each row of a data set on the Hugging Face hub, read as it comes over the line.
 
     Args:
@@ -68,6 +81,7 @@ def read_hub(name: str, options: dict[str, Any], commit: str | None, where: str)
         options: split, config, revision.
         commit: what the revision stands for, where that is known.
         where: the setting that names the source.
+        tell: is told the share of the rows that have been read, where the data set's card says how many there are.
 
     Raises:
         UserError: it is not there, or there is no connection.
@@ -81,7 +95,11 @@ def read_hub(name: str, options: dict[str, Any], commit: str | None, where: str)
         rows = datasets.load_dataset(
             name, options.get("config"), split=split, revision=commit or options.get("revision"), streaming=True
         )
+        of_split = (rows.info.splits or {}).get(split)
+        total = of_split.num_examples if of_split else None
         for number, fields in enumerate(rows, 1):
+            if tell and total:
+                tell(min(number / total, 1.0))
             yield f"hub:{name} {split}: row {number}", fields
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         after = f" after row {number}" if number else ""

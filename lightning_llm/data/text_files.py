@@ -7,34 +7,36 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.compression import Damaged, read_lines, read_pieces
+from lightning_llm.data.gauge import Tell
 from lightning_llm.data.rows import SKIP
 from lightning_llm.settings import UserError
 
 DOCUMENTS = ("file", "paragraph")  # what a document is: the option `documents` of a source
 
 
-def read_text(path: Path, documents: str = "file") -> Iterator[tuple[str, Any]]:
+def read_text(path: Path, documents: str = "file", tell: Tell | None = None) -> Iterator[tuple[str, Any]]:
     """(where, {"text": ...} or the error that stands for it) of each document.
 
     Args:
         documents: one of DOCUMENTS.
+        tell: is told the share of the file that has been read.
 
     Raises:
         UserError: the file is damaged, or not what its name says.
     """
     try:
         if documents == "file":
-            yield _document(b"".join(read_pieces(path)), str(path))
+            yield _document(b"".join(read_pieces(path, tell)), str(path))
         else:
-            yield from _paragraphs(path)
+            yield from _paragraphs(path, tell)
     except Damaged as error:
         raise UserError(str(path), f"cannot be read to its end ({error})", "Get the file again") from error
 
 
-def _paragraphs(path: Path) -> Iterator[tuple[str, Any]]:
+def _paragraphs(path: Path, tell: Tell | None) -> Iterator[tuple[str, Any]]:
     """A paragraph is named by the line that it begins in."""
     begun, first = [], 1
-    for number, line in enumerate(read_lines(path), 1):
+    for number, line in enumerate(read_lines(path, tell), 1):
         if line.strip():
             first = first if begun else number
             begun.append(line.rstrip(b"\r"))

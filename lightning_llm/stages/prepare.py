@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from lightning_llm.data.gauge import Gauge, expected_rows
 from lightning_llm.data.places import is_of_stage, prepared_facts, prepared_source
 from lightning_llm.data.rows import Row
 from lightning_llm.data.sources import Source, open_source
@@ -20,11 +20,11 @@ from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import PrepareSettings, TokenizerSettings
 from lightning_llm.stages.context import StageContext, StageResult
+from lightning_llm.stages.row_report import SKIPPED, RowLists, SourceReport
 from lightning_llm.stages.samples import ROWS
 from lightning_llm.stages.tokenizer import make_tokenizer
 
 TOGETHER = 512  # rows tokenised at a time: all cores are busy, and little waits in memory
-LISTED = 1000  # skipped or dropped rows named in prepare.json; all are counted
 ACCEPTED = {  # the form that a stage asks for -> forms of the rows that it can learn from
     "text": {"text"},
     "conversations": {"conversations", "text"},
@@ -38,7 +38,7 @@ FORM_OF_PREFIX = {"text": "text", "tasks": "questions", "pairs": "pairs"}
 
 
 def run(context: StageContext) -> StageResult:
-    """Make a tokenizer (`tokenizer/`) or token stores (`sources/<name>/<split>/`, `prepare.json`).
+    """Make a tokenizer (`tokenizer/`) or token stores (`sources/<name>/<split>/`, `prepare.json`, lists of rows).
 
     Raises:
         UserError: a source or a row is not what it should be; the message names file and line.
@@ -46,29 +46,6 @@ def run(context: StageContext) -> StageResult:
     if isinstance(context.settings, TokenizerSettings):
         return make_tokenizer(context, context.settings)
     return _prepare_sources(context, context.settings)
-
-
-@dataclass
-class _Report:
-    """What prepare.json says about a source."""
-
-    fingerprint: str
-    form: str = ""
-    layouts: dict[str, int] = field(default_factory=dict)  # how the rows were kept -> rows
-    skipped: int = 0  # malformed rows
-    skipped_rows: list[dict[str, str]] = field(default_factory=list)
-    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)  # context -> rows that are longer than it
-    splits: dict[str, dict[str, int]] = field(default_factory=dict)  # rows, tokens, targets
-    commit: str | None = None  # of a data set on the hub, as it was when it was read
-
-    def count_long(self, length: int, where: str, contexts: list[int], on_long: str) -> None:
-        """Count and list a row that needs a context of `length` under each context that is shorter."""
-        for context in contexts:
-            if length > context:
-                long = self.dropped.setdefault(str(context), {"rows": 0, "on_long": on_long, "where": []})
-                long["rows"] += 1
-                if len(long["where"]) < LISTED:
-                    long["where"].append(where)
 
 
 def _prepare_sources(context: StageContext, settings: PrepareSettings) -> StageResult:
@@ -84,18 +61,19 @@ def _prepare_sources(context: StageContext, settings: PrepareSettings) -> StageR
         opened[name] = open_source(config, where)
     if not opened:
         raise UserError("data.sources", "is empty", "Name a source")
-    reports: dict[str, _Report] = {}
-    for done, (name, source) in enumerate(opened.items()):
-        report = reports[name] = _Report(source.fingerprint, commit=source.commit)
-        if source.kind == "tokens":
-            _take_tokens(context, settings, name, source, tokenizer, report)
-        else:
-            _prepare_source(context, settings, name, source, tokenizer, report, (done, len(opened)))
-        _check_report(context, settings, name, report)
+    reports: dict[str, SourceReport] = {}
+    with RowLists(context.output) as lists:
+        for place, (name, source) in enumerate(opened.items(), 1):
+            report = reports[name] = SourceReport(name, lists, source.fingerprint, source.commit)
+            if source.kind == "tokens":
+                _take_tokens(context, settings, name, source, tokenizer, report)
+            else:
+                _prepare_source(context, settings, name, source, tokenizer, report, place)
+            _check_report(context, settings, name, report)
     content = {
         "tokenizer": tokenizer.fingerprint,
         "validation": data.validation,
-        "sources": {name: vars(report) for name, report in reports.items()},
+        "sources": {name: report.facts() for name, report in reports.items()},
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
     (context.output / "prepare.json").write_text(text, "utf-8")
@@ -112,14 +90,15 @@ def _prepare_source(
     name: str,
     source: Source,
     tokenizer: Tokenizer,
-    report: _Report,
-    place: tuple[int, int],  # index of the source, number of sources
+    report: SourceReport,
+    place: int,  # of the source, from 1
 ) -> None:
     """Read a source once, and write the rows of each split that is wanted. Memory does not grow with the source."""
     data = settings.data
     writers: dict[str, TokenStoreWriter] = {}
     count = 0
-    rows = _wanted_rows(context, source, name, settings, report)
+    gauge = Gauge()
+    rows = _wanted_rows(context, source, name, settings, report, gauge)
     try:
         while batch := list(islice(rows, TOGETHER)):
             for split in settings.splits:
@@ -131,15 +110,15 @@ def _prepare_source(
                     report.count_long(length, row.where, _contexts(settings, report), data.on_long)
             count += len(batch)
             done = sum(writer.tokens for writer in writers.values())
-            context.console.update(count, source.config.max_rows, "rows", source=place[0] + 1, tokens=done)
+            total = expected_rows(count, gauge.share, source.config.max_rows)
+            context.console.update(count, total, "rows", source=place, tokens=done)
     except BaseException:
         for writer in writers.values():
             writer.abandon()
         raise
     if not writers and report.skipped:
-        first = report.skipped_rows[0]
         what = f"{source.config.path} has no row that can be used ({report.skipped} are malformed, the first: "
-        raise UserError(source.where, f"{what}{first['where']} {first['what']})", "Mend them, or name another source")
+        raise UserError(source.where, f"{what}{report.first_skipped})", "Mend them, or name another source")
     if not writers:
         raise UserError(source.where, f"{source.config.path} has no rows", "Give it rows, or leave the source out")
     for split, writer in writers.items():
@@ -147,15 +126,12 @@ def _prepare_source(
         report.splits[split] = writer.facts()
 
 
-def _check_report(context: StageContext, settings: PrepareSettings, name: str, report: _Report) -> None:
+def _check_report(context: StageContext, settings: PrepareSettings, name: str, report: SourceReport) -> None:
     """Tell what a source lacks, and refuse what cannot be trained on."""
     data = settings.data
     if report.skipped:
-        first = f"{report.skipped_rows[0]['where']} {report.skipped_rows[0]['what']}"
-        listed = "all" if report.skipped <= LISTED else f"{LISTED:,}"
-        context.console.note(
-            f"{report.skipped} malformed rows of {name} skipped, {listed} in prepare.json; the first: {first}"
-        )
+        skipped = f"{report.skipped:,} malformed rows of {name} skipped, all named in {SKIPPED}"
+        context.console.note(f"{skipped}; the first: {report.first_skipped}")
     total = sum(split["rows"] for split in report.splits.values())
     empty = [split for split, facts in report.splits.items() if not facts["rows"]]
     if "train" in empty and total:
@@ -170,13 +146,13 @@ def _check_report(context: StageContext, settings: PrepareSettings, name: str, r
     if shortest is not None and data.on_long == "stop":
         length, long = shortest
         raise UserError(
-            long["where"][0],
+            long["first"],
             f"is longer than the context of {length} ({long['rows']} such rows)",
             "Raise the context, or set data.on_long to drop or truncate_left",
         )
 
 
-def _contexts(settings: PrepareSettings, report: _Report) -> list[int]:
+def _contexts(settings: PrepareSettings, report: SourceReport) -> list[int]:
     """The contexts that a row has to fit: documents are cut, and fit any."""
     return [] if report.form == "text" else sorted(set(settings.contexts))
 
@@ -191,11 +167,11 @@ def _asked(settings: PrepareSettings, name: str) -> str:
 
 
 def _wanted_rows(
-    context: StageContext, source: Source, name: str, settings: PrepareSettings, report: _Report
+    context: StageContext, source: Source, name: str, settings: PrepareSettings, report: SourceReport, gauge: Gauge
 ) -> Iterator[Row]:
     """Rows of the form that is asked for; malformed ones stop the stage or are counted and listed."""
     data, asked = settings.data, _asked(settings, name)
-    for row in source.rows(settings.splits, asked):
+    for row in source.rows(settings.splits, asked, gauge):
         if isinstance(row, Row) and row.form not in ACCEPTED[asked]:
             row = UserError(row.where, f"is of form {row.form}, {asked} is asked for", "Set data.form, or mend the row")
         if isinstance(row, Row) and asked == "rankings":  # a pair, with what else is known of it
@@ -214,18 +190,16 @@ def _wanted_rows(
         yield row
 
 
-def _stop_or_skip(row: UserError, on_error: str, report: _Report) -> None:
+def _stop_or_skip(row: UserError, on_error: str, report: SourceReport) -> None:
     if on_error not in ("stop", "skip"):
         raise UserError("data.on_error", f"is {on_error!r}", "Choose stop or skip")
     if on_error == "stop":
         raise row
-    report.skipped += 1
-    if len(report.skipped_rows) < LISTED:
-        report.skipped_rows.append({"where": row.where, "what": row.what})
+    report.skip(row)
 
 
 def _append(
-    writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer, on_error: str, report: _Report
+    writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer, on_error: str, report: SourceReport
 ) -> list[tuple[Row, int]]:
     """Tokenise rows of one form; those that a chat template refuses are malformed.
 
@@ -275,7 +249,12 @@ def _append_all(writer: TokenStoreWriter, rows: list[Row], tokenizer: Tokenizer)
 
 
 def _take_tokens(
-    context: StageContext, settings: PrepareSettings, name: str, source: Source, tokenizer: Tokenizer, report: _Report
+    context: StageContext,
+    settings: PrepareSettings,
+    name: str,
+    source: Source,
+    tokenizer: Tokenizer,
+    report: SourceReport,
 ) -> None:
     """A source that `prepare` made before, of this run or another: its stores are linked, nothing is tokenised."""
     folder, known = prepared_source(source.config.path or "", source.where)

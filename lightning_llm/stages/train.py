@@ -27,6 +27,7 @@ from lightning_llm.stages.context import (
     threads,
 )
 from lightning_llm.stages.live import build_rollouts
+from lightning_llm.stages.row_report import LONG
 from lightning_llm.training.journal import Journal, held_out_loss
 from lightning_llm.training.loggers import stage_loggers
 from lightning_llm.training.loop import fit
@@ -99,7 +100,9 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
         validate = data.validate
     for source, rows in data.dropped.items():
         if rows:
-            context.console.note(f"{rows} rows of {source} are longer than the context and left out")
+            listed = context.inputs["data"] / LONG
+            where = f" (named in {listed})" if listed.is_file() else ""
+            context.console.note(f"{rows} rows of {source} are longer than the context and left out{where}")
     objective = build_objective(context, model, tokenizer)
     if compute.compile:
         compile_parts(objective.model)

@@ -112,6 +112,8 @@ class Pace:
 
     def rate(self, now: float, done: float) -> float:
         """Units per second; 0 as long as it cannot be told."""
+        if done < self._marks[-1][1]:  # the next of several things has begun
+            self._marks = [(now, done)]
         if now - self._marks[-1][0] >= 1.0:
             self._marks.append((now, done))
             while len(self._marks) > 2 and now - self._marks[1][0] > self.WINDOW:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
@@ -139,7 +141,7 @@ def test_conversations_and_replayed_text_make_one_stage(prepare, tokenizer_artif
 
 def test_pairs_are_prompt_chosen_rejected_and_responses_are_learnt(prepare, tokenizer_artifact):
     tokenizer = Tokenizer.load(tokenizer_artifact / "tokenizer")
-    folder, _, report = prepare({"p": PAIRS}, form="pairs", contexts=[30])
+    folder, _, report = prepare({"p": PAIRS}, form="pairs", contexts=[30, 34])
     store = rows_of(folder, "p", "validation")
     for row, content in enumerate(store.metadata()):
         (prompt, chosen, rejected), masks = store.row(row)
@@ -148,9 +150,13 @@ def test_pairs_are_prompt_chosen_rejected_and_responses_are_learnt(prepare, toke
         assert tokenizer.decode(rejected) == content["rejected"] + "<|im_end|>"
         assert [bool(mask.all()) for mask in masks] == [False, True, True]
         assert not masks[0].any()
-    dropped = report["p"]["dropped"]["30"]
-    long = sum(int((rows_of(folder, "p", split).row_contexts > 30).sum()) for split in ("train", "validation"))
-    assert dropped["rows"] == len(dropped["where"]) == long > 0
+    needed = np.concatenate([rows_of(folder, "p", split).row_contexts for split in ("train", "validation")])
+    long = [json.loads(line) for line in (folder / "long.jsonl").read_text().splitlines()]
+    assert report["p"]["dropped_rows"] == "long.jsonl"
+    assert report["p"]["dropped"]["30"]["rows"] == (needed > 30).sum() > report["p"]["dropped"]["34"]["rows"] > 0
+    assert sorted(row["tokens"] for row in long) == sorted(needed[needed > 30])  # once, whatever it is too long for
+    assert {row["source"] for row in long} == {"p"}
+    assert report["p"]["dropped"]["30"]["first"] == long[0]["where"]
 
 
 def test_held_out_data_of_an_evaluation(prepare, tokenizer_artifact):
@@ -181,10 +187,89 @@ def test_malformed_rows_are_skipped_counted_and_listed(prepare, tmp_path):
     source = write_lines(tmp_path / "rows.jsonl", *BROKEN)
     folder, result, report = prepare({"mine": source}, on_error="skip")
     assert result.metrics["skipped"] == report["mine"]["skipped"] == 3
-    lines = [row["where"].rpartition(":")[2] for row in report["mine"]["skipped_rows"]]
-    assert lines == ["2", "4", "5"]
-    assert report["mine"]["skipped_rows"][2]["what"] == "is of form conversations, text is asked for"
+    rows = [json.loads(line) for line in (folder / report["mine"]["skipped_rows"]).read_text().splitlines()]
+    assert [row["where"] for row in rows] == [f"{tmp_path}/rows.jsonl:{line}" for line in (2, 4, 5)]
+    assert [row["source"] for row in rows] == ["mine"] * 3
+    assert rows[2]["what"] == "is of form conversations, text is asked for"
+    assert report["mine"]["first_skipped"].startswith(f"{tmp_path}/rows.jsonl:2 is not JSON")
     assert sum(rows_of(folder, "mine", split).rows for split in ("train", "validation")) == 2
+
+
+def test_any_number_of_skipped_rows_is_listed(prepare, tmp_path):
+    good = [{"text": f"one more text, number {number}"} for number in range(50)]
+    half = '{"bo\\ud800dy": "a name with half a character"}\n'
+    many = write_lines(tmp_path / "many.jsonl", *good, *["{oops\n"] * 3000, half)
+    more = write_lines(tmp_path / "more.jsonl", "[]\n", *good)
+    folder, result, report = prepare({"many": many, "more": more}, on_error="skip")
+    rows = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    lines = [("many", f"{tmp_path}/many.jsonl:{line}") for line in range(51, 3052)]
+    assert [(row["source"], row["where"]) for row in rows] == [*lines, ("more", f"{tmp_path}/more.jsonl:1")]
+    assert "bo\ud800dy" in rows[3000]["what"]
+    assert result.metrics["skipped"] == report["many"]["skipped"] + report["more"]["skipped"] == 3002
+    assert len((folder / "prepare.json").read_text()) < 3000  # counts, not rows
+
+
+def test_where_no_row_is_skipped_or_too_long_there_is_no_list(prepare, tmp_path):
+    good = write_lines(tmp_path / "good.jsonl", *({"text": f"text {number}"} for number in range(50)))
+    folder, _, report = prepare({"mine": good}, on_error="skip")
+    assert not {"skipped_rows", "first_skipped", "dropped_rows"} & report["mine"].keys()
+    assert not list(folder.glob("*.jsonl"))
+
+
+# ---- progress ----
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def shown(monkeypatch, tmp_path, tokenizer_artifact, stream, **sources):
+    """Prepare with each step shown; what `update` was told and what stood on the bar, of each step."""
+    monkeypatch.setattr("lightning_llm.training.console.PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr("lightning_llm.stages.prepare.TOGETHER", 100)
+    line, steps = Console(1, stream).stage(1, "sft.prepare", "prepare"), []
+    update = line.update
+
+    def spy(*told, **figures):
+        update(*told, **figures)
+        steps.append(line._bar.tasks[0].percentage if line._bar else None)
+
+    monkeypatch.setattr(line, "update", spy)
+    data = DataConfig(form="text", sources=sources, validation=0.1)
+    settings = PrepareSettings(data, [], ["train", "validation"], 0)
+    with line:
+        run(StageContext("x", settings, {"tokenizer": tokenizer_artifact}, tmp_path / "out", ComputeConfig(), line))
+        line.close()
+    return steps
+
+
+def test_progress_is_a_share_of_the_files_bytes_and_of_embedded_rows(monkeypatch, tmp_path, tokenizer_artifact):
+    """600 documents of one length in a file; those of a domain; of a third source no more rows are taken than 150."""
+    (tmp_path / "out").mkdir()
+    file = write_lines(tmp_path / "file.jsonl", *({"text": f"{n:03} " + "word " * 200} for n in range(600)))
+    few, web = replace(file, max_rows=150), SourceConfig("embedded:web")
+    stream = io.StringIO()
+    shown(monkeypatch, tmp_path, tokenizer_artifact, stream, file=file, web=web, few=few)
+    lines = re.findall(r"sft.prepare  prepare\s+(\d+)%  source (\d)  tokens ", stream.getvalue())
+    assert re.search(r"source 2  tokens \S+  \S+ rows/s  ETA 0:\d\d\n", stream.getvalue())
+    shares = {source: [int(share) for share, of in lines if of == source] for source in "123"}
+    assert shares["1"] == pytest.approx([100 * part / 6 for part in range(1, 7)], abs=12)  # a piece is a tenth of it
+    assert shares["1"] == sorted(shares["1"])
+    assert shares["1"][-1] == shares["2"][-1] == 100
+    assert len(shares["2"]) > 1
+    assert shares["2"][0] == pytest.approx(100 / len(shares["2"]), abs=20)
+    assert shares["3"] == [67, 100]
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, tmp_path, tokenizer_artifact):
+    (tmp_path / "out").mkdir()
+    file = write_lines(tmp_path / "file.jsonl", *({"text": f"{n:03} " + "word " * 200} for n in range(600)))
+    stream = Terminal()
+    steps = shown(monkeypatch, tmp_path, tokenizer_artifact, stream, file=file)
+    assert steps == pytest.approx([100 * part / 6 for part in range(1, 7)], abs=12)
+    assert "━" in stream.getvalue()
+    assert "ETA" in stream.getvalue()
 
 
 def test_a_row_that_the_chat_template_refuses_is_malformed(prepare, tmp_path, monkeypatch):

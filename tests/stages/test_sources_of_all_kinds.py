@@ -13,6 +13,8 @@ import pytest
 import zstandard
 
 from lightning_llm.data.config import DataConfig, SourceConfig
+from lightning_llm.data.gauge import Gauge, expected_rows
+from lightning_llm.data.sources import open_source
 from lightning_llm.settings import UserError
 from lightning_llm.stages import prepare
 from lightning_llm.stages.config import PrepareSettings
@@ -179,6 +181,40 @@ def test_the_console_says_which_form_was_taken(prepared_from, tmp_path):
     assert said.count("mine is read as conversations: ShareGPT's conversations") == 1
 
 
+@pytest.mark.filterwarnings("ignore")  # of the library that reads the folders
+@pytest.mark.parametrize("write", [write_jsonl, *EVERYWHERE, write_texts, write_paragraphs, write_repository])
+def test_every_reader_tells_how_much_has_been_read(write, tmp_path):
+    """Rows of one length, hard to compress: the share of the bytes is that of the rows, but for what is read ahead."""
+    if write in (write_texts, write_datasets, write_splits, write_repository, write_parquet):
+        rows = [{"text": os.urandom(50).hex()} for _ in range(80)]
+        ahead = 0.0
+    else:
+        rows = [{"text": os.urandom(400).hex()} for _ in range(2000)]
+        ahead = 0.2  # 128 KiB, in which gzip reads, of some 800
+    source = write(tmp_path, rows)
+    if write is write_repository:  # the card of a data set may say how many rows there are
+        card = "configs:\n- config_name: small\n  data_files:\n  - {split: sft, path: data/sft-*}\n"
+        card += "dataset_info:\n- config_name: small\n  features:\n  - {name: text, dtype: string}\n"
+        card += "  splits:\n  - {name: sft, num_bytes: 1, num_examples: 80}\n"
+        (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    gauge = Gauge()
+    shares = [gauge.share for _ in open_source(source, "mine").rows(gauge=gauge)]
+    assert len(shares) == len(rows)
+    assert shares[-1] == 1
+    assert shares == sorted(shares)
+    for number, share in enumerate(shares, 1):
+        assert -0.01 <= share - number / len(rows) <= ahead + 0.01
+
+
+def test_who_cannot_tell_shows_no_share(tmp_path):
+    gauge = Gauge()
+    rows = list(open_source(write_repository(tmp_path, TEXTS), "mine").rows(gauge=gauge))
+    assert len(rows) == len(TEXTS)
+    assert gauge.share is None
+    assert expected_rows(80, None, None) is None
+    assert [expected_rows(50, 0.25, most) for most in (None, 1000, 80)] == [200, 200, 80]
+
+
 # ---- tokens that are there ----
 
 
@@ -286,7 +322,8 @@ def test_a_malformed_row_is_named_where_it_lies(prepared_from, tmp_path):
         artifact, said = prepared_from(places[write], on_error="skip")
         report = json.loads((artifact / "prepare.json").read_text())["sources"]["mine"]
         assert report["skipped"] == 1
-        assert report["skipped_rows"][0]["where"].endswith(where)
+        [row] = map(json.loads, (artifact / "skipped.jsonl").read_text().splitlines())
+        assert row["where"].endswith(where)
         assert "1 malformed rows of mine skipped" in said
 
 

@@ -75,6 +75,14 @@ def test_the_pace_is_of_late():
     assert rate == pytest.approx(100.0)
 
 
+def test_the_pace_begins_anew_with_the_next_of_several_things():
+    pace = Pace(0.0)
+    for second in range(1, 5):
+        pace.rate(float(second), 1000.0 * second)
+    assert pace.rate(5.0, 10) == 0
+    assert pace.rate(7.0, 30) == pytest.approx(10.0)
+
+
 def test_figures_are_short():
     assert [clock(s) for s in (0, 41.4, 725, 11_220)] == ["0:00", "0:41", "12:05", "3:07:00"]
     assert [in_thousands(v) for v in (3.14159, 870, 12_440, 3.1e6, 2e9)] == ["3.14", "870", "12.4k", "3.1M", "2G"]
