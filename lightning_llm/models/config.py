@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from lightning_llm.settings import came_later, option
+from lightning_llm.settings import Buildable, came_later, option
 
 SLIDING, FULL = "sliding_attention", "full_attention"  # transformers' words, in `layer_types`
 # rope_type -> the keys of rope_parameters beside rope_type and rope_theta: those it needs, those it may have
@@ -187,6 +187,14 @@ def check_scaling(scaling: Any) -> None:
         raise ValueError(str(error).replace("rope_parameters.", "")) from error
 
 
+def shortest_cycle(types: list[str]) -> list[str]:
+    """The shortest beginning that, repeated, is the whole list."""
+    for length in range(1, len(types)):
+        if all(entry == types[layer % length] for layer, entry in enumerate(types)):
+            return types[:length]
+    return types
+
+
 def set_rope_theta(config: ModelConfig, theta: float) -> ModelConfig:
     """The same model with another RoPE base (Qwen 2's long-context stage: 1e4 -> 1e6); everything else as it is."""
     return replace(config, rope_parameters={**config.rope_parameters, "rope_theta": float(theta)})
@@ -199,3 +207,49 @@ def set_rope_scaling(config: ModelConfig, scaling: dict[str, Any]) -> ModelConfi
         ValueError: a key is missing or unknown.
     """
     return replace(config, rope_parameters={"rope_theta": config.rope_parameters["rope_theta"], **scaling})
+
+
+# ---- pruning: by which measure parts of a model stay (models/importance.py) ----
+
+
+@dataclass
+class PruneConfig(Buildable):
+    """What all measures have in common; `build(model, batches, scores)` gives the importance of each part."""
+
+    ranks: ClassVar[tuple[str, ...]] = ()  # of derived.SIZES: what it can make smaller
+    needs_data: ClassVar[bool] = False  # batches that go through the model
+    needs_masks: ClassVar[bool] = False  # scores that a stage with objective pruning_masks has learnt
+
+    name: str = "???"
+
+
+@option("prune", "masks")
+@dataclass
+class MasksConfig(PruneConfig):
+    """Hidden units by the masks that were learnt for them (AFM, arXiv 2407.21075)."""
+
+    implementation: ClassVar[str] = "lightning_llm.models.importance:measure_masks"
+    ranks: ClassVar[tuple[str, ...]] = ("intermediate_size",)
+    needs_masks: ClassVar[bool] = True
+    name: str = "masks"
+
+
+@option("prune", "activation")
+@dataclass
+class ActivationConfig(PruneConfig):
+    """By what flows through them; layers by how much they change the stream."""
+
+    implementation: ClassVar[str] = "lightning_llm.models.importance:measure_activation"
+    ranks: ClassVar[tuple[str, ...]] = ("intermediate_size", "num_key_value_heads", "hidden_size", "num_hidden_layers")
+    needs_data: ClassVar[bool] = True
+    name: str = "activation"
+
+
+@option("prune", "magnitude")
+@dataclass
+class MagnitudeConfig(PruneConfig):
+    """By norms of weights."""
+
+    implementation: ClassVar[str] = "lightning_llm.models.importance:measure_magnitude"
+    ranks: ClassVar[tuple[str, ...]] = ("intermediate_size", "num_key_value_heads", "hidden_size")
+    name: str = "magnitude"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_llm.models.config import FULL, ROPE_KEYS, SLIDING, ModelConfig
+from lightning_llm.models.config import FULL, ROPE_KEYS, SLIDING, ModelConfig, shortest_cycle
 from lightning_llm.models.family import FAMILIES, Family
 from lightning_llm.settings import UserError
 
@@ -124,14 +124,6 @@ def write_windows(config: ModelConfig, family: Family) -> dict[str, Any]:
         values["use_sliding_window"] = SLIDING in types
         values["max_window_layers"] = types.index(SLIDING) if SLIDING in types else len(types)
     return values
-
-
-def shortest_cycle(types: list[str]) -> list[str]:
-    """The shortest beginning that, repeated, is the whole list."""
-    for length in range(1, len(types)):
-        if all(entry == types[layer % length] for layer, entry in enumerate(types)):
-            return types[:length]
-    return types
 
 
 def read_rope(stored: dict[str, Any], longest: int, path: Path) -> dict[str, Any]:
