@@ -27,8 +27,8 @@ class SoftTopK(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
         """ds of a gradient g [.., n], by the implicit function; what is at 1 stays there.
 
-        On F = {m < 1}: dm_i / ds_j = m_i / eps (delta_ij - m_j / sum_F m), so ds = m / eps (g - <g>) with the mean <g> of
-        g over F weighted by m.
+        On F = {m < 1}: dm_i / ds_j = m_i / eps (delta_ij - m_j / sum_F m), so ds = m / eps (g - <g>), <g> the mean of g
+        over F weighted by m.
         """
         [masks] = ctx.saved_tensors
         free = masks.where(masks < 1, 0)
@@ -59,6 +59,20 @@ def soft_top_k(scores: Float[Tensor, "*rows n"], k: int | float, temperature: in
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a positive number, is {temperature:g}")
     return SoftTopK.apply(scores, float(k), float(temperature))
+
+
+def annealed_budget(progress: float, units: int, target: int, ramp: float) -> float:
+    """The budget after a share `progress` of a stage: from all units linearly to `target` at `ramp`, then constant.
+
+    So masks begin as ones, and the model as it was.
+    """
+    done = 1.0 if progress >= ramp else progress / ramp
+    return units - (units - target) * done
+
+
+def annealed_temperature(progress: float, first: float, final: float) -> float:
+    """The temperature after a share `progress` of a stage: geometric, `first` at 0 and `final` at 1."""
+    return first * (final / first) ** progress
 
 
 def budget_shift(scores: Float[Tensor, "*rows n"], k: float, temperature: float) -> Float[Tensor, "*rows 1"]:

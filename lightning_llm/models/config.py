@@ -31,6 +31,15 @@ COUNTS = (  # fields that are at least 1 where they have a value
     "sliding_window",
     "query_pre_attn_scalar",
 )
+SIZES = ("intermediate_size", "num_key_value_heads", "hidden_size", "num_hidden_layers")  # that pruning makes smaller
+MIXTURE_FIELDS = (  # what makes a mixture of experts of a dense model
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "norm_topk_prob",
+    "router_aux_loss_coef",
+)
 POSITIVE = ("rms_norm_eps", "initializer_range", "attn_logit_softcapping", "final_logit_softcapping")
 
 
@@ -216,7 +225,7 @@ def set_rope_scaling(config: ModelConfig, scaling: dict[str, Any]) -> ModelConfi
 class PruneConfig(Buildable):
     """What all measures have in common; `build(model, batches, scores)` gives the importance of each part."""
 
-    ranks: ClassVar[tuple[str, ...]] = ()  # of derived.SIZES: what it can make smaller
+    ranks: ClassVar[tuple[str, ...]] = ()  # of SIZES: what it can make smaller
     needs_data: ClassVar[bool] = False  # batches that go through the model
     needs_masks: ClassVar[bool] = False  # scores that a stage with objective pruning_masks has learnt
 
@@ -240,7 +249,7 @@ class ActivationConfig(PruneConfig):
     """By what flows through them; layers by how much they change the stream."""
 
     implementation: ClassVar[str] = "lightning_llm.models.importance:measure_activation"
-    ranks: ClassVar[tuple[str, ...]] = ("intermediate_size", "num_key_value_heads", "hidden_size", "num_hidden_layers")
+    ranks: ClassVar[tuple[str, ...]] = SIZES
     needs_data: ClassVar[bool] = True
     name: str = "activation"
 

@@ -6,14 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lightning_llm.models.config import SLIDING, ModelConfig, shortest_cycle
+from lightning_llm.models.config import MIXTURE_FIELDS, SIZES, SLIDING, ModelConfig, shortest_cycle
 from lightning_llm.models.family import check_family
 
-SIZES = ("intermediate_size", "num_key_value_heads", "hidden_size", "num_hidden_layers")  # that pruning makes smaller
-EXPERT_FIELDS = (
-    "num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob",
-    "router_aux_loss_coef",
-)  # fmt: skip
 MIXTURES = {"qwen2": "qwen2_moe"}  # dense family -> the class that has room for its layers with experts
 
 
@@ -58,18 +53,16 @@ def upcycled(config: ModelConfig, experts: Mapping[str, Any]) -> ModelConfig:
     """The shape of a dense model whose feed-forwards have become mixtures of experts.
 
     Args:
-        experts: of `EXPERT_FIELDS`; a size that is None is the dense feed-forward's.
+        experts: of `MIXTURE_FIELDS`; a size that is None is the dense feed-forward's.
 
     Raises:
-        ValueError: names the field; the model is none that can be upcycled, or the experts are none.
+        ValueError: names the field; the family has no class for such a mixture, or is one, or the experts are none.
         UserError: no class of transformers' has room for it.
     """
-    if config.num_experts:
-        raise ValueError(f"num_experts is {config.num_experts} already, and only dense models are upcycled")
     if config.family not in MIXTURES:
         known = ", ".join(MIXTURES)
-        raise ValueError(f"family is {config.family}, and mixtures are made of {known} alone")
-    given = {name: config.intermediate_size if experts[name] is None else experts[name] for name in EXPERT_FIELDS}
+        raise ValueError(f"family is {config.family}, and mixtures of experts are made of {known} alone")
+    given = {name: config.intermediate_size if experts[name] is None else experts[name] for name in MIXTURE_FIELDS}
     mixture = replace(config, family=MIXTURES[config.family], **given)
     check_family(mixture)
     return mixture

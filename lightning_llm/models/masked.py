@@ -25,7 +25,8 @@ class MaskedFeedForward(FeedForward):
     def forward(self, x: Tensor) -> Tensor:
         """[.., d] of hidden states [.., d]."""
         assert self.mask is not None, "the model that it is part of sets it in every pass"
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x) * self.mask.to(x.dtype))
+        inner = self.act(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(inner * self.mask.to(inner.dtype))
 
 
 class MaskedTransformer(Transformer):

@@ -54,7 +54,7 @@ def chosen(importance: Importance, sizes: Mapping[str, int | None]) -> Kept:
     """The most important parts, in each layer as many.
 
     Args:
-        sizes: of `derived.SIZES`; what they ask for must have an importance.
+        sizes: of `config.SIZES`; what they ask for must have an importance.
     """
 
     def largest(values: Tensor | None, count: int | None) -> Tensor | None:

@@ -19,6 +19,7 @@ class ObjectiveConfig(Buildable):
     needs_reference: ClassVar[bool] = False  # wants the column of a `<stage>.reference` node
     needs_samples: ClassVar[bool] = False  # learns from responses that the policy itself draws meanwhile
     is_scored: ClassVar[bool] = False  # what it trains is a reward model
+    draws: ClassVar[bool] = False  # gives the model parameters of its own, by the stage's seed
 
 
 @option("objective", "causal_lm")
@@ -28,6 +29,28 @@ class CausalLMConfig(ObjectiveConfig):
 
     implementation: ClassVar[str] = "lightning_llm.objectives.causal_lm:CausalLM"
     name: str = "causal_lm"
+
+
+@option("objective", "pruning_masks")
+@dataclass
+class PruningMasksConfig(ObjectiveConfig):
+    """Next-token prediction while hidden units are masked, and the masks learnt (AFM, arXiv 2407.21075)."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.pruning:PruningMasks"
+    draws: ClassVar[bool] = True
+    name: str = "pruning_masks"
+    intermediate_size: int = 0  # hidden units that each feed-forward can have open at the end; a scale keeps its share
+    temperature: float = 1.0  # of the masks at the begin, in standard deviations of a layer's scores
+    final_temperature: float = 0.1  # at the end; geometric in between
+    budget_ramp: float = 0.5  # share of the stage in which the budget falls from all units to `intermediate_size`
+    train_weights: bool = True  # false: the masks alone learn
+
+    def __post_init__(self):
+        for name in ("temperature", "final_temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a positive number, is {getattr(self, name):g}")
+        if not 0 <= self.budget_ramp <= 1:
+            raise ValueError(f"budget_ramp is a share in [0, 1], is {self.budget_ramp:g}")
 
 
 @dataclass
@@ -79,6 +102,7 @@ class RewardModelConfig(ObjectiveConfig):
     implementation: ClassVar[str] = "lightning_llm.objectives.reward_model:RewardModelling"
     forms: ClassVar[tuple[str, ...]] = ("rankings",)
     is_scored: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     name: str = "reward_model"
     loss: str = "bradley_terry"  # bradley_terry | soft_labels (targets by the strength of the preference)
     margins: str | None = None  # small | large: by strength, for bradley_terry (Llama 2, table 27)

@@ -20,6 +20,7 @@ from lightning_llm.pipeline.live import check_live
 from lightning_llm.pipeline.mappings import PHASES
 from lightning_llm.pipeline.names import name_nearest, unknown_entry
 from lightning_llm.pipeline.order import order_of_stages, trained_behind
+from lightning_llm.pipeline.remade import check_mask_learning, check_pruning, check_upcycling
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
@@ -28,10 +29,12 @@ from lightning_llm.stages.config import (
     GenerateStage,
     JudgeStage,
     MergeStage,
+    PruneStage,
     RoundsStage,
     SelectStage,
     StageConfig,
     TrainStage,
+    UpcycleStage,
 )
 
 if TYPE_CHECKING:
@@ -52,7 +55,7 @@ def check(recipe: Recipe) -> None:
     if not recipe.stages:
         raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
     for name, stage in recipe.stages.items():
-        _check_stage(f"stages.{name}", stage)
+        _check_stage(f"stages.{name}", stage, recipe.stages)
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
@@ -118,7 +121,7 @@ def _check_name(name: str, key: str | None = None) -> None:
         )
 
 
-def _check_stage(key: str, stage: StageConfig) -> None:
+def _check_stage(key: str, stage: StageConfig, stages: Mapping[str, StageConfig]) -> None:
     if isinstance(stage, TrainStage):
         _check_training(key, stage)
     elif isinstance(stage, GenerateStage):
@@ -130,6 +133,13 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         _check_selection(key, stage)
     elif isinstance(stage, MergeStage):
         _check_merging(key, stage)
+    elif isinstance(stage, PruneStage):
+        _one_of(f"{key}.kind", stage.kind, ("prune",))
+        check_pruning(key, stage, stages)
+        _check_data(f"{key}.data", stage.data)
+    elif isinstance(stage, UpcycleStage):
+        _one_of(f"{key}.kind", stage.kind, ("upcycle",))
+        check_upcycling(key, stage)
 
 
 def _check_generation(key: str, stage: GenerateStage) -> None:
@@ -256,6 +266,7 @@ def _check_training(key: str, stage: TrainStage) -> None:
             raise UserError(f"{key}.rope_scaling", str(error), remedy) from error
     objective = stage.objective
     check_live(key, stage)
+    check_mask_learning(key, stage)
     forms = objective.forms if stage.rollout is None else LIVE
     if stage.data.form not in forms:
         raise UserError(

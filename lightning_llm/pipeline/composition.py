@@ -27,6 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from lightning_llm.models.config import SIZES
 from lightning_llm.pipeline.mistakes import (
     COMMAND_LINE,
     as_user_error,
@@ -42,7 +43,10 @@ CONF = next(p for p in (PACKAGE.parent / "conf", PACKAGE / "conf") if (p / "base
 SETTINGS = "merging models data optimization objectives evaluation training stages pipeline".split()
 
 # By these figures of all stages a scale maps each of them, so it has to know the recipe's own where the user's stand.
-RELATED = re.compile(r"stages\.(?:\w+\.stages\.)?\w+\.(tokens|steps|context|batch_tokens|lr\.peak)(\.|$)")
+RELATED = re.compile(
+    r"(stages\.(?:\w+\.stages\.)?\w+\.(tokens|steps|context|batch_tokens|lr\.peak)"
+    rf"|(stages\.\w+\.)?model\.({'|'.join(SIZES)}))(\.|$)"
+)
 
 
 @dataclass

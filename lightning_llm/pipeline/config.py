@@ -19,13 +19,14 @@ class PhaseScale:
     """What a scale does to the stages of one phase. None keeps the recipe's own figure."""
 
     examples: float | None = None  # rows of a post-training stage; its epochs stay
+    tokens: float | None = None  # of the phase's first stage; ratios to it are kept
     tokens_per_example: float | None = None  # mean cost of one, where the data mixture does not say it itself
     batch_tokens: float | None = None  # of the phase's first stage at its start; ratios to it are kept
     prompts: int | None = None  # of one optimizer step, where the policy answers them itself
     lr_factor: float = 1.0  # for peak and final alike
 
     def __post_init__(self):
-        refuse_below(1, self, "examples", "tokens_per_example", "batch_tokens", "prompts")
+        refuse_below(1, self, "examples", "tokens", "tokens_per_example", "batch_tokens", "prompts")
         refuse_below(0, self, "lr_factor")
 
 

@@ -23,10 +23,11 @@ from lightning_llm.data.config import STAGE, DataConfig, SourceConfig, Tokenizer
 from lightning_llm.data.embedded.options import fewest_questions
 from lightning_llm.data.places import is_of_stage, is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
-from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.config import SIZES, ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.pipeline.order import order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.remade import masks_of, refuse_masks_of_another_size, shape_left
 from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
 from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, warmup_tokens
 from lightning_llm.settings import UserError
@@ -41,6 +42,8 @@ from lightning_llm.stages.config import (
     MergeSettings,
     MergeStage,
     PrepareSettings,
+    PruneSettings,
+    PruneStage,
     ScoreSettings,
     SelectSettings,
     SelectStage,
@@ -48,6 +51,8 @@ from lightning_llm.stages.config import (
     TokenizerSettings,
     TrainSettings,
     TrainStage,
+    UpcycleSettings,
+    UpcycleStage,
 )
 from lightning_llm.stages.context import model_directory
 
@@ -115,6 +120,10 @@ class _Expansion:
         elif isinstance(stage, MergeStage):
             self.models[name] = self._shape(stage.models[0])
             yield from self._merging(name, stage)
+        elif isinstance(stage, PruneStage):
+            yield from self._pruning(name, stage)
+        elif isinstance(stage, UpcycleStage):
+            yield from self._upcycling(name, stage)
         elif isinstance(stage, GenerateStage):
             yield from self._generation(name, stage)
         elif isinstance(stage, JudgeStage):
@@ -172,8 +181,7 @@ class _Expansion:
             contexts if stage.data.form != "text" and stage.rollout is None else []
         )  # prompts leave room themselves
         data = PrepareSettings(_rows_of(stage.data), fitted, ["train", "validation"], DATA_SEED)
-        made = {n: source.path for n, source in stage.data.sources.items() if source.path and is_of_stage(source.path)}
-        rows = {f"source.{source}": path.removeprefix(STAGE) for source, path in made.items()}
+        rows = self._rows_of_stages(stage.data)
         yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer, **rows})
         inputs = {"data": f"{name}.prepare", "tokenizer": tokenizer}
         source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
@@ -194,14 +202,64 @@ class _Expansion:
             reference = stage.objective.needs_reference
             yield self._evaluation(name, contexts[-1], tokenizer, held_out, source, has_reference=reference)
 
+    @staticmethod
+    def _rows_of_stages(data: DataConfig) -> dict[str, str]:
+        """Inputs of a node that prepares rows: those that other stages make."""
+        made = {name: source.path for name, source in data.sources.items() if source.path and is_of_stage(source.path)}
+        return {f"source.{name}": path.removeprefix(STAGE) for name, path in made.items()}
+
     def _merging(self, name: str, stage: MergeStage) -> Iterator[Node]:
         models = {f"model.{number}": self._source(model) for number, model in enumerate(stage.models)}
         source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
         settings = MergeSettings(stage.method, self.recipe.seed if stage.method.draws else 0)
         yield Node(name, "merge", settings, models | source)
+        if stage.evaluate:
+            yield from self._evaluation_of_made(name, source)
+
+    def _pruning(self, name: str, stage: PruneStage) -> Iterator[Node]:
+        assert stage.starts_from is not None, "checked"
+        sizes: dict[str, int | None] = dict.fromkeys(SIZES) | stage.sizes
+        if stage.method.needs_masks and (masks := masks_of(self.recipe.stages.get(stage.starts_from))) is not None:
+            sizes["intermediate_size"] = masks.intermediate_size
+        source = {"starts_from": self._source(stage.starts_from)}
+        settings = PruneSettings(stage.method, **sizes, data=DataConfig(), tokens=0, context=0, precision="", seed=0)
+        inputs = dict(source)
+        if stage.method.needs_data:
+            tokenizer, _ = self._shared(name)
+            yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
+            fitted = [stage.context] if stage.data.form != "text" else []
+            data = PrepareSettings(_rows_of(stage.data), fitted, ["train"], DATA_SEED)
+            rows = self._rows_of_stages(stage.data)
+            yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer, **rows})
+            inputs |= {"data": f"{name}.prepare", "tokenizer": tokenizer}
+            settings = replace(
+                settings,
+                data=replace(stage.data, tokens_per_example=None),
+                tokens=round(stage.tokens),
+                context=stage.context,
+                precision=self.recipe.compute.precision,
+                seed=self.recipe.seed,
+            )
+        node = Node(name, "prune", settings, inputs)
+        self.models[name] = shape_left(node, self._shape(stage.starts_from))
+        yield node
+        if stage.evaluate:
+            yield from self._evaluation_of_made(name, source)
+
+    def _upcycling(self, name: str, stage: UpcycleStage) -> Iterator[Node]:
+        assert stage.starts_from is not None, "checked"
+        own = {f.name for f in fields(UpcycleSettings)} - {"seed"}
+        settings = UpcycleSettings(**{field: getattr(stage, field) for field in own}, seed=self.recipe.seed)
+        source = {"starts_from": self._source(stage.starts_from)}
+        node = Node(name, "upcycle", settings, source)
+        self.models[name] = shape_left(node, self._shape(stage.starts_from))
+        yield node
+        if stage.evaluate:
+            yield from self._evaluation_of_made(name, source)
+
+    def _evaluation_of_made(self, name: str, source: dict[str, str]) -> Iterator[Node]:
+        """Of a model that no training has made: as what was trained behind it."""
         trained = trained_behind(name, self.recipe.stages)
-        if not stage.evaluate:
-            return
         tokenizer, held_out = self._shared(name)
         if self._scores(name):
             if trained is not None:  # what the first of them was trained on holds out rows; nobody else's data is known
@@ -212,6 +270,9 @@ class _Expansion:
             yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
             last = self.recipe.stages.get(trained or "")
             reference = isinstance(last, TrainStage) and last.objective.needs_reference and bool(source)
+            reference = reference and isinstance(
+                self.recipe.stages[name], MergeStage
+            )  # others are no nearer than before
             context = self._last_context(name, trained)
             yield self._evaluation(name, context, tokenizer, held_out, source, has_reference=reference)
 
@@ -277,6 +338,8 @@ class _Expansion:
             return user, model
         if isinstance(stage, MergeStage):
             return self._root(stage.models[0], model)
+        if isinstance(stage, PruneStage | UpcycleStage):
+            return self._root(stage.starts_from or "", model)
         assert isinstance(stage, TrainStage), "checked by order_of_stages"
         return self._root(stage.starts_from, model) if stage.starts_from is not None else (model, None)
 
@@ -342,7 +405,8 @@ class _Expansion:
                 shares.add(data.validation)
         for name, stage in self.recipe.stages.items():
             data = getattr(stage, "data", None)
-            if shares and isinstance(data, DataConfig) and data.validation < max(shares):
+            reads = isinstance(data, DataConfig) and data.sources
+            if shares and reads and data.validation < max(shares):
                 raise UserError(
                     f"stages.{name}.data.validation",
                     f"holds out {data.validation:g} of the rows, the evaluation takes {max(shares):g}",
@@ -352,6 +416,7 @@ class _Expansion:
         return PrepareSettings(_rows_of(data), [], ["validation"], DATA_SEED)
 
     def _train(self, name: str, stage: TrainStage) -> TrainSettings:
+        refuse_masks_of_another_size(name, masks_of(stage), self.models[name])
         context, batch = _whole(as_ramp(stage.context)), _whole(as_ramp(stage.batch_tokens))
         tokens = round(length_in_tokens(f"stages.{name}", stage, batch))
         return TrainSettings(

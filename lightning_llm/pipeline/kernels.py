@@ -7,15 +7,17 @@ from pathlib import Path
 
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.expand import Node
+from lightning_llm.pipeline.remade import shape_left
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig
 from lightning_llm.stages.context import model_directory
 
+REMADE = ("prune", "upcycle")  # verbs that make another model of one
 FROZEN = ("score", "evaluate", "generate")  # verbs that compute with models and train none
 
 
 def made_models(nodes: Iterable[Node]) -> dict[str, ModelConfig]:
-    """What the stages that train or merge leave, by their names.
+    """What the stages that make models leave, by their names.
 
     Args:
         nodes: each after its inputs.
@@ -25,7 +27,9 @@ def made_models(nodes: Iterable[Node]) -> dict[str, ModelConfig]:
         if node.kind == "train":
             made[node.name] = node.settings.model
         elif node.kind == "merge":
-            made[node.name] = _shape(node.inputs["model.0"], made)
+            made[node.name] = shape_of(node.inputs["model.0"], made)
+        elif node.kind in REMADE:
+            made[node.name] = shape_left(node, shape_of(node.inputs["starts_from"], made))
     return made
 
 
@@ -42,8 +46,8 @@ def attention_lines(compute: ComputeConfig, nodes: Sequence[Node], trained: Mapp
     said: dict[str, list[str]] = {}
     for node in nodes:
         models = [node.settings.model] if node.kind == "train" else []
-        if node.kind in FROZEN:
-            models = [_shape(source, trained) for role, source in node.inputs.items() if _is_model(role)]
+        if node.kind in FROZEN or (node.kind == "prune" and node.settings.tokens):
+            models = [shape_of(source, trained) for role, source in node.inputs.items() if _is_model(role)]
         for model in models:
             line = _line(model, compute, node.kind == "train")
             if node.name not in (names := said.setdefault(line, [])):
@@ -76,7 +80,8 @@ def _is_model(role: str) -> bool:
     return role in ("model", "starts_from") or role.startswith("model.")
 
 
-def _shape(source: str, trained: Mapping[str, ModelConfig]) -> ModelConfig:
+def shape_of(source: str, trained: Mapping[str, ModelConfig]) -> ModelConfig:
+    """Of what a stage leaves, by its name, or of a model of elsewhere, by its path."""
     if source in trained:
         return trained[source]
     from lightning_llm.models.families import read_config

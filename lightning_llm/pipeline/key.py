@@ -29,6 +29,8 @@ CONTRACTS = {
     "evaluate": 3,
     "generate": 1,
     "merge": 1,
+    "prune": 1,
+    "upcycle": 1,
     "judge": 1,
     "select": 1,
 }  # raised when a verb makes other artifacts of the same settings

@@ -10,7 +10,7 @@ from lightning_llm.models.config import ROPE_KEYS, ModelConfig
 
 STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
 ROLES = ("policy",)  # of scale.shapes
-PHASES = ("pretrain", "sft", "selected", "preference", "reward", "online")
+PHASES = ("pretrain", "masks", "sft", "selected", "preference", "reward", "online")
 CLOSED = {"model.rope_parameters": ("rope_theta", *STRETCH), "scale.shapes": ROLES, "scale.phases": PHASES}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import Edge, MergeStage, StageConfig, TrainStage
+from lightning_llm.stages.config import Edge, MergeStage, PruneStage, StageConfig, TrainStage, UpcycleStage
 
 
 def order_of_stages(stages: Mapping[str, StageConfig]) -> list[str]:
@@ -38,10 +38,13 @@ def ancestors(name: str, stages: Mapping[str, StageConfig]) -> set[str]:
 
 
 def trained_behind(name: str, stages: Mapping[str, StageConfig]) -> str | None:
-    """The stage that has trained a model: itself, or of what is merged the first. None: a model of elsewhere."""
+    """The stage that has trained a model: itself, of what is merged the first, of what is pruned or upcycled its start.
+    None: a model of elsewhere."""
     stage = stages.get(name)
     if isinstance(stage, MergeStage) and stage.models:
         return trained_behind(stage.models[0], stages)
+    if isinstance(stage, PruneStage | UpcycleStage) and stage.starts_from is not None:
+        return trained_behind(stage.starts_from, stages)
     return name if isinstance(stage, TrainStage) else None
 
 

@@ -29,11 +29,12 @@ from lightning_llm.pipeline.frozen import (
     judge_figures,
     merge_figures,
 )
-from lightning_llm.pipeline.kernels import made_models, refused_attention
+from lightning_llm.pipeline.kernels import REMADE, made_models, refused_attention, shape_of
 from lightning_llm.pipeline.live import live_figures
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.pipeline.order import ancestors, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.remade import remade_figures
 from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
 from lightning_llm.settings import UserError
@@ -214,6 +215,8 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         found = judge_figures(recipe, node, nodes, models)
     elif node.kind == "merge":
         found = merge_figures(recipe, node, nodes, models)
+    elif node.kind in REMADE:
+        found = remade_figures(node, shape_of(node.inputs["starts_from"], models), models[node.name])
     elif node.kind == "select":
         found = {"starts_from": ", ".join(recipe.stages[node.name].data)}  # pyright: ignore[reportAttributeAccessIssue]
     elif isinstance(node.settings, EvaluateRewardsSettings):
@@ -366,6 +369,12 @@ def _short(value: float | None) -> str:
     return f"{value:g}"
 
 
+def _parameters(figures: dict[str, Any]) -> str:
+    """With those that a token meets, where a stage makes a mixture of experts."""
+    total, active = figures["parameters"], figures.get("active")
+    return _short(total) + (f" ({_short(active)} active)" if active not in (None, total) else "")
+
+
 def _ramp_text(value: Any) -> str:
     if isinstance(value, list):
         return " -> ".join(_short(entry["value"]) for entry in value)
@@ -399,7 +408,7 @@ COLUMNS = (
     ("context", lambda node: _ramp_text(node.figures["context"])),
     ("batch", lambda node: _ramp_text(node.figures["batch_tokens"])),
     ("learning rate", lambda node: _lr_text(node.figures["lr"])),
-    ("params", lambda node: _short(node.figures["parameters"])),
+    ("params", lambda node: _parameters(node.figures)),
     ("FLOPs", lambda node: _short(node.figures["flops"] or None)),
     ("memory", lambda node: _gib(node.figures["memory_gib"])),
     ("disk", lambda node: _gib(node.figures["disk_gib"])),

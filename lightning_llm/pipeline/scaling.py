@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from lightning_llm.data.config import STAGE, DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.config import SHORTEST_CONTEXT, STAGE, DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.data.places import is_of_stage
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
@@ -16,9 +16,10 @@ from lightning_llm.pipeline.config import PhaseScale, ScaleConfig
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.pipeline.order import order_of_stages
 from lightning_llm.pipeline.recipe import Recipe
+from lightning_llm.pipeline.remade import with_sizes
 from lightning_llm.schedules import BatchPlan, Ramp, as_ramp, ramp_value
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import GenerateStage, SelectStage, StageConfig, TrainStage
+from lightning_llm.stages.config import GenerateStage, PruneStage, SelectStage, StageConfig, TrainStage
 
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 Config = TypeVar("Config")
@@ -50,6 +51,7 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
         evaluation = replace(evaluation, **{part: data})
     contexts = [as_ramp(stage.context) for stage in stages.values() if isinstance(stage, TrainStage)]
     model, tokenizer = _scaled_model(recipe, scale, contexts, _context_factor(scale, original))
+    stages = with_sizes(recipe, scale, stages, model)
     return replace(
         recipe,
         scale=scale,
@@ -97,7 +99,21 @@ def _scaled_stage(
     stage = recipe.stages[name]
     if isinstance(stage, TrainStage):
         return _scaled_training(recipe, scale, name, stage, original, before)
+    if isinstance(stage, PruneStage):
+        return _scaled_pruning(recipe, scale, name, stage, original)
     return _scaled_generation(recipe, scale, name, stage) if isinstance(stage, GenerateStage) else stage
+
+
+def _scaled_pruning(
+    recipe: Recipe, scale: ScaleConfig, name: str, stage: PruneStage, original: dict[str, _Published]
+) -> PruneStage:
+    """On texts that are there and as long as the scale's; its sizes follow when the model is known."""
+    key = f"stages.{name}"
+    if not stage.method.needs_data:
+        return replace(stage, data=DataConfig(name="none"))
+    context = max(round(stage.context * _context_factor(scale, original)), SHORTEST_CONTEXT)
+    stage = _overlaid(recipe, key, stage, {"context": context})
+    return replace(stage, data=_located(recipe, scale, f"{key}.data", stage.data))
 
 
 def _scaled_generation(recipe: Recipe, scale: ScaleConfig, name: str, stage: GenerateStage) -> GenerateStage:
@@ -184,6 +200,9 @@ def _budgeted(
     """The stage with the length that the scale's budget gives it."""
     if phase.examples is not None:
         return replace(stage, tokens=None, steps=None, examples=phase.examples)
+    if phase.tokens is not None and own.tokens is not None:
+        first = next(other for other in original.values() if other.phase == own.phase)
+        return replace(stage, tokens=phase.tokens * own.tokens / (first.tokens or own.tokens), steps=None)
     if stage.phase != "pretrain" or scale.pretraining_tokens is None or own.tokens is None:
         return stage
     together = [other for other in original.values() if other.phase == "pretrain" and other.tokens is not None]

@@ -15,11 +15,20 @@ LABELS = {
     "score": "scores",
     "train": "training",
     "merge": "merging",
+    "prune": "pruning",
+    "upcycle": "upcycling",
     "evaluate": "evaluation",
     "generate": "sampling",
     "judge": "judging",
     "select": "selection",
 }  # of kinds, in the legend
+MADE_FROM = {  # kind -> roles of the models that it works on
+    "train": ["starts_from"],
+    "generate": ["model"],
+    "merge": ["starts_from", "model"],
+    "prune": ["starts_from"],
+    "upcycle": ["starts_from"],
+}
 Place = tuple[int, int]  # column along the flow, row across it
 
 
@@ -87,8 +96,8 @@ def visible_edges(nodes: list[Node]) -> list[tuple[str, str]]:
 
 
 def _models(node: Node) -> set[str]:
-    """The models that a stage starts from, samples or merges."""
-    wanted = {"train": ["starts_from"], "generate": ["model"], "merge": ["starts_from", "model"]}.get(node.kind, [])
+    """The models that a stage starts from, samples, merges, prunes or upcycles."""
+    wanted = MADE_FROM.get(node.kind, [])
     return {source for role, source in node.inputs.items() if role.partition(".")[0] in wanted}
 
 

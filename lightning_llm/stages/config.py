@@ -10,13 +10,13 @@ from lightning_llm.data.config import STAGE, DataConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig, JudgeConfig
 from lightning_llm.generation.config import SamplingConfig
 from lightning_llm.merging.config import MergeConfig
-from lightning_llm.models.config import ModelConfig
+from lightning_llm.models.config import MIXTURE_FIELDS, SIZES, ModelConfig, PruneConfig
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import came_later, option, refuse_below
 from lightning_llm.training.config import RolloutConfig
 
-MODELS = ("train", "merge")  # kinds of stages that leave a model
+MODELS = ("train", "merge", "prune", "upcycle")  # kinds of stages that leave a model
 MERGING = "optimizer.online_merging."  # in front of `base` and `reference`
 INSERTED = ("prepare", "reference", "teacher", "evaluate", "tokenizer", "evaluation")  # nodes beside a stage's own
 
@@ -153,6 +153,66 @@ class MergeStage(StageConfig):
     starts_from: str | None = None  # where they all began: what they have learnt since is merged, if the method asks
     method: MergeConfig = field(default_factory=MergeConfig)
     evaluate: bool = True
+
+
+@option("stage", "prune")
+@dataclass
+class PruneStage(StageConfig):
+    """A smaller model of one: the parts that matter most. AFM-on-device: 6.4 billion parameters become 2.7."""
+
+    kind: str = "prune"
+    starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory
+    method: PruneConfig = field(default_factory=PruneConfig)
+    intermediate_size: int | None = (
+        None  # hidden units that stay in each layer; none: all, or what masks were learnt for
+    )
+    num_key_value_heads: int | None = None  # with the query heads that share them
+    hidden_size: int | None = None  # channels of the stream between layers
+    num_hidden_layers: int | None = None
+    data: DataConfig = field(default_factory=DataConfig)  # what flows through the model, for a method that measures it
+    tokens: float = 131_072  # of it
+    context: int = 4096
+    evaluate: bool = True
+
+    def __post_init__(self):
+        refuse_below(1, self, *SIZES, "tokens", "context")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What is made smaller."""
+        return {name: size for name in SIZES if (size := getattr(self, name)) is not None}
+
+
+@option("stage", "upcycle")
+@dataclass
+class UpcycleStage(StageConfig):
+    """A mixture of experts of a dense model. Qwen2-57B-A14B: from the 7B (section 2.2.2)."""
+
+    kind: str = "upcycle"
+    starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory
+    num_experts: int = 64
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int | None = None  # none: the dense feed-forward's, as of shared_expert_intermediate_size
+    shared_expert_intermediate_size: int | None = None
+    norm_topk_prob: bool = False
+    router_aux_loss_coef: float = 0.001
+    experts: str = "slices"  # slices (of shuffled feed-forwards) | copies (each is the whole feed-forward)
+    reinitialised: float = 0.5  # share of the parameters of routed slices that is drawn anew
+    of: str = "entries"  # entries (each by itself) | units (whole hidden units)
+    keeps_scale: bool = True  # what the experts add is as large in the mean as what the feed-forward added
+    evaluate: bool = True
+
+    def __post_init__(self):
+        refuse_below(1, self, "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+        refuse_below(1, self, "shared_expert_intermediate_size")
+        refuse_below(0, self, "router_aux_loss_coef", "reinitialised")
+        if self.reinitialised > 1:
+            raise ValueError(f"reinitialised is a share in [0, 1], is {self.reinitialised:g}")
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """Fields of the model's configuration that it gives."""
+        return {name: getattr(self, name) for name in MIXTURE_FIELDS}
 
 
 ENGINES = ("own", "vllm")  # of a stage that generates
@@ -329,6 +389,49 @@ class MergeSettings:
 
     method: MergeConfig
     seed: int  # 0 where nothing is drawn
+
+
+@dataclass
+class PruneSettings:
+    """kind prune: what of the parent stays. What it measures on is in the input `data`, if it measures."""
+
+    method: PruneConfig
+    intermediate_size: int | None
+    num_key_value_heads: int | None
+    hidden_size: int | None
+    num_hidden_layers: int | None
+    data: DataConfig
+    tokens: int  # 0 where nothing is measured, as the next three
+    context: int
+    precision: str
+    seed: int
+
+    @property
+    def sizes(self) -> dict[str, int | None]:
+        """What is made smaller."""
+        return {name: getattr(self, name) for name in SIZES}
+
+
+@dataclass
+class UpcycleSettings:
+    """kind upcycle: all of `UpcycleStage` but its edge."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int | None
+    shared_expert_intermediate_size: int | None
+    norm_topk_prob: bool
+    router_aux_loss_coef: float
+    experts: str
+    reinitialised: float
+    of: str
+    keeps_scale: bool
+    seed: int
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """Fields of the model's configuration that it gives."""
+        return {name: getattr(self, name) for name in MIXTURE_FIELDS}
 
 
 @dataclass

@@ -7,7 +7,6 @@ types. Memory is needed for a tensor of each model, however large they are.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,14 +22,11 @@ from lightning_llm.models.families import CLASSIFIER, read_config, read_head
 from lightning_llm.models.reward import GRADING_FILE
 from lightning_llm.models.shards import Shards, refuse_unlike_shards, write_shards
 from lightning_llm.settings import UserError
+from lightning_llm.stages.beside import copy_beside
 from lightning_llm.stages.config import MergeSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, threads
 from lightning_llm.training.phases import Phases
 
-COPIED = (  # of the first model, as far as they are there
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
 OWN = ("name", "tokenizer", "published", "max_position_embeddings")  # of a configuration: may differ between models
 
 
@@ -62,9 +58,7 @@ def run(context: StageContext) -> StageResult:
         if began is not None and len(states) > 1:
             with phases("angle"):
                 metrics["task_vectors/angle"] = mean_angle(began, states)
-    for name in COPIED:
-        if (directories[0] / name).is_file():
-            shutil.copyfile(directories[0] / name, output / name)
+    copy_beside(directories[0], output, "config.json", "generation_config.json")
     merge_grading(directories, output, settings)
     return StageResult(metrics, seconds=phases.seconds)
 

@@ -188,7 +188,7 @@ def build_objective(context: StageContext, model: Transformer, tokenizer: Tokeni
     settings: TrainSettings = context.settings
     config = settings.objective
     parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_reference else {}
-    if config.is_scored:
+    if config.draws:
         parts["seed"] = settings.seed
     if config.needs_reference and "reference" not in context.inputs and settings.rollout is None:
         parts["reference"] = copy.deepcopy(model)  # the policy before its first step, asked in each

@@ -26,6 +26,7 @@ WITHIN = {
     "schedule": "lr",
     "judge": "judge",
     "merge": "method",
+    "prune": "method",
 }  # group -> key of a stage
 PLACES = {
     "qwen2_sft": "sft",
@@ -40,6 +41,7 @@ PLACES = {
     "ipo": "dpo",
     "reward_model": "reward",
     "online_prompts": "rlhf",
+    "pruning_masks": "masks",
     **dict.fromkeys(("mdpo", "rloo", "ppo", "grpo", "dapo"), "rlhf"),
 }  # option -> the stage that it suits
 MERGED = {"warm": "[reward,more]", "liti": "[dpo]"}  # way to merge -> models; the others take any two
@@ -49,6 +51,8 @@ AFTERWARDS = {  # stages that do not train: (edge, where to, its role)
     "score": ("data", "sample", "samples.0"),
     "select": ("data", "score", "verdicts.0"),
     "merge": ("models", "dpo", "model.0"),
+    "prune": ("starts_from", "sft", "starts_from"),
+    "upcycle": ("starts_from", "sft", "starts_from"),
 }
 
 composed = functools.cache(lambda scale, *overrides: compose("qwen2", scale, overrides))
@@ -87,7 +91,7 @@ def test_options_of_a_recipe_compose(place):
 def test_options_of_a_stage_compose(place):
     chosen = {group: options(group)[place % len(options(group))] for group in WITHIN}
     stages = {group: PLACES.get(name, "pretrain") for group, name in chosen.items()}
-    stages |= {"judge": "score", "merge": "merged"}
+    stages |= {"judge": "score", "merge": "merged", "prune": "smaller"}
     words = [f"{group}@stages.{stages[group]}.{WITHIN[group]}={name}" for group, name in chosen.items()]
     added = ["+stage@stages.sample=sample", "stages.sample.models=[dpo]", "+stage@stages.reward=reward_model"]
     added += ["stages.reward.starts_from=sft", "stages.reward.lr.peak=1e-5", "stages.reward.tokens=1e8"]
@@ -96,6 +100,10 @@ def test_options_of_a_stage_compose(place):
     added += ["stages.more.tokens=1e8", "stages.more.batch_tokens=1e5", "+stage@stages.merged=merge"]
     added += [f"stages.merged.models={MERGED.get(chosen['merge'], '[sft,dpo]')}"]
     added += [] if chosen["merge"] == "warm" else ["stages.merged.starts_from=pretrain"]
+    added += ["+stage@stages.smaller=prune", "stages.smaller.starts_from=masks"]
+    added += ["stages.smaller.intermediate_size=1000", "+stage@stages.masks=masks", "stages.masks.starts_from=sft"]
+    added += ["stages.masks.tokens=1e8", "stages.masks.batch_tokens=1e5", "stages.masks.lr.peak=1e-5"]
+    added += ["stages.masks.objective.intermediate_size=1000"]
     added += ["+stage@stages.rlhf=rlhf", "stages.rlhf.starts_from=sft", "judge@stages.rlhf.judge=exact_answer"]
     added += ["stages.rlhf.context=4096", "stages.rlhf.examples=1000", "stages.rlhf.lr.peak=1e-6"]
     judged_by = ["stages.score.judged_by=[reward]"] if chosen["judge"] == "reward_model" else []
@@ -117,8 +125,10 @@ def test_stages_can_be_added():
         live = option in LIVE
         words.append(f"judge@stages.{name}.judge=random" if live else f"stages.{name}.batch_tokens=1e6")
     for option, (setting, value, _) in AFTERWARDS.items():
-        words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}=[{value}]"]
-    words += ["merge@stages.merge.method=liti", "stages.merge.starts_from=sft"]
+        value = value if setting == "starts_from" else f"[{value}]"
+        words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}={value}"]
+    words += ["merge@stages.merge.method=liti", "stages.merge.starts_from=sft", "stages.prune.intermediate_size=80"]
+    words += ["stages.more_masks.objective.intermediate_size=80"]
     words.append("stages.more_selected.data.sources.best.path=stage:select")
     nodes = {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
     for option in training:

@@ -6,8 +6,8 @@ from torch import nn
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
-from lightning_llm.models.config import FULL, SLIDING
-from lightning_llm.models.derived import SIZES, pruned
+from lightning_llm.models.config import FULL, SIZES, SLIDING
+from lightning_llm.models.derived import pruned
 from lightning_llm.models.importance import by_activation, by_magnitude
 from lightning_llm.models.prune import Importance, Kept, chosen, cut
 from lightning_llm.settings import UserError

@@ -7,7 +7,8 @@ import torch
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
-from lightning_llm.models.derived import EXPERT_FIELDS, pruned, upcycled
+from lightning_llm.models.config import MIXTURE_FIELDS
+from lightning_llm.models.derived import pruned, upcycled
 from lightning_llm.models.upcycle import scales, shuffled_copies, upcycle
 
 DENSE = ModelConfig(
@@ -175,11 +176,11 @@ def test_scales_by_hand():
 
 
 def test_what_cannot_be_upcycled_says_why():
-    with pytest.raises(ValueError, match="family is llama, and mixtures are made of qwen2 alone"):
+    with pytest.raises(ValueError, match="family is llama, and mixtures of experts are made of qwen2 alone"):
         upcycled(dataclasses.replace(DENSE, family="llama", attention_bias=False), FINE)
-    with pytest.raises(ValueError, match="num_experts is 6 already"):
+    with pytest.raises(ValueError, match="family is qwen2_moe"):
         upcycled(upcycled(DENSE, FINE), FINE)
     with pytest.raises(ValueError, match=r"num_experts_per_tok must lie in \[1, num_experts\]"):
         upcycled(DENSE, FINE | {"num_experts_per_tok": 7})
-    assert set(FINE) == set(EXPERT_FIELDS)
+    assert set(FINE) == set(MIXTURE_FIELDS)
     assert pruned(DENSE, {}) == DENSE
