@@ -55,6 +55,7 @@ SHOWN = {  # metric -> how the console calls it when a stage is done
     "preference/calibration_error": "calibration error",
     "judge/win_rate": "win rate",
     "rows": "rows",
+    "parameters/share": "share of parameters",
     "vocab_size": "entries",
 }
 
