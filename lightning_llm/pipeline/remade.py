@@ -94,9 +94,6 @@ def check_upcycling(key: str, stage: UpcycleStage) -> None:
         UserError: names the key.
     """
     _check_start(key, stage.starts_from, "upcycled")
-    if stage.num_experts_per_tok > stage.num_experts:
-        what = f"is {stage.num_experts_per_tok}, and there are {stage.num_experts} experts"
-        raise UserError(f"{key}.num_experts_per_tok", what, "Lower it")
     for name, known in (("experts", ("slices", "copies")), ("of", ("entries", "units"))):
         if getattr(stage, name) not in known:
             raise UserError(f"{key}.{name}", f"{getattr(stage, name)!r} is none", f"Choose {' or '.join(known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,12 @@ def test_shares_are_kept_at_a_scale():
         nodes = nodes_of(*words)
         assert nodes["masks"].settings.objective.intermediate_size == size, words
         assert nodes["core"].settings.model.intermediate_size == size, words
-    deep = nodes_of(*BY_FLOW, "stages.prune.num_hidden_layers=13", "stages.prune.num_key_value_heads=2")
-    child = deep["core"].settings.model
-    assert (child.num_hidden_layers, child.num_key_value_heads, child.num_attention_heads) == (2, 1, 2)
+    recipe = compose("pruning", overrides=BY_FLOW)
+    half = replace(recipe.stages["prune"], num_hidden_layers=13, num_key_value_heads=4, hidden_size=1536)
+    recipe = plan(replace(recipe, stages=recipe.stages | {"prune": half}))
+    child = next(node.settings.model for node in recipe.nodes if node.name == "core")
+    assert (child.num_hidden_layers, child.num_key_value_heads, child.num_attention_heads) == (2, 2, 4)
+    assert (child.hidden_size, child.intermediate_size) == (64, 120)
     small = nodes_of("compute=ddp", scale="small")["core"].settings.model
     assert small.intermediate_size == 968  # 2816 * 8064 / 23424 = 969.4
 
@@ -171,7 +175,7 @@ def test_a_run_by_the_command_line(tiny, tmp_path, monkeypatch, capsys):
     assert "| prune |" in (folder / "report.md").read_text()
 
     # by another measure: masks are not learnt again
-    words = [*words, *BY_FLOW, "stages.prune.starts_from=parent", "stages.prune.num_hidden_layers=13", "until=prune"]
+    words = [*words, *BY_FLOW, "stages.prune.starts_from=parent", "stages.prune.num_hidden_layers=1", "until=prune"]
     assert cli.command(["run", "recipe=pruning", *words, "stages.prune.tokens=4000"]) == 0
     folder = Path(capsys.readouterr().out.splitlines()[-1])
     stages = json.loads((folder / "run.json").read_text())["stages"]

@@ -70,7 +70,10 @@ def test_the_key_knows_how():
         (["stages.upcycle.experts=slice"], "stages.upcycle.experts: 'slice' is none. Choose slices or copies"),
         (["stages.upcycle.of=rows"], "stages.upcycle.of: 'rows' is none"),
         (["stages.upcycle.experts=copies"], "moe_intermediate_size: is 2560, and a copy is as wide"),
-        (["stages.upcycle.num_experts=4"], "num_experts_per_tok: is 8, and there are 4 experts"),
+        (
+            ["stages.upcycle.num_experts_per_tok=9"],
+            r"stages.upcycle.num_experts_per_tok: must lie in \[1, num_experts\]",
+        ),
         (["stages.upcycle.reinitialised=1.5"], r"reinitialised is a share in \[0, 1\]"),
         (
             ["model=llama3_1_8b"],

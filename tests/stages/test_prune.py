@@ -1,6 +1,7 @@
 """The stage prune: by every measure a directory that transformers opens, with its tokenizer; what is kept; mistakes."""
 
 import dataclasses
+import itertools
 import json
 
 import pytest
@@ -97,7 +98,7 @@ def test_masks_are_learnt_then_cut(masked, context_of):
     lines = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
     budgets = [line["masks/budget"] for line in lines if "masks/budget" in line]
     assert budgets[0] > 50
-    assert budgets == sorted(budgets, reverse=True)
+    assert all(later < before + 1e-3 for before, later in itertools.pairwise(budgets))
 
     context = context_of(given(MasksConfig(), intermediate_size=16), {"starts_from": artifact})
     prune.run(context)
