@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
+from torch.utils.hooks import RemovableHandle
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models.config import PruneConfig
@@ -58,7 +59,8 @@ def by_magnitude(model: Transformer) -> Importance:
         if "channels" in axes_of(name) and parameter.ndim == 2:
             squares += parameter.float().square().sum(1 - axes_of(name).index("channels"))
     units, groups = [], []
-    for layer in model.layers:
+    layers: Any = model.layers
+    for layer in layers:
         gate, up, down = (getattr(layer.mlp, f"{part}_proj").weight.float() for part in ("gate", "up", "down"))
         units.append(gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0))
         values = layer.self_attn.qkv_proj.weight.float()[-config.num_key_value_heads * config.head_size :]
@@ -100,27 +102,30 @@ def heard(model: Transformer, sums: dict[str, dict[int, Tensor]]) -> Iterator[No
         total = value.double().sum(0)
         sums[name][place] = total if place not in sums[name] else sums[name][place] + total
 
-    def heads(place: int, inputs: tuple[Tensor]) -> None:
-        add("groups", place, inputs[0].float().unflatten(-1, (groups, -1)).norm(dim=-1))
+    def inputs_are(name: str, place: int, size: Callable[[Tensor], Tensor]) -> Callable[..., None]:
+        return lambda module, inputs: add(name, place, size(inputs[0]))
 
-    handles: list[Any] = []
-    for place, layer in enumerate(model.layers):
-        handles += [
-            layer.mlp.down_proj.register_forward_pre_hook(
-                lambda _, inputs, place=place: add("units", place, inputs[0].abs())
-            ),
-            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, inputs, place=place: heads(place, inputs)),
-            layer.register_forward_hook(
-                lambda _, inputs, output, place=place: add(
-                    "layers", place, 1 - cosine_similarity(inputs[0].double(), output.double(), dim=-1)
-                )
-            ),
-        ]
+    def changes(place: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            add("layers", place, 1 - cosine_similarity(inputs[0].double(), output.double(), dim=-1))
+
+        return hook
+
+    def outputs_are(place: int) -> Callable[..., None]:
+        return lambda module, inputs, output: add("channels", place, output.abs())
+
+    def norms(outputs: Tensor) -> Tensor:
+        return outputs.float().unflatten(-1, (groups, -1)).norm(dim=-1)  # [T, K] of [T, H * D]
+
+    handles: list[RemovableHandle] = []
+    layers: Any = model.layers
+    for place, layer in enumerate(layers):
+        handles.append(layer.mlp.down_proj.register_forward_pre_hook(inputs_are("units", place, torch.abs)))
+        handles.append(layer.self_attn.o_proj.register_forward_pre_hook(inputs_are("groups", place, norms)))
+        handles.append(layer.register_forward_hook(changes(place)))
     modules = [module for name, module in model.named_modules() if "self_attn" not in name]  # norms of heads are others
     for place, norm in enumerate(module for module in modules if isinstance(module, RMSNorm)):
-        handles.append(
-            norm.register_forward_hook(lambda _, __, output, place=place: add("channels", place, output.abs()))
-        )
+        handles.append(norm.register_forward_hook(outputs_are(place)))
     try:
         yield
     finally:

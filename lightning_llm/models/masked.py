@@ -70,6 +70,11 @@ class MaskedTransformer(Transformer):
         model.activation_checkpointing = backbone.activation_checkpointing
         return model
 
+    @property
+    def feed_forwards(self) -> list[MaskedFeedForward]:
+        """Of all layers."""
+        return [layer.mlp for layer in self.layers]  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
     def masks(self) -> Tensor:
         """[L, n] in [0, 1], each row adding up to the budget."""
         scores = torch.stack(list(self.mask_scores)).float()
@@ -78,8 +83,8 @@ class MaskedTransformer(Transformer):
 
     def run(self, input_ids: Tensor, positions: Tensor, attend: Attend, kept: Tensor | None = None) -> Tensor:
         """As `Transformer.run`, with the masks of this pass."""
-        for layer, mask in zip(self.layers, self.masks(), strict=True):
-            layer.mlp.mask = mask
+        for feed_forward, mask in zip(self.feed_forwards, self.masks(), strict=True):
+            feed_forward.mask = mask
         return super().run(input_ids, positions, attend, kept)
 
     @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -42,7 +44,8 @@ def upcycle(
     """
     generator = torch.Generator().manual_seed(seed)
     state = {name: p.detach().clone() for name, p in dense.named_parameters() if ".mlp." not in name}
-    for layer, block in enumerate(dense.layers):
+    blocks: Any = dense.layers
+    for layer, block in enumerate(blocks):
         parts = mixture_of(block.mlp, config, experts, reinitialised, of, keeps_scale, generator)
         state |= {f"layers.{layer}.mlp.{name}": tensor for name, tensor in parts.items()}
     with torch.device("meta"):

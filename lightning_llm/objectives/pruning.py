@@ -41,7 +41,7 @@ class PruningMasks(CausalLM):
     def loss(self, batch: SegmentBatch) -> LossSum:
         """As `CausalLM.loss`; logs `masks/budget` and `masks/hardness`, sum m^2 / sum m: 1 if all masks are 0 or 1."""
         part = super().loss(batch)
-        masks = torch.stack([layer.mlp.mask for layer in self.model.layers]).detach()  # [L, n], of this pass
+        masks = torch.stack([each.mask.detach() for each in self.model.feed_forwards if each.mask is not None])
         part.metrics = {
             "masks/budget": (masks.sum(1).mean() * part.count, part.count),
             "masks/hardness": (masks.square().sum() / masks.sum() * part.count, part.count),

@@ -405,8 +405,9 @@ class _Expansion:
                 shares.add(data.validation)
         for name, stage in self.recipe.stages.items():
             data = getattr(stage, "data", None)
-            reads = isinstance(data, DataConfig) and data.sources
-            if shares and reads and data.validation < max(shares):
+            if not isinstance(data, DataConfig) or not data.sources:
+                continue
+            if shares and data.validation < max(shares):
                 raise UserError(
                     f"stages.{name}.data.validation",
                     f"holds out {data.validation:g} of the rows, the evaluation takes {max(shares):g}",

@@ -36,5 +36,5 @@ def run(context: StageContext) -> StageResult:
             mixture.save_pretrained(context.output / "model", eos_token_ids=end_tokens(directory))
             copy_beside(directory, context.output / "model")
     counts = parameter_counts(mixture.config)
-    metrics = {"parameters": counts["total"], "parameters/active": counts["active"]}
+    metrics: dict[str, float] = {"parameters": counts["total"], "parameters/active": counts["active"]}
     return StageResult(metrics, seconds=phases.seconds)
