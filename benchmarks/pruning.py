@@ -23,17 +23,13 @@ from learning import spread
 
 RESULT = Path(__file__).resolve().parent / "results" / "pruning.json"
 PICTURE = machine.REPOSITORY / "docs" / "images" / "pruning.svg"
-FROM_PARENT = ["stages.prune.starts_from=parent"]
-RANDOM = ["stages.core.starts_from=null", "+model@stages.core.model=afm_on_device"]
-RANDOM += ["stages.core.model.intermediate_size=120"]  # at nano as many as are left of the parent's 352
-DISTILLED = ["objective@stages.core.objective=distillation", "stages.core.learns_from=parent"]
+FROM_PARENT = ["until=core", "stages.prune.starts_from=parent"]
 ARMS = {  # arm -> what is typed
-    "from scratch": RANDOM,
-    "magnitude": ["prune@stages.prune.method=magnitude", *FROM_PARENT],
-    "activation": ["prune@stages.prune.method=activation", *FROM_PARENT],
-    "learnt masks": [],
-    "from scratch, distilled": [*RANDOM, *DISTILLED],
-    "learnt masks, distilled": DISTILLED,
+    # the parent's own training, of as many tokens, at the small model's width: 120 are left of 352
+    "from scratch": ["until=parent", "model.intermediate_size=120"],
+    "magnitude": [*FROM_PARENT, "prune@stages.prune.method=magnitude"],
+    "activation": [*FROM_PARENT, "prune@stages.prune.method=activation"],
+    "learnt masks": ["until=core"],
 }
 BASELINE = "from scratch"
 COLOURS = ("#23262b", "#c98b3a", "#4f9a6b", "#3f74b5", "#959aa3", "#a4508b")  # of the arms
@@ -41,7 +37,7 @@ COLOURS = ("#23262b", "#c98b3a", "#4f9a6b", "#3f74b5", "#959aa3", "#a4508b")  # 
 
 def train(seed: int, arm: str, overrides: list[str]) -> Path:
     """The run folder of one arm."""
-    words = ["recipe=pruning", f"seed={seed}", "until=core", *ARMS[arm], *overrides]
+    words = ["recipe=pruning", f"seed={seed}", *ARMS[arm], *overrides]
     with subprocess.Popen(machine.command("run", *words), stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         lines = [line.strip() for line in run.stdout]
@@ -77,7 +73,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """
     arms = {}
     for arm, seeds in runs.items():
-        curves = [run["core"]["curve"] for run in seeds]
+        curves = [run["parent" if arm == BASELINE else "core"]["curve"] for run in seeds]
         arms[arm] = {
             "tokens": [tokens for tokens, _ in curves[0]],
             "curve": [statistics.fmean(at) for at in zip(*([loss for _, loss in c] for c in curves), strict=True)],
@@ -87,7 +83,6 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 [sum(stage["seconds"] for name, stage in run.items() if name != "parent") for run in seeds]
             ),
         }
-    behind = [run for arm in runs for run in runs[arm] if "parent" in run][: len(runs[BASELINE])]
     scratch = arms[BASELINE]["after"]["values"]
     claims = []
     for arm in arms:
@@ -99,7 +94,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return {
         "claims": claims,
         "arms": arms,
-        "parent": spread([run["parent"]["curve"][-1][1] for run in behind]),
+        "parent": spread([run["parent"]["curve"][-1][1] for run in runs["learnt masks"]]),
         "masked": spread([run["masks"]["curve"][-1][1] for run in runs["learnt masks"]]),
         "masks/hardness": spread(hard),
     }
@@ -157,7 +152,13 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
     arguments = parser.parse_args()
 
-    runs = {arm: [read(train(seed, arm, arguments.overrides)) for seed in arguments.seeds] for arm in ARMS}
+    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
+    for seed in arguments.seeds:
+        for arm in ARMS:
+            found = read(train(seed, arm, arguments.overrides))
+            runs[arm].append(found)
+            ends = [f"{name} {stage['curve'][-1][1]:.3f}" for name, stage in found.items() if stage["curve"]]
+            print(f"seed {seed}, {arm}: {', '.join(ends)}", flush=True)
     result = {
         "recipe": "pruning",
         "scale": "nano",
