@@ -213,8 +213,10 @@ class _Expansion:
         source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
         settings = MergeSettings(stage.method, self.recipe.seed if stage.method.draws else 0)
         yield Node(name, "merge", settings, models | source)
+        last = self.recipe.stages.get(trained_behind(name, self.recipe.stages) or "")
+        reference = isinstance(last, TrainStage) and last.objective.needs_reference and bool(source)
         if stage.evaluate:
-            yield from self._evaluation_of_made(name, source)
+            yield from self._evaluation_of_made(name, source, has_reference=reference)
 
     def _pruning(self, name: str, stage: PruneStage) -> Iterator[Node]:
         assert stage.starts_from is not None, "checked"
@@ -244,7 +246,7 @@ class _Expansion:
         self.models[name] = shape_left(node, self._shape(stage.starts_from))
         yield node
         if stage.evaluate:
-            yield from self._evaluation_of_made(name, source)
+            yield from self._evaluation_of_made(name, source, has_reference=False)
 
     def _upcycling(self, name: str, stage: UpcycleStage) -> Iterator[Node]:
         assert stage.starts_from is not None, "checked"
@@ -255,10 +257,14 @@ class _Expansion:
         self.models[name] = shape_left(node, self._shape(stage.starts_from))
         yield node
         if stage.evaluate:
-            yield from self._evaluation_of_made(name, source)
+            yield from self._evaluation_of_made(name, source, has_reference=False)
 
-    def _evaluation_of_made(self, name: str, source: dict[str, str]) -> Iterator[Node]:
-        """Of a model that no training has made: as what was trained behind it."""
+    def _evaluation_of_made(self, name: str, source: dict[str, str], *, has_reference: bool) -> Iterator[Node]:
+        """Of a model that no training has made, as that of what was trained behind it.
+
+        Args:
+            has_reference: preferences are measured by implicit rewards.
+        """
         trained = trained_behind(name, self.recipe.stages)
         tokenizer, held_out = self._shared(name)
         if self._scores(name):
@@ -268,13 +274,8 @@ class _Expansion:
         elif any(part.sources for part in _parts(self.recipe.evaluation).values()):
             yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
             yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
-            last = self.recipe.stages.get(trained or "")
-            reference = isinstance(last, TrainStage) and last.objective.needs_reference and bool(source)
-            reference = reference and isinstance(
-                self.recipe.stages[name], MergeStage
-            )  # others are no nearer than before
             context = self._last_context(name, trained)
-            yield self._evaluation(name, context, tokenizer, held_out, source, has_reference=reference)
+            yield self._evaluation(name, context, tokenizer, held_out, source, has_reference=has_reference)
 
     def _last_context(self, model: str, trained: str | None) -> int:
         """Of the training behind a model; of one of elsewhere what it can read, up to the scale's context."""
