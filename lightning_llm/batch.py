@@ -57,8 +57,8 @@ class SegmentBatch:
             segments: token ids of each segment.
             prefix: for each segment the index of an earlier one that it continues, or -1. A prefix has none itself.
             masks: for each segment whether each of its tokens counts as a target; None for all.
-            token_columns: by name, for each segment one number per token (None: zeros); of them the batch keeps
-                those of the targets, as float32.
+            token_columns: by name, for each segment one number per token (None: zeros), which become float32, or a
+                row of numbers per token, whose type stays; of them the batch keeps those of the targets.
 
         Raises:
             ValueError: no segments, an empty one, a prefix that is not an earlier segment without prefix, or a mask
@@ -93,7 +93,7 @@ class SegmentBatch:
         mask = mask[target_positions]
         target_segment = np.arange(count).repeat(lengths)[target_positions]
         columns = {
-            name: torch.from_numpy(_per_token(values, lengths, np.float32, name)[target_positions])
+            name: torch.from_numpy(_column(values, lengths, name)[target_positions])
             for name, values in (token_columns or {}).items()
         }
         return cls(
@@ -223,6 +223,16 @@ class SegmentBatch:
 
 def _lengths(arrays: Sequence[Any]) -> np.ndarray:
     return np.fromiter(map(len, arrays), np.int64, len(arrays))
+
+
+def _column(arrays: Sequence[Any], lengths: np.ndarray, name: str) -> np.ndarray:
+    """The arrays one after the other: numbers as float32 [T], rows of numbers in their own type [T, ...]."""
+    first = next((np.asarray(array) for array in arrays if array is not None), None)
+    if first is None or first.ndim == 1:
+        return _per_token(arrays, lengths, np.float32, name)
+    if len(arrays) != len(lengths) or any(array is None for array in arrays) or (_lengths(arrays) != lengths).any():
+        raise ValueError(f"{name} does not match the segments: one row per token of each segment")
+    return np.concatenate(arrays)
 
 
 def _per_token(

@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import GRADED, SHORTEST_CONTEXT, DataConfig
 from lightning_llm.data.mixture import Mixture, SourceStream
+from lightning_llm.data.teacher import KeptColumn, TeacherFormat
 from lightning_llm.data.token_store import TokenStore, map_file
 from lightning_llm.schedules import BatchPlan, Progress, Ramp, as_ramp
 from lightning_llm.settings import UserError
@@ -81,7 +82,7 @@ class Feed:
         store: TokenStore,
         context: int,
         on_long: str,
-        columns: Mapping[str, np.ndarray],
+        columns: Mapping[str, np.ndarray | KeptColumn],
         longest: int | None = None,
     ):
         """
@@ -89,7 +90,7 @@ class Feed:
             store: its tokens.
             context: what conversations and pairs have to fit.
             on_long: what becomes of one that does not: drop | truncate_left | stop.
-            columns: per-token values beside the tokens, by name.
+            columns: values beside the tokens, by name: a number or a row of numbers for each.
             longest: the context at whose multiples documents become units; none: `context`.
 
         Raises:
@@ -138,6 +139,11 @@ class Feed:
         self.rows = np.flatnonzero(fits)
         self.lengths = self.lengths[self.rows]
         self.dropped = int((~fits).sum())
+
+    def begin(self, unit: int) -> int:
+        """Where a unit begins in tokens.bin."""
+        row, before = self.place(unit)
+        return self.store.segment_offsets(row)[0] + before
 
     def place(self, unit: int) -> tuple[int, int]:
         """The store's row that a unit belongs to, and how many of its tokens lie before the unit."""
@@ -192,7 +198,7 @@ def build_batch(feeds: Sequence[Feed], pieces: Sequence[Piece], columns: Sequenc
     segments: list[np.ndarray] = []
     masks: list[np.ndarray | None] = []
     prefix: list[int] = []
-    values: dict[str, list[np.ndarray | None]] = {name: [] for name in columns}
+    values: dict[str, list[np.ndarray]] = {name: [] for name in columns}
     judged: list[np.ndarray] = []
     for piece in pieces:
         feed = feeds[piece.source]
@@ -207,7 +213,8 @@ def build_batch(feeds: Sequence[Feed], pieces: Sequence[Piece], columns: Sequenc
                 values[name].append(feed.columns[name][begin:end])
     if not segments:
         segments, masks, prefix = [np.zeros(2, np.int64)], [np.zeros(2, bool)], [-1]
-        values = {name: [None] for name in columns}
+        of_token = {name: feeds[0].columns[name] for name in columns}
+        values = {name: [np.zeros((2, *column.shape[1:]), column.dtype)] for name, column in of_token.items()}
     batch = SegmentBatch.from_segments(segments, prefix, masks, values)
     if any(feed.store.judged is not None for feed in feeds):
         batch.columns.update(judged_columns(batch, np.array(judged)))
@@ -307,12 +314,15 @@ class StageData:
         total_tokens: int,
         seed: int,
         token_columns: Mapping[str, Path] | None = None,
+        teacher: Path | None = None,
     ):
         """
         Args:
             prepared: an artifact of the stage `prepare`.
             context_ramp, batch_ramp: tokens of a piece and of a step, over consumed tokens.
             token_columns: name -> artifact of the stage `score`; its values become a column of the batches.
+            teacher: an artifact of the same stage with what a teacher says (`data/teacher.py`); it becomes columns of
+                the batches to be trained on, not of those to be validated on.
 
         Raises:
             UserError: a source is empty, or would be seen more than `data.max_epochs` times.
@@ -321,7 +331,7 @@ class StageData:
         self.context_ramp = as_ramp(context_ramp)
         self.plan = BatchPlan(as_ramp(batch_ramp), total_tokens)
         self.steps = self.plan.steps
-        self.token_columns = dict(token_columns or {})
+        self.token_columns, self.teacher = dict(token_columns or {}), teacher
         self.sources = list(data.sources)
         contexts = [int(entry["value"]) for entry in self.context_ramp]
         if min(contexts) < SHORTEST_CONTEXT:
@@ -346,12 +356,14 @@ class StageData:
 
     def _feed(self, name: str, split: str, context: int, span: int) -> Feed:
         store = TokenStore.open(self.prepared / "sources" / name / split)
-        columns = {}
+        columns: dict[str, np.ndarray | KeptColumn] = {}
         for column, artifact in self.token_columns.items():
             path = Path(artifact) / name / split / "logps.bin"
             if not path.is_file() or path.stat().st_size != 4 * store.tokens:
                 raise UserError(str(path), f"does not hold one number per token of {name}", "Score the data again")
             columns[column] = map_file(path, np.dtype(np.float32))
+        if self.teacher is not None and split == "train":
+            columns |= TeacherFormat.read(self.teacher).open(Path(self.teacher) / name)
         return Feed(name, store, context, self.data.on_long, columns, span)
 
     def _refuse_repetition(self, total_tokens: int) -> None:
@@ -376,6 +388,14 @@ class StageData:
         """Conversations, pairs and documents' parts of a context's length that the stage consumes, about."""
         return sum(self.epochs[feed.name] * len(feed.lengths) for feed in self.feeds)
 
+    def units(self, source: int) -> np.ndarray:
+        """The units of a source that any of the steps takes, ascending: [units] int64."""
+        target, units = self.mixture.target(self.sources[source], self.plan.total_tokens), self.feeds[source].lengths
+        if target >= self.streams[source].tokens:
+            return np.arange(len(units))
+        taken = itertools.takewhile(lambda entry: entry[1] < target, self.streams[source].units_from(0))
+        return np.sort(np.fromiter((unit for unit, _ in taken), np.int64)) if target else np.empty(0, np.int64)
+
     def context(self, step: int) -> int:
         """The context of a step: the ramp's value where the step begins."""
         return self._phases[self._phase(step)][1]
@@ -399,7 +419,7 @@ class StageData:
             raise IndexError(f"step {step} of {self.steps}")
         pieces = [piece for s in range(len(self.feeds)) for piece in self._pieces(s, step)]
         shares = share_out([piece.length for piece in pieces], world_size, micro_batch_tokens)
-        columns = list(self.token_columns)
+        columns = list(self.feeds[0].columns)
         mine = [build_batch(self.feeds, [pieces[i] for i in share], columns) for share in shares[rank::world_size]]
         consumed = dict.fromkeys(self.sources, 0)
         for piece in pieces:

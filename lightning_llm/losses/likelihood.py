@@ -1,15 +1,21 @@
-"""All that has a vocabulary axis: log-likelihoods of targets, some tokens at a time. All logits never exist at once."""
+"""All that has a vocabulary axis: likelihoods of targets, divergence from a teacher, some tokens at a time.
+
+All logits never exist at once.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+DIRECTIONS = ("forward", "reverse", "jensen_shannon")  # of a divergence between teacher and student
 
 
 def token_log_likelihood(
@@ -57,10 +63,7 @@ def token_log_likelihood(
     """
     count, vocabulary = len(hidden), len(weight)
     ids = target_ids if target_ids.ndim == 2 else target_ids[:, None]
-    if temperature <= 0 or (softcap is not None and softcap <= 0):
-        raise ValueError(f"temperature and softcap must be positive, got {temperature} and {softcap}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk must be positive, got {chunk}")
+    _refuse_ranges(temperature, (softcap,), chunk)
     if len(ids) != count or (target_weights is not None and target_weights.shape != ids.shape):
         raise ValueError("target_ids has a row per row of hidden, and target_weights the same shape")
     for name, given in (("token_weights", token_weights), ("tail_weight", tail_weight)):
@@ -77,12 +80,136 @@ def token_log_likelihood(
         None if tail_weight is None else tail_weight.detach().to(exact),
     )
     head = _Head(products, exact, softcap, temperature, chunk or _default_chunk(weight))
-    factors = None if token_weights is None else token_weights.detach().to(exact)
+    return _differentiable(head, hidden, weight, targets, token_weights)
+
+
+def kl_divergence(
+    student_hidden: Float[Tensor, "tokens student_width"],
+    student_weight: Float[Tensor, "vocabulary student_width"],
+    teacher_hidden: Float[Tensor, "tokens teacher_width"],
+    teacher_weight: Float[Tensor, "vocabulary teacher_width"],
+    *,
+    direction: str = "forward",
+    beta: float = 0.5,
+    token_weights: Float[Tensor, "tokens"] | None = None,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Float[Tensor, "tokens"]:
+    """Divergence of a student's next-token distribution from its teacher's, with exact gradients for the student.
+
+    With q and p the softmax of the student's and of the teacher's capped logits over the temperature, of each token
+        forward         KL(p || q) = sum p (log p - log q)
+        reverse         KL(q || p) = sum q (log q - log p)
+        jensen_shannon  beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q
+    times its token_weight. Forward is Gemma 2's distillation (arXiv 2408.00118, section 3.2) less the teacher's
+    entropy, reverse MiniLLM's (arXiv 2306.08543, equation 1), the last GKD's (arXiv 2306.13649, equation 1). The slopes
+    for the student's logits are q - p, q (log q - log p - KL) and q (g - sum q g) with g = (1 - beta) log (q / m).
+
+    Two heads of any widths; both logits exist for one chunk at a time. How the gradients come about with and without
+    `token_weights` is told at `token_log_likelihood`; nothing flows to the teacher.
+
+    Args:
+        student_hidden, teacher_hidden: what predicts, after the final norms, of the same tokens.
+        student_weight, teacher_weight: the heads, over the same vocabulary.
+        direction: forward | reverse | jensen_shannon.
+        beta: of jensen_shannon, in (0, 1): towards 0 its slopes are forward's times beta, towards 1 reverse's times
+            1 - beta.
+        token_weights: factor of each token's divergence; where it is 0 nothing is computed.
+        student_softcap, teacher_softcap: logits are held between -softcap and softcap.
+        temperature: divides the capped logits of both, > 0.
+        chunk: tokens at a time; half as many as of `token_log_likelihood` if not given.
+
+    Returns:
+        In nats, float32 or better, at least 0 but for rounding, already multiplied by `token_weights`.
+
+    Raises:
+        ValueError: an argument's range or shape is wrong.
+        RuntimeError: in the backward pass, with `token_weights`, if tokens come back with different factors.
+    """
+    if direction not in DIRECTIONS:
+        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, got {direction!r}")
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must lie in (0, 1), got {beta}")
+    _refuse_ranges(temperature, (student_softcap, teacher_softcap), chunk)
+    if len(student_weight) != len(teacher_weight):
+        raise ValueError(f"the heads have {len(student_weight)} and {len(teacher_weight)} ids; both need the same")
+    if len(teacher_hidden) != len(student_hidden):
+        raise ValueError("teacher_hidden has a row per row of student_hidden")
+    if token_weights is not None and token_weights.shape != (len(student_hidden),):
+        raise ValueError(f"token_weights has one entry per row of student_hidden, got {tuple(token_weights.shape)}")
+    products = _product_dtype(student_hidden, student_weight)
+    of_teacher = _product_dtype(teacher_hidden, teacher_weight)
+    exact = torch.promote_types(torch.promote_types(products, of_teacher), torch.float32)
+    chunk = chunk or max(_default_chunk(student_weight) // 2, 1)  # there are two logits for each id
+    student = _Head(products, exact, student_softcap, temperature, chunk)
+    teacher = _Teacher(
+        teacher_hidden.detach(),
+        teacher_weight.detach().to(of_teacher),
+        replace(student, products=of_teacher, softcap=teacher_softcap),
+        direction,
+        beta,
+    )
+    return _differentiable(student, student_hidden, student_weight, teacher, token_weights)
+
+
+@torch.no_grad()
+def top_log_probabilities(
+    hidden: Float[Tensor, "tokens width"],
+    weight: Float[Tensor, "vocabulary width"],
+    label_ids: Int[Tensor, "tokens"],
+    k: int,
+    *,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> tuple[Int[Tensor, "tokens k"], Float[Tensor, "tokens k_and_two"]]:
+    """A distribution over the vocabulary in k + 2 parts: its likeliest ids, the label, and all others together.
+
+    A teacher's, kept for a student (`losses/distillation.py`). The label stands apart, so that a mixture with it is
+    exact whether or not it is among the likeliest.
+
+    Args:
+        hidden, weight, softcap, temperature, chunk: as of `token_log_likelihood`; no gradients.
+        label_ids: what came next.
+        k: how many of the likeliest, up to all ids.
+
+    Returns:
+        ids, the likeliest first; and natural logarithms of the k + 2 probabilities, which add up to 1: of the ids, of
+        the label (-inf where it is one of them), of the rest (-inf where there is none).
+
+    Raises:
+        ValueError: an argument's range is wrong.
+    """
+    _refuse_ranges(temperature, (softcap,), chunk)
+    if not 1 <= k <= len(weight):
+        raise ValueError(f"k must lie in [1, {len(weight)}], got {k}")
+    products = _product_dtype(hidden, weight)
+    head = _Head(
+        products, torch.promote_types(products, torch.float32), softcap, temperature, chunk or _default_chunk(weight)
+    )
+    return head.likeliest(hidden, weight, label_ids.long(), k)
+
+
+def _differentiable(
+    head: _Head, hidden: Tensor, weight: Tensor, targets: _Targets | _Teacher, token_weights: Tensor | None
+) -> Tensor:
+    """What `head` makes of the targets [N], in the one or the other way to the gradients, if any are wanted."""
+    factors = None if token_weights is None else token_weights.detach().to(head.exact)
     if not torch.is_grad_enabled() or not (hidden.requires_grad or weight.requires_grad):
         return head.evaluate(hidden, weight, targets, factors).values
     if factors is None:
         return _GradientInBackward.apply(hidden, weight, targets, head)
     return _GradientInForward.apply(hidden, weight, targets, factors, head)
+
+
+def _refuse_ranges(temperature: float, softcaps: Sequence[float | None], chunk: int | None) -> None:
+    if temperature <= 0 or any(softcap is not None and softcap <= 0 for softcap in softcaps):
+        given = " and ".join(str(softcap) for softcap in softcaps)
+        raise ValueError(f"temperature and softcap must be positive, got {temperature} and {given}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be positive, got {chunk}")
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -111,6 +238,30 @@ class _Targets:
     def __getitem__(self, rows: Tensor) -> _Targets:
         return _Targets(self.ids[rows], self.weights[rows], None if self.tail is None else self.tail[rows])
 
+    def compare(self, logits: Tensor) -> _Likelihood:
+        """Uses up logits [n, V]."""
+        return _Likelihood(logits, self)
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """The dense target of each token: a distribution that comes of a head of its own."""
+
+    hidden: Tensor  # [n, e]
+    matrix: Tensor  # [V, e]
+    head: _Head
+    direction: str
+    beta: float
+
+    def __getitem__(self, rows: Tensor) -> _Teacher:
+        return replace(self, hidden=self.hidden[rows])
+
+    def compare(self, logits: Tensor) -> _Divergence:
+        """Uses up the student's logits [n, V]."""
+        states = self.hidden.to(self.head.products)
+        own = self.head._logits(states, self.matrix, torch.empty_like(logits))
+        return _Divergence(logits, own, self.direction, self.beta)
+
 
 class _Evaluation(NamedTuple):
     values: Tensor  # [N]
@@ -132,11 +283,11 @@ class _Head:
         self,
         hidden: Tensor,  # [N, d]
         weight: Tensor,  # [V, d]
-        targets: _Targets,
+        targets: _Targets | _Teacher,
         factors: Tensor | None = None,  # [N], 1 if not given; a token whose factor is 0 costs nothing
         wanted: Sequence[bool] = (False, False),  # the gradients for hidden and weight?
     ) -> _Evaluation:
-        """Log-likelihoods times factors and, where wanted, the gradients of their sum."""
+        """Log-likelihoods or divergences times factors and, where wanted, the gradients of their sum."""
         values = hidden.new_zeros(len(hidden), dtype=self.exact)
         grad_hidden = torch.zeros_like(hidden) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=self.exact) if wanted[1] else None
@@ -154,11 +305,11 @@ class _Head:
                 states = hidden[part].to(self.products)  # [n, d]
                 logits = self._logits(states, matrix, logits_buffer[: len(part)])  # [n, V]
                 slopes = None if slopes_buffer is None else self._slopes(logits, slopes_buffer[: len(part)])
-                likelihood = _Likelihood(logits, targets[part])
-                values[part] = likelihood.values * factors[part]
+                compared = targets[part].compare(logits)
+                values[part] = compared.values * factors[part]
                 if not any(wanted):
                     continue
-                grad = likelihood.grad_logits(factors[part] / self.temperature)  # [n, V]
+                grad = compared.grad_logits(factors[part] / self.temperature)  # [n, V]
                 if slopes is not None:
                     grad.mul_(slopes)
                 grad = grad.to(self.products)
@@ -170,6 +321,26 @@ class _Head:
                     else:
                         grad_weight += grad.T @ states  # summed over the chunks in float32
         return _Evaluation(values, grad_hidden, grad_weight)
+
+    def likeliest(self, hidden: Tensor, weight: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """`top_log_probabilities`: ids [N, k] and log-probabilities [N, k + 2]."""
+        ids = torch.empty(len(hidden), k, dtype=torch.int64, device=hidden.device)
+        log_p = torch.empty(len(hidden), k + 2, dtype=self.exact, device=hidden.device)
+        matrix = weight.to(self.products)
+        buffer = torch.empty(min(self.chunk, len(hidden)), len(weight), dtype=self.exact, device=hidden.device)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for first in range(0, len(hidden), self.chunk):
+                part = slice(first, first + self.chunk)
+                states = hidden[part].to(self.products)
+                logits = self._logits(states, matrix, buffer[: len(states)])
+                chosen, ids[part] = logits.topk(k, dim=1)
+                label = labels[part, None]
+                listed = (ids[part] == label).any(1, keepdim=True)
+                chosen = torch.cat((chosen, logits.gather(1, label).masked_fill(listed, float("-inf"))), dim=1)
+                top, log_sum = _exponentiate_(logits)  # now exp(logits - top)
+                rest = logits.scatter_(1, ids[part], 0.0).scatter_(1, label, 0.0).sum(1, keepdim=True).log()
+                log_p[part] = torch.cat((chosen - top, rest), dim=1) - log_sum
+        return ids, log_p
 
     def _logits(self, states: Tensor, matrix: Tensor, out: Tensor) -> Tensor:
         if self.products == self.exact:
@@ -197,9 +368,12 @@ class _Likelihood:
             top, log_sum = _exponentiate_(logits)
             self.log_share = -log_sum
         else:
-            top, log_sum = _exponentiate_(logits.clone())
+            once = _first_of_its_kind(logits, targets.ids)
             logits.scatter_(1, targets.ids, float("-inf"))
             tail_top, tail_log_sum = _exponentiate_(logits)
+            top = torch.maximum(chosen.amax(1, keepdim=True), tail_top)
+            listed = (chosen - top).exp().mul_(once).sum(1, keepdim=True)
+            log_sum = (listed + (tail_top - top + tail_log_sum).exp()).log_()
             self.log_share = -tail_log_sum
             self.log_tail = (tail_top - top) + (tail_log_sum - log_sum)
         self.exponentials = logits
@@ -229,6 +403,50 @@ class _Likelihood:
         return grad.scatter_add_(1, ids, self.targets.weights * factors)
 
 
+class _Divergence:
+    """Divergences `values` [n] of a chunk. Uses up the student's and the teacher's logits [n, V]."""
+
+    def __init__(self, student: Tensor, teacher: Tensor, direction: str, beta: float):
+        log_q, log_p = _log_softmax_(student), _log_softmax_(teacher)
+        self.p = self.slopes = None
+        if direction == "forward":
+            self.p = log_p.exp()
+            self.values = log_p.sub_(log_q).mul_(self.p).sum(1)
+            self.q = log_q.exp_()
+            return
+        self.q, self.slopes = log_q.exp(), log_q  # for the probabilities q: up to a constant, which the softmax forgets
+        if direction == "reverse":
+            self.slopes.sub_(log_p)
+            self.values = (self.q * self.slopes).sum(1)
+            return
+        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        self.slopes.sub_(log_m).mul_(1 - beta)
+        of_teacher = log_m.neg_().add_(log_p).mul_(log_p.exp_()).sum(1)
+        self.values = beta * of_teacher + (self.q * self.slopes).sum(1)
+
+    def grad_logits(self, factors: Tensor) -> Tensor:
+        """Gradient of (factors * values).sum() for the student's logits [n, V].
+
+        Through the softmax, q (g - sum q g) of slopes g for q; of the forward direction, where g is -p / q, at once.
+        """
+        if self.p is not None or self.slopes is None:
+            return self.q.sub_(self.p).mul_(factors[:, None])
+        mean = (self.q * self.slopes).sum(1, keepdim=True)
+        return self.slopes.sub_(mean).mul_(self.q).mul_(factors[:, None])
+
+
+def _log_softmax_(logits: Tensor) -> Tensor:
+    """In place; the largest is taken away first, so that differences of large logits stay exact."""
+    logits.sub_(logits.amax(1, keepdim=True))
+    return logits.sub_(logits.exp().sum(1, keepdim=True).log_())
+
+
+def _first_of_its_kind(logits: Tensor, ids: Tensor) -> Tensor:
+    """Of ids [n, k] that may be listed twice, one each: True [n, k]. Leaves numbers in their logits."""
+    numbers = torch.arange(ids.shape[1], dtype=logits.dtype, device=ids.device).expand(ids.shape)
+    return logits.scatter_(1, ids, numbers).gather(1, ids) == numbers
+
+
 def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:
     """In place to exp(logits - top) -> top, the largest logit [n, 1], and the log of the exponentials' sum [n, 1].
 
@@ -242,11 +460,13 @@ class _GradientInForward(torch.autograd.Function):
     """The logits are computed once. For a result that is summed and scaled as a whole."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets, factors: Tensor, head: _Head) -> Tensor:
-        """Weighted log-likelihoods [N] of hidden states [N, d] under a head [V, d], their gradients kept beside.
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets | _Teacher, factors: Tensor, head: _Head
+    ) -> Tensor:
+        """Weighted values [N] of hidden states [N, d] under a head [V, d], their gradients kept beside.
 
         Args:
-            factors: [N], what each token's log-likelihood is multiplied with.
+            factors: [N], what each token's value is multiplied with.
         """
         values, *ctx.gradients = head.evaluate(hidden, weight, targets, factors, ctx.needs_input_grad[:2])
         ctx.save_for_backward(hidden, weight)
@@ -259,7 +479,7 @@ class _GradientInForward(torch.autograd.Function):
         """The gradients kept, times the one factor of all tokens; raises RuntimeError where there are several."""
         if len(grad) and grad.stride() != (0,) and not (grad == grad[0]).all():  # stride 0: the gradient of a sum
             raise RuntimeError(
-                "token_log_likelihood: with token_weights the gradient is made in the forward pass, so that the "
+                "with token_weights the gradient is made in the forward pass, so that the "
                 "result may only be summed and scaled as a whole; leave token_weights out to treat tokens differently"
             )
         hidden, weight = ctx.saved_tensors
@@ -279,8 +499,8 @@ class _GradientInBackward(torch.autograd.Function):
     """The logits are computed twice and never kept. For a result whose tokens get a factor each."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets, head: _Head) -> Tensor:
-        """Log-likelihoods [N] of hidden states [N, d] under a head [V, d]."""
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: _Targets | _Teacher, head: _Head) -> Tensor:
+        """Values [N] of hidden states [N, d] under a head [V, d]."""
         ctx.save_for_backward(hidden, weight)
         ctx.targets, ctx.head = targets, head
         return head.evaluate(hidden, weight, targets).values

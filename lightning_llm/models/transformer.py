@@ -14,7 +14,7 @@ from torch.nn.functional import linear, rms_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_llm.batch import SegmentBatch
-from lightning_llm.losses.likelihood import token_log_likelihood
+from lightning_llm.losses.likelihood import token_log_likelihood, top_log_probabilities
 from lightning_llm.models import families
 from lightning_llm.models.attention import Segments, attention
 from lightning_llm.models.config import ModelConfig
@@ -276,6 +276,18 @@ class Transformer(nn.Module):
         """
         cap = self.config.final_logit_softcapping
         return token_log_likelihood(hidden, self.head_weight, target_ids, softcap=cap, **options)
+
+    def top_log_probabilities(
+        self, hidden: Tensor, labels: Tensor, k: int, temperature: float = 1.0, entries: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`losses.likelihood.top_log_probabilities` under this model's head and soft-cap: [N, k] and [N, k + 2].
+
+        Args:
+            entries: ids that the tokenizer has; rows of the head beyond them are padding. None: all are ids.
+        """
+        cap = self.config.final_logit_softcapping
+        head = self.head_weight[:entries]
+        return top_log_probabilities(hidden, head, labels, k, softcap=cap, temperature=temperature)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, dtype: torch.dtype = torch.float32) -> Self:

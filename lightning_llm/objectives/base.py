@@ -60,6 +60,10 @@ class Objective(LightningModule):
         """Sum of the loss over the batch's units, their count, and sums of what the field logs beside it."""
         raise NotImplementedError
 
+    def held_out_loss(self, batch: SegmentBatch) -> LossSum:
+        """What validation measures: the loss, where that is the same for whoever is compared."""
+        return self.loss(batch)
+
     def trained_loss(self, batch: SegmentBatch) -> LossSum:
         """The loss, and what the routers of a mixture of experts pay for sending tokens unevenly.
 

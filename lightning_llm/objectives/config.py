@@ -17,6 +17,7 @@ class ObjectiveConfig(Buildable):
     name: str = "???"
     forms: ClassVar[tuple[str, ...]] = ("text", "conversations")  # of the data that it learns from
     needs_reference: ClassVar[bool] = False  # wants the column of a `<stage>.reference` node
+    needs_teacher: ClassVar[bool] = False  # learns from the stage or model that `learns_from` names
     needs_samples: ClassVar[bool] = False  # learns from responses that the policy itself draws meanwhile
     is_scored: ClassVar[bool] = False  # what it trains is a reward model
     draws: ClassVar[bool] = False  # gives the model parameters of its own, by the stage's seed
@@ -51,6 +52,53 @@ class PruningMasksConfig(ObjectiveConfig):
                 raise ValueError(f"{name} must be a positive number, is {getattr(self, name):g}")
         if not 0 <= self.budget_ramp <= 1:
             raise ValueError(f"budget_ramp is a share in [0, 1], is {self.budget_ramp:g}")
+
+
+@option("objective", "distillation")
+@dataclass
+class DistillationConfig(ObjectiveConfig):
+    """A teacher's next token beside the true one. AFM on-device: its likeliest, 0.9; Gemma 2: all it expects, 1."""
+
+    implementation: ClassVar[str] = "lightning_llm.objectives.distillation:Distillation"
+    needs_teacher: ClassVar[bool] = True
+    name: str = "distillation"
+    targets: str = "top1"  # top1 | top_k (a node `<stage>.teacher` keeps either) | full (asked in every step)
+    teacher_weight: float = 0.9  # in [0, 1]; the rest is the true label's
+    k: int = 64  # of top_k: ids that are kept of each token, beside the label and the mass of all others
+    stored_as: str = "float16"  # of top_k's log-probabilities: float16 | uint8
+    direction: str = "forward"  # of full: forward | reverse | jensen_shannon
+    beta: float = 0.5  # of jensen_shannon, in (0, 1): towards 0 forward, towards 1 reverse
+    temperature: float = 1.0  # > 0; of both, the loss times its square (Hinton et al. 2015)
+
+    def __post_init__(self):
+        refuse_below(1, self, "k")
+        for name, known in (
+            ("targets", ("top1", "top_k", "full")),
+            ("stored_as", ("float16", "uint8")),
+            ("direction", ("forward", "reverse", "jensen_shannon")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {', '.join(known[:-1])} or {known[-1]}, is {getattr(self, name)!r}")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ValueError(f"teacher_weight lies in [0, 1], is {self.teacher_weight:g}")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta lies in (0, 1), is {self.beta:g}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number, is {self.temperature:g}")
+        if self.direction != "forward" and self.targets != "full":
+            raise ValueError(
+                f"direction is {self.direction}, and {self.targets} knows forward alone; targets=full knows all"
+            )
+        if self.temperature != 1 and (self.targets == "top1" or (self.targets == "top_k" and self.teacher_weight != 1)):
+            raise ValueError(
+                f"temperature is {self.temperature:g}, and with {self.targets} it would be the label's as well; "
+                "targets=full, or top_k with teacher_weight=1, keep them apart"
+            )
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what the teacher says is computed once, before the student trains."""
+        return self.targets != "full"
 
 
 @dataclass

@@ -278,7 +278,27 @@ def _check_training(key: str, stage: TrainStage) -> None:
         _check_online_merging(f"{key}.optimizer.online_merging", stage)
     if objective.needs_reference and stage.starts_from is None:
         raise UserError(f"{key}.starts_from", f"has no value, and {objective.name} needs a reference", "Name a stage")
+    _check_teacher(key, stage)
+    if stage.model is not None and stage.starts_from is not None:
+        what = f"is given, and the stage starts from {stage.starts_from}, which has a shape"
+        raise UserError(f"{key}.model", what, "Take one of the two away")
     _check_data(f"{key}.data", stage.data)
+
+
+def _check_teacher(key: str, stage: TrainStage) -> None:
+    objective = stage.objective
+    if objective.needs_teacher and stage.learns_from is None:
+        what = f"has no value, and {objective.name} needs a teacher"
+        raise UserError(f"{key}.learns_from", what, "Name a stage, an artifact or a Hugging Face directory")
+    if stage.learns_from is not None and not objective.needs_teacher:
+        what = f"is given, and {objective.name} knows no teacher"
+        raise UserError(f"{key}.learns_from", what, f"Choose objective@{key}.objective=distillation, or take it away")
+    if stage.learns_from is not None and stage.learns_from == stage.starts_from:
+        what = f"is {stage.learns_from}, which the stage starts from: it expects nothing else yet"
+        raise UserError(f"{key}.learns_from", what, "Name another model")
+    if objective.needs_teacher and len(as_ramp(stage.context)) > 1 and stage.data.on_long == "truncate_left":
+        what = "is a ramp, and data.on_long truncates: the teacher would see other prompts than the student"
+        raise UserError(f"{key}.context", what, f"Give one context, or set {key}.data.on_long=drop")
 
 
 def _check_online_merging(key: str, stage: TrainStage) -> None:

@@ -4,11 +4,12 @@
     evaluation.prepare   prepare   held-out rows that all evaluations share
     <stage>.prepare      prepare   its data as tokens
     <stage>.reference    score     log-probabilities under the model it starts from, for preferences that are there
+    <stage>.teacher      score     what the model that it learns from expects in the place of every token
     <stage>              train, generate, ...: what the recipe says
     <stage>.evaluate     evaluate  on rows that all evaluations share; of a reward model on what its own data holds out
 
-A stage that starts from a model of elsewhere brings that model's tokenizer: `<stage>.tokenizer`, and with it
-`<stage>.evaluation`.
+A stage that starts from a model of elsewhere, or learns from one with random weights of its own, brings that model's
+tokenizer: `<stage>.tokenizer`, and with it `<stage>.evaluation`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from lightning_llm.data.embedded.options import fewest_questions
 from lightning_llm.data.places import is_of_stage, is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import SIZES, ModelConfig
+from lightning_llm.objectives.config import DistillationConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.pipeline.order import order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
@@ -48,6 +50,7 @@ from lightning_llm.stages.config import (
     SelectSettings,
     SelectStage,
     StageConfig,
+    TeacherSettings,
     TokenizerSettings,
     TrainSettings,
     TrainStage,
@@ -115,7 +118,7 @@ class _Expansion:
     def _nodes_of(self, name: str, stage: StageConfig) -> Iterator[Node]:
         recipe = self.recipe
         if isinstance(stage, TrainStage):
-            self.models[name] = recipe.model if stage.starts_from is None else self._shape(stage.starts_from)
+            self.models[name] = self._own_shape(stage) if stage.starts_from is None else self._shape(stage.starts_from)
             yield from self._training(name, stage)
         elif isinstance(stage, MergeStage):
             self.models[name] = self._shape(stage.models[0])
@@ -190,6 +193,14 @@ class _Expansion:
             score = ScoreSettings(contexts[-1], ["train", "validation"], recipe.compute.precision, stage.data.on_long)
             yield Node(f"{name}.reference", "score", score, {"model": source["starts_from"], "data": f"{name}.prepare"})
             inputs["reference"] = f"{name}.reference"
+        if stage.learns_from is not None:
+            assert isinstance(stage.objective, DistillationConfig), "checked"
+            if stage.objective.is_kept:
+                asked = {"model": self._source(stage.learns_from), "data": f"{name}.prepare", "tokenizer": tokenizer}
+                yield Node(f"{name}.teacher", "score", _teacher(stage.objective, train), asked)
+                inputs["teacher"] = f"{name}.teacher"
+            else:
+                inputs["teacher_model"] = self._source(stage.learns_from)
         if stage.optimizer.online_merging.is_on:
             assert stage.starts_from is not None, "checked"
             merging = stage.optimizer.online_merging
@@ -342,7 +353,20 @@ class _Expansion:
         if isinstance(stage, PruneStage | UpcycleStage):
             return self._root(stage.starts_from or "", model)
         assert isinstance(stage, TrainStage), "checked by order_of_stages"
-        return self._root(stage.starts_from, model) if stage.starts_from is not None else (model, None)
+        if stage.starts_from is not None:
+            return self._root(stage.starts_from, model)
+        if stage.learns_from is not None:  # random weights speak as the teacher does
+            root, outside = self._root(stage.learns_from, model)
+            return (model if outside is not None else root), outside
+        return model, None
+
+    def _own_shape(self, stage: TrainStage) -> ModelConfig:
+        """Of random weights: the stage's or the recipe's model, with the vocabulary of a teacher of elsewhere."""
+        model = stage.model or self.recipe.model
+        outside = None if stage.learns_from is None else self._root(stage.learns_from, "")[1]
+        if outside is None or self.recipe.is_pinned("model.vocab_size"):
+            return model
+        return replace(model, vocab_size=self._shape(outside).vocab_size)
 
     def _source(self, starts_from: str) -> str:
         return starts_from if starts_from in self.recipe.stages else str(Path(starts_from).expanduser().resolve())
@@ -437,6 +461,23 @@ class _Expansion:
             rollout=stage.rollout,
             judge=stage.judge,
         )
+
+
+def _teacher(objective: DistillationConfig, train: TrainSettings) -> TeacherSettings:
+    """What is kept of a teacher's expectations for a stage: its objective's choice, whatever weight they get."""
+    kept = {"k": objective.k, "stored_as": objective.stored_as, "temperature": objective.temperature}
+    contexts = [int(entry["value"]) for entry in train.context]
+    return TeacherSettings(
+        max(contexts),
+        ["train"],
+        train.precision,
+        train.data.on_long,
+        data=train.data,
+        contexts=contexts,
+        tokens=train.tokens,
+        seed=train.seed,
+        **(kept if objective.targets == "top_k" else {}),
+    )
 
 
 def resolve_learning_rate(lr: LearningRateConfig, tokens: int, batch: Ramp) -> LearningRateConfig:

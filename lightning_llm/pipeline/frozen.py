@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_llm.data.teacher import TeacherFormat
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.size import ScoreHead, forward_flops_per_token, parameter_counts
 from lightning_llm.objectives.config import ObjectiveConfig, RewardModelConfig
@@ -17,6 +18,8 @@ from lightning_llm.stages.config import (
     GenerateStage,
     JudgeStage,
     MergeStage,
+    ScoreSettings,
+    TeacherSettings,
     TrainSettings,
 )
 
@@ -132,6 +135,13 @@ def judge_figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: di
     flops = tokens * sum(forward_flops_per_token(shape, length, head) for shape in shapes)
     held = held_frozen(largest, len(shapes), head)
     return {**found, "tokens": tokens, "context": length, "flops": flops, **held}
+
+
+def score_bytes(settings: ScoreSettings, model: ModelConfig) -> int:
+    """On disk, of a token that a frozen model has scored."""
+    if not isinstance(settings, TeacherSettings):
+        return 4
+    return TeacherFormat.of(min(settings.k, model.vocab_size), settings.stored_as, model.vocab_size).bytes_per_token
 
 
 def held_frozen(model: ModelConfig, models: int = 1, head: ScoreHead | None = None) -> dict[str, Any]:

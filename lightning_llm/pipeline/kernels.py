@@ -45,11 +45,13 @@ def attention_lines(compute: ComputeConfig, nodes: Sequence[Node], trained: Mapp
     """
     said: dict[str, list[str]] = {}
     for node in nodes:
-        models = [node.settings.model] if node.kind == "train" else []
-        if node.kind in FROZEN or (node.kind == "prune" and node.settings.tokens):
-            models = [shape_of(source, trained) for role, source in node.inputs.items() if _is_model(role)]
-        for model in models:
-            line = _line(model, compute, node.kind == "train")
+        trains = node.kind == "train"
+        models = [(node.settings.model, True)] if trains else []
+        if trains or node.kind in FROZEN or (node.kind == "prune" and node.settings.tokens):
+            asked = [source for role, source in node.inputs.items() if _is_asked(role, trains)]
+            models += [(shape_of(source, trained), False) for source in asked]
+        for model, needs_gradient in models:
+            line = _line(model, compute, needs_gradient)
             if node.name not in (names := said.setdefault(line, [])):
                 names.append(node.name)
     if len(said) == 1:
@@ -76,7 +78,9 @@ def _line(model: ModelConfig, compute: ComputeConfig, needs_gradient: bool) -> s
     return attention_line(model, compute, precision=compute.precision, needs_gradient=needs_gradient)
 
 
-def _is_model(role: str) -> bool:
+def _is_asked(role: str, trains: bool) -> bool:
+    if trains:
+        return role == "teacher_model"
     return role in ("model", "starts_from") or role.startswith("model.")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.size import ScoreHead, forward_flops_per_token, parameter_counts
+from lightning_llm.objectives.config import DistillationConfig
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainStage
@@ -24,6 +25,7 @@ def check_live(key: str, stage: TrainStage) -> None:
         UserError: names the key.
     """
     objective, learns = stage.objective, "learns from what the policy samples meanwhile"
+    is_taught = objective.needs_teacher  # nobody judges: the teacher says what should have come in each token's place
     if stage.rollout is None:
         if objective.needs_samples:
             what = f"{objective.name} {learns}, and the stage has no rollout"
@@ -35,11 +37,19 @@ def check_live(key: str, stage: TrainStage) -> None:
         return
     if not learns_live(stage):
         what = f"{objective.name} does not learn from responses of the policy"
+        if is_taught:
+            raise UserError(f"{key}.objective.targets", what, "Set it to full: nothing is kept of what is not said yet")
         raise UserError(f"{key}.objective", what, "Choose dpo, ipo, mdpo, rloo, ppo, grpo or dapo")
-    if stage.judge is None:
+    if not is_taught and stage.rollout.per_prompt < 2:
+        what = f"is at least 2, as responses to a prompt are compared, is {stage.rollout.per_prompt}"
+        raise UserError(f"{key}.rollout.per_prompt", what, "Raise it")
+    if isinstance(objective, DistillationConfig) and objective.teacher_weight != 1:
+        what = f"is {objective.teacher_weight:g}, and the rest would be the student's own responses as labels"
+        raise UserError(f"{key}.objective.teacher_weight", what, "Set it to 1")
+    if stage.judge is None and not is_taught:
         what = f"has no value, and {key} {learns}"
         raise UserError(f"{key}.judge", what, f"Choose one: +judge@{key}.judge=exact_answer")
-    if stage.judge.needs_reward_model and not stage.judged_by:
+    if stage.judge is not None and stage.judge.needs_reward_model and not stage.judged_by:
         what = "names nobody, and the judge asks a reward model"
         raise UserError(f"{key}.judged_by", what, "Name a stage, as [reward_model], or choose another judge")
     if stage.starts_from is None:
@@ -55,8 +65,11 @@ def check_live(key: str, stage: TrainStage) -> None:
 
 
 def learns_live(stage: TrainStage) -> bool:
-    """Whether the objective can learn from judged responses: from all of them, or from the best against the worst."""
-    return stage.objective.needs_samples or "pairs" in stage.objective.forms
+    """Whether the objective can learn from responses: from all of them, from the best against the worst, or from what a
+    teacher expects in their tokens' places."""
+    objective = stage.objective
+    is_asked = isinstance(objective, DistillationConfig) and not objective.is_kept
+    return objective.needs_samples or "pairs" in objective.forms or is_asked
 
 
 def live_figures(

@@ -9,7 +9,7 @@ from lightning_llm.data.rows import ROW_FIELDS
 from lightning_llm.models.config import ROPE_KEYS, ModelConfig
 
 STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
-ROLES = ("policy",)  # of scale.shapes
+ROLES = ("policy", "teacher")  # of scale.shapes: of a stage's own model if others learn from it, teacher
 PHASES = ("pretrain", "masks", "sft", "selected", "preference", "reward", "online")
 CLOSED = {"model.rope_parameters": ("rope_theta", *STRETCH), "scale.shapes": ROLES, "scale.phases": PHASES}
 
@@ -18,6 +18,8 @@ def known_entries(path: str) -> Sequence[str] | None:
     """The keys that the mapping at a dotted path may have; None where nothing is known of them beforehand."""
     if path.startswith("scale.shapes."):
         return [f.name for f in dataclasses.fields(ModelConfig)]
+    if path.startswith("stages.") and path.endswith(".model.rope_parameters"):
+        return CLOSED["model.rope_parameters"]
     if path == "rope_scaling" or path.endswith(".rope_scaling"):
         return STRETCH
     return CLOSED.get(path, ROW_FIELDS if path.endswith(".columns") else None)

@@ -28,6 +28,7 @@ from lightning_llm.pipeline.frozen import (
     held_frozen,
     judge_figures,
     merge_figures,
+    score_bytes,
 )
 from lightning_llm.pipeline.kernels import REMADE, made_models, refused_attention, shape_of
 from lightning_llm.pipeline.live import live_figures
@@ -150,7 +151,9 @@ def plan(recipe: Recipe) -> Plan:
     if not recipe.is_scaled:
         check(recipe)  # `compose` has; a recipe that was changed in Python since then is as good as its parts
     recipe = scaled(recipe)
-    check_family(recipe.model)
+    for model in [recipe.model, *(stage.model for stage in recipe.stages.values() if isinstance(stage, TrainStage))]:
+        if model is not None:
+            check_family(model)
     nodes = {node.name: node for node in expand(recipe)}
     models = made_models(nodes.values())
     planned: list[Node] = []
@@ -197,7 +200,7 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
     if node.kind == "train":
         found = _train_figures(recipe, node, models)
     elif node.kind == "score":
-        model = models.get(node.inputs["model"], recipe.model)
+        model = shape_of(node.inputs["model"], models)
         stage = nodes[node.stage].settings
         tokens = _prepared_tokens(recipe, node.stage, stage)
         found = {
@@ -207,7 +210,7 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
             "flops": tokens
             * forward_flops_per_token(model, _segment_length(recipe, node.stage, node.settings.context)),
             **held_frozen(model),
-            "disk_gib": 4 * tokens / GIB,
+            "disk_gib": score_bytes(node.settings, model) * tokens / GIB,
         }
     elif node.kind == "generate":
         found = generate_figures(recipe, node, models)
@@ -258,6 +261,11 @@ def _train_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -
     if recipe.compute.activation_checkpointing == "full":
         again = _flops(recipe, node.name, settings, recomputed_flops_per_token)
     stage, live = _trained(recipe, node.name), {}
+    teacher_bytes = 0
+    if (source := node.inputs.get("teacher_model")) is not None:  # asked in every step
+        teacher = shape_of(source, models)
+        teacher_bytes = 4 * parameter_counts(teacher)["total"]
+        flops += _flops(recipe, node.name, replace(settings, model=teacher), forward_flops_per_token)
     if stage.rollout is not None:
         length = _segment_length(recipe, node.name, settings.context[0]["value"])
         live = live_figures(stage, node, settings.model, models, length)
@@ -284,6 +292,7 @@ def _train_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -
             + settings.optimizer.state_bytes(counts["total"], counts["matrices"])
             + settings.optimizer.online_merging.bytes_of_state * counts["total"]
             + _activation_bytes(recipe, settings)
+            + teacher_bytes
             + live.get("memory_bytes", 0)
         )
         / GIB,

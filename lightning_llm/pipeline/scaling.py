@@ -14,7 +14,7 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline.config import PhaseScale, ScaleConfig
 from lightning_llm.pipeline.names import name_nearest
-from lightning_llm.pipeline.order import order_of_stages
+from lightning_llm.pipeline.order import ancestors, order_of_stages
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.remade import with_sizes
 from lightning_llm.schedules import BatchPlan, Ramp, as_ramp, ramp_value
@@ -50,7 +50,9 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
         data = _located(recipe, scale, f"evaluation.{part}", getattr(evaluation, part))
         evaluation = replace(evaluation, **{part: data})
     contexts = [as_ramp(stage.context) for stage in stages.values() if isinstance(stage, TrainStage)]
-    model, tokenizer = _scaled_model(recipe, scale, contexts, _context_factor(scale, original))
+    factor = _context_factor(scale, original)
+    model, tokenizer = _scaled_model(recipe, scale, contexts, factor)
+    stages = {name: _with_scaled_model(recipe, scale, name, stage, model, factor) for name, stage in stages.items()}
     stages = with_sizes(recipe, scale, stages, model)
     return replace(
         recipe,
@@ -349,17 +351,36 @@ def _shortened(rope: dict[str, Any], factor: float) -> dict[str, Any]:
     return rope | lengths
 
 
-def _with_features(recipe: Recipe, model: ModelConfig, factor: float) -> ModelConfig:
-    """A model of the scale's shape with what of the family's features is a length of context or goes with a width."""
+def _of_shape(recipe: Recipe, key: str, published: ModelConfig, shape: dict[str, Any], factor: float) -> ModelConfig:
+    """The published model with a scale's shape, and with what of the family's features is a length of context or goes
+    with a width."""
+    if not published.num_experts:
+        shape = {name: value for name, value in shape.items() if name not in EXPERT_FIELDS}
+    model = _overlaid(recipe, key, published, shape)
     changes: dict[str, Any] = {}
-    if model.sliding_window is not None and not recipe.is_pinned("model.sliding_window"):
+    if model.sliding_window is not None and not recipe.is_pinned(f"{key}.sliding_window"):
         changes["sliding_window"] = max(round(model.sliding_window * factor), 1)
-    if not recipe.is_pinned("model.rope_parameters.original_max_position_embeddings"):
+    if not recipe.is_pinned(f"{key}.rope_parameters.original_max_position_embeddings"):
         changes["rope_parameters"] = _shortened(model.rope_parameters, factor)
-    if model.query_pre_attn_scalar is not None and not recipe.is_pinned("model.query_pre_attn_scalar"):
-        narrower = model.head_size / recipe.model.head_size
+    if model.query_pre_attn_scalar is not None and not recipe.is_pinned(f"{key}.query_pre_attn_scalar"):
+        narrower = model.head_size / published.head_size
         changes["query_pre_attn_scalar"] = max(round(model.query_pre_attn_scalar * narrower), 1)
     return replace(model, **changes)
+
+
+def _with_scaled_model(
+    recipe: Recipe, scale: ScaleConfig, name: str, stage: StageConfig, main: ModelConfig, factor: float
+) -> StageConfig:
+    """A stage with a model of its own: that of its role's shape, with the vocabulary that all stages share."""
+    if not isinstance(stage, TrainStage) or stage.model is None:
+        return stage
+    students = [other for other in recipe.stages.values() if isinstance(other, TrainStage) and other.learns_from]
+    teaches = any(name in ancestors(student.learns_from or "", recipe.stages) for student in students)
+    shape = dict(scale.shapes.get("teacher" if teaches else "policy", {}))
+    if "max_position_embeddings" in shape or scale.context is not None:
+        shape["max_position_embeddings"] = main.max_position_embeddings
+    shape |= {"vocab_size": main.vocab_size, "tokenizer": main.tokenizer}
+    return replace(stage, model=_of_shape(recipe, f"stages.{name}.model", stage.model, shape, factor))
 
 
 def _scaled_model(
@@ -367,14 +388,12 @@ def _scaled_model(
 ) -> tuple[ModelConfig, TokenizerConfig]:
     """The shape of the scale with the family's features, and the tokenizer that goes with it."""
     shape = dict(scale.shapes.get("policy", {}))
-    if not recipe.model.num_experts:
-        shape = {name: value for name, value in shape.items() if name not in EXPERT_FIELDS}
     if scale.context is not None and contexts:
         longest = max(entry["value"] for ramp in contexts for entry in ramp)
         shape.setdefault("max_position_embeddings", int(longest))
     if scale.vocabulary is not None:
         shape["tokenizer"] = "train"
-    model = _with_features(recipe, _overlaid(recipe, "model", recipe.model, shape), context_factor)
+    model = _of_shape(recipe, "model", recipe.model, shape, context_factor)
     tokenizer = recipe.tokenizer
     if model.tokenizer != "train":
         return model, tokenizer

@@ -42,7 +42,7 @@ class StageConfig:
     def edges(self) -> list[Edge]:
         """All that the stage is made from: models, then rows."""
         found = []
-        for setting in ("starts_from", "models", "judged_by"):
+        for setting in ("starts_from", "learns_from", "models", "judged_by"):
             named = getattr(self, setting, None) or []
             names = [named] if isinstance(named, str) else named
             found += [Edge(setting, name, MODELS, may_leave=True) for name in names]
@@ -111,6 +111,8 @@ class TrainStage(StageConfig):
         "pretrain"  # pretrain | sft | selected | preference | reward | online: whose figures in the scale apply
     )
     starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory; none: random weights
+    learns_from: str | None = None  # a teacher, named alike, for an objective that has one
+    model: ModelConfig | None = None  # of random weights, where they are of another shape than the recipe's model
     tokens: float | None = None  # exactly one of tokens, examples, steps
     examples: float | None = None  # rows (conversations, pairs, prompts); become tokens by data.tokens_per_example
     steps: float | None = None
@@ -344,6 +346,19 @@ class ScoreSettings:
     split: list[str]
     precision: str
     on_long: str = "drop"  # as in the data that the scores are for: a truncated prompt gives other scores
+
+
+@dataclass
+class TeacherSettings(ScoreSettings):
+    """kind score: what a teacher expects in the place of every token that a stage consumes."""
+
+    data: DataConfig = field(default_factory=DataConfig)  # the stage's mixture, with what decides how much it consumes
+    contexts: list[int] = field(default_factory=list)
+    tokens: int = 0
+    seed: int = 0
+    k: int = 1  # ids that are kept of each token
+    stored_as: str | None = None  # of their log-probabilities: float16 | uint8; None: the ids alone
+    temperature: float = 1.0
 
 
 @dataclass

@@ -69,7 +69,7 @@ def refuse_other_tokenizer(where: str, inputs: Mapping[str, Path]) -> None:
     others = {}
     if "tokenizer" in inputs:
         others["the stage"] = Tokenizer.load(inputs["tokenizer"] / "tokenizer").fingerprint
-    for role in (role for role in inputs if role.partition(".")[0] in ("model", "starts_from")):
+    for role in (role for role in inputs if role.partition(".")[0] in ("model", "starts_from", "teacher_model")):
         directory = model_directory(inputs[role])
         if (directory / "tokenizer.json").is_file():
             others[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint

@@ -24,7 +24,7 @@ def build_rollouts(context: StageContext, policy: Transformer, tokenizer: Tokeni
     assert settings.rollout is not None
     actor = Actor(
         policy,
-        build_judge(context, [context.inputs["data"]]),
+        None if settings.judge is None else build_judge(context, [context.inputs["data"]]),
         tokenizer,
         settings.rollout,
         context=max(int(entry["value"]) for entry in settings.context),

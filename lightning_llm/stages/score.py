@@ -1,26 +1,54 @@
-"""The verb score: log-probability of every target token of prepared data under a frozen model.
+"""The verb score: what a frozen model says of every target token of prepared data.
 
-Leaves `<source>/<split>/logps.bin`: float32 nats, one for each token of the same source and split's tokens.bin, 0 where
-nothing counts. `StageData(token_columns=...)` makes a column of it.
+For a reference, of all rows: `<source>/<split>/logps.bin`, float32 nats, one for each token of the same source and
+split's tokens.bin, 0 where nothing counts. For a teacher, of the rows that a stage consumes: what it expects in each
+token's place (`data/teacher.py`). `StageData` makes columns of either.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
+from torch import Tensor
 
-from lightning_llm.data.packing import Feed, iterate_batches
+from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.packing import Feed, StageData, iterate_batches
+from lightning_llm.data.teacher import IDS, LOG_P, TeacherFormat
 from lightning_llm.data.token_store import TokenStore
+from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.losses.distillation import to_stored
 from lightning_llm.models import Transformer
 from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.size import forward_flops
 from lightning_llm.objectives.base import token_logps
-from lightning_llm.stages.config import ScoreSettings
+from lightning_llm.stages.config import ScoreSettings, TeacherSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
+
+Columns = dict[str, tuple[np.dtype, int]]  # name of a file -> type, and numbers of each token
+Answer = tuple[dict[str, Tensor], dict[str, float]]  # by file, rows of the targets that count; sums of what is logged
+Ask = Callable[[SegmentBatch, Tensor], Answer]  # of a batch and the numbers of its targets that count
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one source and split, and the files of what is said of them."""
+
+    source: str
+    folder: Path
+    feed: Feed
+    units: (
+        np.ndarray | None
+    )  # of the feed; None: all, and each token has the place in the files that it has in the store
+    tokens: int  # that the files have room for
 
 
 def run(context: StageContext) -> StageResult:
-    """Score every source and split of the data, on one device.
+    """Score on one device.
 
     Raises:
         UserError: the model has another tokenizer than the data.
@@ -31,34 +59,132 @@ def run(context: StageContext) -> StageResult:
 
 
 def score(context: StageContext) -> StageResult:
-    """The body of the stage: log-probabilities of the targets of every row, in nats, by (row, token)."""
+    """The body of the stage: what is known of the targets, by the places of their tokens."""
     settings: ScoreSettings = context.settings
     device = torch.device("cuda" if context.compute.accelerator == "gpu" else "cpu")
     model = Transformer.from_pretrained(model_directory(context.inputs["model"])).eval().to(device)
     use_attention(model, context.compute, precision=settings.precision, needs_gradient=False)
-    stores = {
-        (folder.name, split): TokenStore.open(folder / split)
-        for folder in sorted((context.inputs["data"] / "sources").iterdir())
-        for split in settings.split
-    }
-    total = sum(store.tokens for store in stores.values())
+    if isinstance(settings, TeacherSettings):
+        (columns, ask), parts = of_teacher(context, model), list(consumed_parts(context))
+    else:
+        (columns, ask), parts = of_reference(model), list(all_parts(context))
+    total = sum(part.tokens for part in parts)
     tokens = targets = 0
-    logp_sum = flops = 0.0
+    sums: dict[str, float] = {}
+    flops = 0.0
     ledger: dict[str, int] = {}
-    for (source, split), store in stores.items():
-        logps = np.zeros(store.tokens, np.float32)
-        feed = Feed(source, store, settings.context, settings.on_long, {})
-        for batch, origins in iterate_batches(feed, settings.context, context.compute.micro_batch_tokens):
+    began = time.perf_counter()
+    for part in parts:
+        files, done = open_files(part, columns), 0
+        for batch, origins in iterate_batches(
+            part.feed, settings.context, context.compute.micro_batch_tokens, part.units
+        ):
+            counted = batch.target_mask.nonzero().squeeze(1)
             with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                values = token_logps(model, batch.to(device)).float().cpu().numpy()  # [N]
-            logps[origins[batch.target_positions.numpy()]] = values
-            logp_sum += float(values.sum(dtype=np.float64))
-            tokens, targets = tokens + batch.num_tokens, targets + sum(batch.target_counts)
+                answers, found = ask(batch.to(device), counted.to(device))
+            places = batch.target_positions[counted].numpy()
+            places = origins[places] if part.units is None else done + places
+            for name, values in answers.items():
+                files[name][places] = values.cpu().numpy().reshape(len(places), -1)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+            done += batch.num_tokens
+            tokens, targets = tokens + batch.num_tokens, targets + len(counted)
             flops += forward_flops(model.config, batch.extents)
             context.console.update(tokens, total, "tok")
-        path = context.output / source / split / "logps.bin"
-        path.parent.mkdir(parents=True)
-        logps.tofile(path)
-        ledger[source] = ledger.get(source, 0) + store.tokens
-    metrics = {"tokens": tokens, "targets": targets, "logps/mean": logp_sum / max(targets, 1)}
-    return StageResult(metrics, ledger, flops)
+        ledger[part.source] = ledger.get(part.source, 0) + part.tokens
+    rates = {
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+        "bytes_per_token": sum(dtype.itemsize * width for dtype, width in columns.values()),
+    }
+    means = {name: value / max(targets, 1) for name, value in sums.items()}
+    return StageResult({"tokens": tokens, "targets": targets, **means, **rates}, ledger, flops)
+
+
+def open_files(part: Part, columns: Columns) -> dict[str, np.ndarray]:
+    """New files of zeros, [tokens, numbers of each] by name, written where they are touched."""
+    part.folder.mkdir(parents=True)
+    if part.units is not None:
+        np.save(part.folder / "spans.npy", spans_of(part.feed, part.units))
+    files = {}
+    for name, (dtype, width) in columns.items():
+        path = part.folder / f"{name}.bin"
+        if part.tokens:
+            files[name] = np.memmap(path, dtype, "w+", shape=(part.tokens, width))
+        else:
+            path.touch()
+            files[name] = np.empty((0, width), dtype)
+    return files
+
+
+def spans_of(feed: Feed, units: np.ndarray) -> np.ndarray:
+    """Where each of the units begins in tokens.bin, and where if nothing lies between them; last, where these end."""
+    lengths = feed.lengths[units]
+    begins = np.array([feed.begin(unit) for unit in units.tolist()], np.int64)
+    end = begins[-1:] + lengths[-1:] if len(units) else np.zeros(1, np.int64)
+    offsets = np.concatenate(([0], lengths.cumsum())).astype(np.int64)
+    return np.stack((np.concatenate((begins, end)), offsets), axis=1)
+
+
+# ---- for a reference ----
+
+
+def all_parts(context: StageContext) -> Iterator[Part]:
+    """Every source and split of the data, whole."""
+    settings: ScoreSettings = context.settings
+    for folder in sorted((context.inputs["data"] / "sources").iterdir()):
+        for split in settings.split:
+            store = TokenStore.open(folder / split)
+            feed = Feed(folder.name, store, settings.context, settings.on_long, {})
+            yield Part(folder.name, context.output / folder.name / split, feed, None, store.tokens)
+
+
+def of_reference(model: Transformer) -> tuple[Columns, Ask]:
+    """The log-probability of each token."""
+
+    def ask(batch: SegmentBatch, counted: Tensor) -> Answer:
+        logps = token_logps(model, batch)[counted].float()
+        return {"logps": logps}, {"logps/mean": float(logps.double().sum())}
+
+    return {"logps": (np.dtype(np.float32), 1)}, ask
+
+
+# ---- for a student ----
+
+
+def consumed_parts(context: StageContext) -> Iterator[Part]:
+    """What the stage that learns will see of each source, one unit after the other."""
+    settings: TeacherSettings = context.settings
+    data = StageData(
+        context.inputs["data"],
+        settings.data,
+        context_ramp=[{"at": place, "value": value} for place, value in enumerate(settings.contexts)],
+        batch_ramp=settings.tokens,  # how they are spread over steps does not matter
+        total_tokens=settings.tokens,
+        seed=settings.seed,
+    )
+    for number, feed in enumerate(data.feeds):
+        units = data.units(number)
+        yield Part(feed.name, context.output / feed.name, feed, units, int(feed.lengths[units].sum()))
+
+
+def of_teacher(context: StageContext, model: Transformer) -> tuple[Columns, Ask]:
+    """The ids that the model finds likeliest in each token's place, with the parts that their probabilities leave."""
+    settings: TeacherSettings = context.settings
+    entries = Tokenizer.load(context.inputs["tokenizer"] / "tokenizer").vocab_size
+    kept = TeacherFormat.of(min(settings.k, entries - 2), settings.stored_as, entries)  # beside the label one is left
+    kept.write(context.output)
+    dtype = getattr(torch, kept.ids)
+
+    def ask(batch: SegmentBatch, counted: Tensor) -> Answer:
+        labels = batch.target_ids[counted]
+        hidden = model(batch)[batch.predictors[counted]]
+        ids, log_p = model.top_log_probabilities(hidden, labels, kept.k, settings.temperature, entries)
+        found = {
+            "teacher/favours_label": float((ids[:, 0] == labels).sum()),
+            "teacher/kept_mass": float(log_p[:, : kept.k].exp().sum(dtype=torch.float64)),
+        }
+        answers = {IDS: ids.to(dtype)}
+        return answers if kept.log_p is None else answers | {LOG_P: to_stored(log_p, kept.log_p)}, found
+
+    return kept.columns, ask

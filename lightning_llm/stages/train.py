@@ -14,8 +14,9 @@ from lightning_llm.models.compilation import compile_parts
 from lightning_llm.models.families import CLASSIFIER, read_head
 from lightning_llm.models.kernels import use_attention
 from lightning_llm.models.reward import RewardModel
-from lightning_llm.models.size import training_flops
+from lightning_llm.models.size import ScoreHead, forward_flops, training_flops
 from lightning_llm.objectives.base import Objective
+from lightning_llm.objectives.distillation import Distillation
 from lightning_llm.optimization.online_merging import OnlineMerging
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainSettings
@@ -114,10 +115,24 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
         total_tokens=settings.tokens,
         evaluate_every=context.evaluate_every,
         validate=validate,
-        training_flops=functools.partial(training_flops, model.config, head=head),
+        training_flops=functools.partial(step_flops, model.config, head, teacher_of(objective)),
         flops_per_second=compute.flops_per_second * compute.devices,
     )
     return journal, objective, data, tokenizer
+
+
+def teacher_of(objective: Objective) -> ModelConfig | None:
+    """The shape of the model that is asked in every step, if one is."""
+    teacher = objective.teacher if isinstance(objective, Distillation) else None
+    return None if teacher is None else teacher.model.config
+
+
+def step_flops(
+    config: ModelConfig, head: ScoreHead | None, teacher: ModelConfig | None, segments: list[tuple[int, int]]
+) -> float:
+    """Of training on segments (tokens, tokens of the prefix), and of asking a teacher about them."""
+    asked = 0.0 if teacher is None else forward_flops(teacher, segments)
+    return training_flops(config, segments, head) + asked
 
 
 def stored_data(context: StageContext) -> StageData:
@@ -131,6 +146,7 @@ def stored_data(context: StageContext) -> StageData:
         total_tokens=settings.tokens,
         seed=settings.seed,
         token_columns={"reference_logps": context.inputs["reference"]} if "reference" in context.inputs else {},
+        teacher=context.inputs.get("teacher"),
     )
     if context.rows is not None and (other := count_of_rows(context.name, settings.tokens, context.rows, data.rows)):
         context.console.note(other)
@@ -190,12 +206,21 @@ def build_objective(context: StageContext, model: Transformer, tokenizer: Tokeni
     parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_reference else {}
     if config.draws:
         parts["seed"] = settings.seed
+    if "teacher_model" in context.inputs:
+        parts["teacher"] = build_teacher(context)
     if config.needs_reference and "reference" not in context.inputs and settings.rollout is None:
         parts["reference"] = copy.deepcopy(model)  # the policy before its first step, asked in each
     objective: Objective = config.build(model, **parts)
     if settings.optimizer.online_merging.is_on:
         objective.online_merging = build_online_merging(context, model)
     return objective.optimised_by(settings.optimizer, settings.lr, settings.tokens)
+
+
+def build_teacher(context: StageContext) -> Transformer:
+    """The model that is asked in every step."""
+    teacher = Transformer.from_pretrained(model_directory(context.inputs["teacher_model"]))
+    use_attention(teacher, context.compute, precision=context.settings.precision, needs_gradient=False)
+    return teacher
 
 
 def build_online_merging(context: StageContext, model: Transformer) -> OnlineMerging:

@@ -69,7 +69,7 @@ class Actor:
     def __init__(
         self,
         policy: Transformer,
-        judge: Judge,
+        judge: Judge | None,
         tokenizer: Tokenizer,
         config: RolloutConfig,
         *,
@@ -80,6 +80,7 @@ class Actor:
     ):
         """
         Args:
+            judge: says what responses are worth; None: nobody asks, and all are worth 0.
             context: tokens of prompt and response, at most.
             max_tokens: of one pass, and of the cache.
             precision: of the products, as in training: fp32 or bf16.
@@ -153,8 +154,11 @@ class Actor:
                 context=self.context,
             )
         responses = [self._response(drawn) for drawn in samples]
-        with self.phases("judge"):
-            verdicts = self.judge([question for question in questions for _ in range(each)], responses)
+        if self.judge is None:
+            verdicts = [Verdict(0.0)] * len(responses)
+        else:
+            with self.phases("judge"):
+                verdicts = self.judge([question for question in questions for _ in range(each)], responses)
         return list(map(Answer, samples, responses, verdicts))
 
     def _refreshed(self) -> Sampler:

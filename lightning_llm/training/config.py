@@ -25,11 +25,9 @@ class RolloutConfig:
     held_out: int = 64  # held-out prompts whose mean reward is followed; 0: none
 
     def __post_init__(self):
-        refuse_below(1, self, "prompts", "max_new_tokens", "steps", "epochs")
+        refuse_below(1, self, "prompts", "per_prompt", "max_new_tokens", "steps", "epochs")
         refuse_below(0, self, "max_staleness", "held_out")
-        if self.per_prompt < 2:
-            raise ValueError(f"per_prompt is at least 2, as responses to a prompt are compared, is {self.per_prompt}")
-        if not self.sampling.temperature:
+        if not self.sampling.temperature and self.per_prompt > 1:
             raise ValueError("sampling.temperature is 0: all responses to a prompt would be the same")
         if self.reference not in ("fixed", "ema"):
             raise ValueError(f"reference is fixed or ema, is {self.reference!r}")

@@ -35,7 +35,7 @@ def held_out_loss(batches: Callable[[], Iterable[tuple[str, SegmentBatch]]]) -> 
         totals = Totals()
         for index, (source, batch) in enumerate(batches()):
             if index % ranks == rank:
-                part = objective.loss(batch.to(objective.device))
+                part = objective.held_out_loss(batch.to(objective.device))
                 totals.add_loss(part, prefix="validation/")
                 totals.add(f"validation/{source}", part.loss, part.count)
         return totals

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import DataConfig
 from lightning_llm.data.experience import Experience, Group, build_batch
 from lightning_llm.data.packing import Window, share_out
@@ -141,18 +142,32 @@ class Rollouts:
             samples=len(groups),
             context=self.actor.context,
             responses=len(responses),
-            figures={**figures(groups, self.config.sampling), "staleness": (turn, 1)},
+            figures={**figures(groups, self.config.sampling, self.actor.judge is not None), "staleness": (turn, 1)},
             flops=flops,
         )
 
     def validate(self, objective: Objective, rank: int, ranks: int) -> Totals:
-        """Mean reward, length and completeness of the policy's responses to held-out prompts; ranks share them."""
+        """Mean reward, length and completeness of the policy's responses to held-out prompts; ranks share them.
+
+        Where nobody judges, the loss of these responses takes the reward's place.
+        """
         totals = Totals()
         numbers = list(range(len(self.held_out)))[rank::ranks]
-        for answer in self.actor.held_out([self.held_out[number] for number in numbers], numbers):
-            totals.add("validation/reward/mean", answer.verdict.score, 1)
+        questions = [self.held_out[number] for number in numbers]
+        answers = self.actor.held_out(questions, numbers)
+        for answer in answers:
+            if self.actor.judge is not None:
+                totals.add("validation/reward/mean", answer.verdict.score, 1)
             totals.add("validation/responses/length", len(answer.response.ids), 1)
             totals.add("validation/responses/complete", answer.response.is_complete, 1)
+        if self.actor.judge is None:
+            pairs = list(zip(questions, answers, strict=True))
+            lengths = [len(question.prompt_ids) + len(answer.response.ids) for question, answer in pairs]
+            for share in share_out(lengths, 1, self.actor.max_tokens):
+                if share:
+                    prompts = [pairs[i][0].prompt_ids for i in share]
+                    batch = SegmentBatch.from_groups(prompts, [[pairs[i][1].response.ids] for i in share])
+                    totals.add_loss(objective.loss(batch.to(objective.device)), prefix="validation/")
         return totals
 
     # ---- records ----
@@ -199,10 +214,10 @@ def _gathered(own: list, ranks: int) -> Sequence[list]:
     return everyone
 
 
-def figures(groups: Sequence[Group], sampling: SamplingConfig) -> Sums:
+def figures(groups: Sequence[Group], sampling: SamplingConfig, judged: bool = True) -> Sums:
     """What is to be said of responses, as sums over them and counts.
 
-    reward/mean, reward/parts/*      as the judge has it
+    reward/mean, reward/parts/*      as the judge has it, if there is one
     reward/ties                      share of prompts whose responses are all worth the same
     kl/reference                     log policy - log reference of a response, in nats: the KL divergence in the mean
     entropy                          minus the log-probability of a token
@@ -212,10 +227,12 @@ def figures(groups: Sequence[Group], sampling: SamplingConfig) -> Sums:
     """
     responses = [response for group in groups for response in group.responses]
     count, tokens = len(responses), sum(len(response.ids) for response in responses)
-    ties = sum(group.pair() is None for group in groups)
-    found: Sums = {
-        "reward/mean": (sum(response.reward for response in responses), count),
-        "reward/ties": (ties, len(groups)),
+    rewards: Sums = {}
+    if judged:
+        ties = sum(group.pair() is None for group in groups)
+        rewards["reward/mean"] = (sum(response.reward for response in responses), count)
+        rewards["reward/ties"] = (ties, len(groups))
+    found: Sums = rewards | {
         "kl/reference": (sum(float(np.sum(r.sampled_logps - r.reference_logps)) for r in responses), count),
         "entropy": (-sum(float(np.sum(response.sampled_logps)) for response in responses), tokens),
         "responses/length": (tokens, count),

@@ -74,6 +74,7 @@ def test_a_scale_says_how_many_prompts_a_step_has():
     [
         (["judge@stages.online.judge=reward_model"], "stages.online.judged_by: names nobody, and the judge asks"),
         (["stages.online.judge=null"], "stages.online.judge: has no value"),
+        (["stages.online.rollout.per_prompt=1"], "stages.online.rollout.per_prompt: is at least 2"),
         (["stages.online.starts_from=null"], "stages.online.starts_from: has no value: random weights"),
         (["stages.online.batch_tokens=1000"], "stages.online.batch_tokens: is given, .*rollout.prompts instead"),
         (["stages.online.context=[{at: 0, value: 64}, {at: 100, value: 128}]"], "stages.online.context: is a ramp"),

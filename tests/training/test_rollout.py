@@ -280,7 +280,7 @@ def test_prompts_without_room_for_a_response_are_refused(rollouts):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"per_prompt": 1}, "per_prompt is at least 2"),
+        ({"per_prompt": 0}, "per_prompt must be a number of at least 1"),
         ({"sampling": SamplingConfig(temperature=0.0)}, "would be the same"),
         ({"reference": "moving"}, "reference is fixed or ema"),
         ({"ema_decay": 1.0}, "ema_decay lies in"),

@@ -1,0 +1,338 @@
+"""What is a teacher worth at equal tokens, what does keeping a part of it lose, and what does it cost?
+
+    python benchmarks/distillation.py [students] [speed] [--seeds 0 1 2] [overrides ...]
+
+Writes results/distillation.json and docs/images/distillation.svg. `students` sweeps the mixture of label and teacher
+over the recipe `distillation`, a Hydra multirun for each kind of target; a teacher is asked once. Of the
+first seed's teacher and student it also measures how much of their divergence is left in what is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import claims
+import machine
+import torch
+from interleave import quartiles
+from learning import spread
+
+from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.config import DataConfig, SourceConfig
+from lightning_llm.data.packing import StageData
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.evaluation.perplexity import sample_text
+from lightning_llm.losses.distillation import bucket_targets, from_stored, teacher_entropy, to_stored
+from lightning_llm.losses.likelihood import kl_divergence
+from lightning_llm.models import Transformer
+from lightning_llm.objectives.base import Objective
+from lightning_llm.objectives.config import CausalLMConfig, DistillationConfig
+from lightning_llm.optimization.config import AdamWConfig
+from lightning_llm.optimization.window import optimizer_step
+
+PARTS = ("students", "speed")
+RUN = ["recipe=distillation", "until=student", "stages.larger.evaluate=false", "stages.student.evaluate=false"]
+PICTURE = machine.REPOSITORY / "docs" / "images" / "distillation.svg"
+WEIGHTS = (0.0, 0.3, 0.6, 0.9, 1.0)
+TARGETS = {"top1": "the teacher's favourite (AFM)", "top_k": "64 kept ids and their tail (Gemma 2)"}
+HELD_OUT = 12_000  # tokens of each domain
+CONTEXT, MOST = 128, 16_384  # of documents, of a pass
+STUDENT = "stages.student.objective"
+
+
+# ---- students ----
+
+
+def sweep(targets: str, seeds: Sequence[int], overrides: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+    """One multirun over seeds and weights: what each student has learnt, by its run."""
+    runs = folder / targets
+    words = [f"seed={','.join(map(str, seeds))}", f"{STUDENT}.teacher_weight={','.join(map(str, WEIGHTS))}"]
+    launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", f"runs={runs}", *overrides)
+    found = [read_student(path.parent) for path in runs.glob("distillation/*/run.json")]
+    return sorted(found, key=lambda each: (each["weight"], each["seed"]))
+
+
+def launch(*words: str) -> None:
+    """`lightning-llm run`, or the end of this."""
+    if code := subprocess.run(machine.command("run", *words)).returncode:
+        sys.exit(f"{' '.join(words)}: exit code {code}")
+
+
+def read_student(run: Path) -> dict[str, Any]:
+    """A student's figures on held-out text, and where its artifacts lie."""
+    record = json.loads((run / "artifacts" / "student" / "stage.json").read_text())
+    artifacts = {node: (run / "artifacts" / node).resolve() for node in ("student", "student.teacher", "larger")}
+    asked = json.loads((artifacts["student.teacher"] / "stage.json").read_text())
+    return {
+        "seed": record["seed"],
+        "weight": record["settings"]["objective"]["teacher_weight"],
+        "held_out": measure(artifacts["student"], run),
+        "teacher": measure(artifacts["larger"], run),
+        "tokens": record["metrics"]["tokens"],
+        "seconds": record["seconds"]["train"],
+        "asked": {name: asked["metrics"][name] for name in ("tokens", "tokens_per_second", "bytes_per_token")},
+        "artifacts": {node: str(path) for node, path in artifacts.items()},
+    }
+
+
+def held_out(run: Path) -> list[SegmentBatch]:
+    """The same text for every model of a run."""
+    batches = []
+    for source in sorted((run / "artifacts" / "evaluation.prepare" / "sources" / "text").iterdir()):
+        documents = sample_text(TokenStore.open(source / "validation"), HELD_OUT)
+        pieces = [text[begin : begin + CONTEXT] for text in documents for begin in range(0, len(text), CONTEXT)]
+        batches.append(SegmentBatch.from_documents([piece for piece in pieces if len(piece) > 1]))
+    return batches
+
+
+@torch.no_grad()
+def measure(artifact: Path, run: Path) -> dict[str, float]:
+    """Nats per token, and the share of tokens that the model finds likeliest: means over the domains."""
+    model = Transformer.from_pretrained(artifact / "model").eval()
+    nats, right = [], []
+    for batch in held_out(run):
+        hidden = model(batch)[batch.predictors]
+        nats.append(float(-model.log_likelihood(hidden, batch.target_ids).mean()))
+        ids, _ = model.top_log_probabilities(hidden, batch.target_ids, 1)
+        right.append(float((ids[:, 0] == batch.target_ids).float().mean()))
+    return {"nats": statistics.fmean(nats), "right": statistics.fmean(right)}
+
+
+def students(seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
+    """Every weight of every kind of target, and what decides the claims: differences at equal seeds."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {targets: sweep(targets, seeds, overrides, Path(folder)) for targets in TARGETS}
+        table = {
+            targets: {
+                str(weight): {
+                    figure: spread([each["held_out"][figure] for each in runs if each["weight"] == weight])
+                    for figure in ("nats", "right")
+                }
+                for weight in WEIGHTS
+            }
+            for targets, runs in found.items()
+        }
+        teacher = {
+            figure: spread([each["teacher"][figure] for each in found["top_k"] if each["weight"] == 1])
+            for figure in ("nats", "right")
+        }
+        kept = measure_kept(Path(folder), found)
+    gains = {
+        (targets, weight): differences(table[targets]["0.0"]["nats"], table[targets][str(weight)]["nats"])
+        for targets in TARGETS
+        for weight in WEIGHTS[1:]
+    }
+    right = differences(table["top1"]["0.9"]["right"], table["top1"]["0.0"]["right"])
+    judged = [
+        claims.claim(
+            "A student of the kept distribution against the same from scratch at equal tokens: nats less, worst seed",
+            min(gains["top_k", 1.0]),
+            {"values": gains["top_k", 1.0]},
+            above=0.0,
+        ),
+        claims.claim(
+            "A student of label and favourite at AFM's weight against the same from scratch: nats less, worst seed",
+            min(gains["top1", 0.9]),
+            {"values": gains["top1", 0.9]},
+            above=0.0,
+        ),
+        claims.claim(
+            "The same by what it finds likeliest: share of tokens right above scratch, worst seed",
+            min(right),
+            {"values": right},
+            above=0.0,
+        ),
+    ]
+    return {
+        "machine": machine.describe(),
+        "seeds": list(seeds),
+        "claims": judged,
+        "students": table,
+        "teacher": teacher,
+        "tokens": found["top_k"][0]["tokens"],
+        "asked": {targets: runs[0]["asked"] for targets, runs in found.items()},
+        "kept": kept,
+    }
+
+
+def differences(larger: dict[str, Any], smaller: dict[str, Any]) -> list[float]:
+    """Seed by seed."""
+    return [round(one - other, 5) for one, other in zip(larger["values"], smaller["values"], strict=True)]
+
+
+# ---- what keeping k ids loses ----
+
+
+@torch.no_grad()
+def measure_kept(folder: Path, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """KL of a teacher and its student on held-out text, from what is kept of the teacher against the whole."""
+    run = next((folder / "top_k").glob("distillation/*/run.json")).parent
+    one = next(each for each in found["top_k"] if each["weight"] == 1)
+    teacher, student = (
+        Transformer.from_pretrained(Path(one["artifacts"][node]) / "model").eval() for node in ("larger", "student")
+    )
+    rows: dict[str, list[tuple[float, float, float]]] = {}
+    whole_sum = count = 0.0
+    for batch in held_out(run):
+        of_teacher, of_student = (model(batch)[batch.predictors] for model in (teacher, student))
+        whole = kl_divergence(
+            of_student,
+            student.head_weight,
+            of_teacher,
+            teacher.head_weight,
+            student_softcap=student.config.final_logit_softcapping,
+            teacher_softcap=teacher.config.final_logit_softcapping,
+        )
+        whole_sum, count = whole_sum + float(whole.sum()), count + len(whole)
+        for k, stored_as in itertools.product((1, 8, 64), ("float32", "float16", "uint8")):
+            ids, log_p = teacher.top_log_probabilities(of_teacher, batch.target_ids, k)
+            mass = float(log_p[:, :k].exp().sum())
+            if stored_as != "float32":
+                log_p = from_stored(to_stored(log_p, stored_as))
+            targets = bucket_targets(batch.target_ids, ids, log_p, 1.0)
+            cross = -student.log_likelihood(
+                of_student, targets.ids, target_weights=targets.weights, tail_weight=targets.tail
+            )
+            kept = cross - teacher_entropy(log_p)
+            rows.setdefault(f"{k} {stored_as}", []).append((float(kept.sum()), float((kept - whole).abs().sum()), mass))
+    return {
+        "whole": whole_sum / count,
+        "kept": {
+            name: {
+                "kl": sum(kl for kl, _, _ in parts) / count,
+                "missing_share": 1 - sum(kl for kl, _, _ in parts) / whole_sum,
+                "error_per_token": sum(error for _, error, _ in parts) / count,
+                "mass": sum(mass for _, _, mass in parts) / count,
+            }
+            for name, parts in rows.items()
+        },
+    }
+
+
+# ---- speed ----
+
+
+def speed(overrides: Sequence[str], steps: int = 60) -> dict[str, Any]:
+    """CPU-seconds of steps with a kept teacher over those without, in turns on the same windows, on one thread."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        found = {}
+        for k in (1, 8, 64):
+            runs = Path(folder) / str(k)
+            launch(*RUN, "seed=0", f"{STUDENT}.targets=top_k", f"{STUDENT}.k={k}", f"runs={runs}", *overrides)
+            found[str(k)] = ratios(next(runs.glob("distillation/*/run.json")).parent, k, steps)
+    ratio = found["64"]["ratio"]["median"]
+    judged = [claims.claim("CPU-seconds of a step from 64 kept ids over those of plain training", ratio, at_most=1.15)]
+    return {"machine": machine.describe(), "claims": judged, "kept": found}
+
+
+def ratios(run: Path, k: int, steps: int) -> dict[str, Any]:
+    """Of one k: the two kinds of step in turns."""
+    settings = json.loads((run / "artifacts" / "student" / "stage.json").read_text())["settings"]
+    sources = {name: SourceConfig(weight=source["weight"]) for name, source in settings["data"]["sources"].items()}
+    data_config = DataConfig(form="text", sources=sources, max_epochs=1e9)
+    options = {
+        "context_ramp": settings["context"],
+        "batch_ramp": settings["batch_tokens"],
+        "total_tokens": settings["tokens"],
+        "seed": 0,
+    }
+    prepared = (run / "artifacts" / "student.prepare").resolve()
+    plain = StageData(prepared, data_config, **options)
+    taught = StageData(prepared, data_config, **options, teacher=(run / "artifacts" / "student.teacher").resolve())
+    seconds: dict[str, list[float]] = {"plain": [], "taught": []}
+    trained: dict[str, tuple[StageData, Objective, torch.optim.Optimizer]] = {}
+    for name, data, config in (
+        ("plain", plain, CausalLMConfig()),
+        ("taught", taught, DistillationConfig(targets="top_k", teacher_weight=1.0, k=k)),
+    ):
+        model = Transformer.from_pretrained(run / "artifacts" / "student" / "model")
+        trained[name] = data, config.build(model), AdamWConfig().build(model)
+    for index in range(steps + 5):
+        for name in trained if index % 2 else reversed(trained):
+            data, objective, optimizer = trained[name]
+            began = time.process_time()
+            window = data.window(index % data.steps, micro_batch_tokens=MOST)
+            optimizer_step(
+                objective.trained_loss,
+                window.mine,
+                optimizer,
+                units=window.target_tokens,
+                tokens=sum(window.consumed.values()),
+                learning_rate=1e-5,
+                schedule=1.0,
+                clip_norm=1.0,
+            )
+            if index >= 5:
+                seconds[name].append(time.process_time() - began)
+    pairs = zip(seconds["taught"], seconds["plain"], strict=True)
+    return {
+        "ratio": quartiles([one / other for one, other in pairs]),
+        "tokens_per_cpu_second": {
+            name: settings["batch_tokens"][0]["value"] / statistics.median(values) for name, values in seconds.items()
+        },
+        "vocabulary": settings["model"]["vocab_size"],
+        "width": settings["model"]["hidden_size"],
+    }
+
+
+# ---- what docs/methods/distillation.md shows ----
+
+
+def draw(found: dict[str, Any]) -> None:
+    """Held-out loss and share of tokens right over the teacher's weight, a dot for each seed."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "distillation"  # the same picture from the same figures
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.6))
+    labels = {"nats": "held-out loss, nats per token", "right": "held-out tokens found likeliest"}
+    for panel, (name, label) in zip(axes, labels.items(), strict=True):
+        for targets, says in TARGETS.items():
+            table = found["students"][targets]
+            means = [table[str(weight)][name]["mean"] for weight in WEIGHTS]
+            [line] = panel.plot(WEIGHTS, means, label=says)
+            for weight in WEIGHTS:
+                values = table[str(weight)][name]["values"]
+                dots = {"linestyle": "", "marker": "o", "markersize": 3, "color": line.get_color()}
+                panel.plot([weight] * len(values), values, **dots)
+        mean = found["teacher"][name]["mean"]
+        panel.axhline(mean, color="black", linewidth=0.8, linestyle=":", label="the teacher itself")
+        panel.set(xlabel="weight of the teacher", ylabel=label)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("words", nargs="*", help=f"parts ({', '.join(PARTS)}; all if none), and overrides")
+    arguments = parser.parse_args()
+    parts = [word for word in arguments.words if word in PARTS] or PARTS
+    overrides = [word for word in arguments.words if word not in PARTS]
+    verdicts = []
+    if "students" in parts:
+        found = students(arguments.seeds, overrides)
+        verdicts.append(claims.write_part("distillation", "students", found))
+        draw(found)
+    if "speed" in parts:
+        verdicts.append(claims.write_part("distillation", "speed", speed(overrides)))
+    claims.finish(verdicts)
+
+
+if __name__ == "__main__":
+    main()
