@@ -23,7 +23,7 @@ LABELS = {
     "select": "selection",
 }  # of kinds, in the legend
 MADE_FROM = {  # kind -> roles of the models that it works on
-    "train": ["starts_from"],
+    "train": ["starts_from", "teacher_model"],
     "generate": ["model"],
     "merge": ["starts_from", "model"],
     "prune": ["starts_from"],

@@ -42,10 +42,16 @@ PLACES = {
     "reward_model": "reward",
     "online_prompts": "rlhf",
     "pruning_masks": "masks",
+    "distillation": "student",
     **dict.fromkeys(("mdpo", "rloo", "ppo", "grpo", "dapo"), "rlhf"),
 }  # option -> the stage that it suits
 MERGED = {"warm": "[reward,more]", "liti": "[dpo]"}  # way to merge -> models; the others take any two
-LIVE = ("online_dpo", "rlhf")  # stages whose policy answers prompts while it is trained: a step is so many of them
+TAUGHT = ("distil", "on_policy_distil")  # stages with a teacher
+LIVE = (
+    "online_dpo",
+    "rlhf",
+    "on_policy_distil",
+)  # stages whose policy answers prompts while it is trained: a step is so many of them
 AFTERWARDS = {  # stages that do not train: (edge, where to, its role)
     "sample": ("models", "dpo", "model.0"),
     "score": ("data", "sample", "samples.0"),
@@ -106,6 +112,8 @@ def test_options_of_a_stage_compose(place):
     added += ["stages.masks.objective.intermediate_size=1000"]
     added += ["+stage@stages.rlhf=rlhf", "stages.rlhf.starts_from=sft", "judge@stages.rlhf.judge=exact_answer"]
     added += ["stages.rlhf.context=4096", "stages.rlhf.examples=1000", "stages.rlhf.lr.peak=1e-6"]
+    added += ["+stage@stages.student=distil", "stages.student.learns_from=pretrain", "stages.student.tokens=1e9"]
+    added += ["stages.student.batch_tokens=1e6", "stages.student.lr.peak=1e-4"]
     judged_by = ["stages.score.judged_by=[reward]"] if chosen["judge"] == "reward_model" else []
     recipe = compose("qwen2", "paper", [*added, *judged_by, *words])
     for group, name in chosen.items():
@@ -122,8 +130,10 @@ def test_stages_can_be_added():
         name = f"more_{option}"
         words += [f"+stage@stages.{name}={option}", f"stages.{name}.starts_from=sft", f"stages.{name}.lr.peak=1e-5"]
         words += [f"stages.{name}.context=4096", f"stages.{name}.tokens=1e6"]
+        words += [f"stages.{name}.learns_from=dpo"] * (option in TAUGHT)
         live = option in LIVE
-        words.append(f"judge@stages.{name}.judge=random" if live else f"stages.{name}.batch_tokens=1e6")
+        if option != "on_policy_distil":  # its teacher is all the judge it has
+            words.append(f"judge@stages.{name}.judge=random" if live else f"stages.{name}.batch_tokens=1e6")
     for option, (setting, value, _) in AFTERWARDS.items():
         value = value if setting == "starts_from" else f"[{value}]"
         words += [f"+stage@stages.{option}={option}", f"stages.{option}.{setting}={value}"]

@@ -81,7 +81,6 @@ def test_a_scale_says_how_many_prompts_a_step_has():
         (["objective@stages.online.objective=causal_lm"], "stages.online.objective: causal_lm does not learn from"),
         (["data@stages.online.data=qwen2_preferences"], "stages.online.data: qwen2_preferences holds pairs"),
         (["stages.online.rollout=null", "stages.online.batch_tokens=9"], "stages.online.judge: is given, and nothing"),
-        (["stages.online.rollout.per_prompt=1"], "stages.online.rollout: per_prompt is at least 2"),
         (["stages.online.rollout.epochs=9"], "stages.online.rollout: max_staleness is 7"),
         (["stages.online.rollout.prompt=9"], "stages.online.rollout.prompt"),
         (["stages.online.judged_by=[sft]"], "stages.online.judged_by: sft is a model that speaks"),
