@@ -429,8 +429,9 @@ class _Divergence:
 
         Through the softmax, q (g - sum q g) of slopes g for q; of the forward direction, where g is -p / q, at once.
         """
-        if self.p is not None or self.slopes is None:
+        if self.p is not None:
             return self.q.sub_(self.p).mul_(factors[:, None])
+        assert self.slopes is not None, "of all other directions"
         mean = (self.q * self.slopes).sum(1, keepdim=True)
         return self.slopes.sub_(mean).mul_(self.q).mul_(factors[:, None])
 
