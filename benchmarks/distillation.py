@@ -289,6 +289,43 @@ def ratios(run: Path, k: int, steps: int) -> dict[str, Any]:
 # ---- what docs/methods/distillation.md shows ----
 
 
+def student_table(found: dict[str, Any]) -> list[str]:
+    """Held-out nats and share of tokens right by weight of the teacher, mean and standard deviation over the seeds."""
+    head = ["weight of the teacher", *(f"{targets}: {figure}" for targets in TARGETS for figure in ("nats", "right"))]
+    rows = [[f"{weight:g}"] for weight in WEIGHTS] + [["the teacher itself"]]
+    for row, weight in zip(rows, WEIGHTS, strict=False):
+        row += [
+            _with_deviation(found["students"][t][str(weight)][figure]) for t in TARGETS for figure in ("nats", "right")
+        ]
+    rows[-1] += [_with_deviation(found["teacher"][figure]) for _ in TARGETS for figure in ("nats", "right")]
+    return _lines(head, rows)
+
+
+def kept_table(found: dict[str, Any]) -> list[str]:
+    """What of the divergence between teacher and student is missing in what is kept, by k and type."""
+    head = ["kept", "teacher's mass", "KL", "missing", "error of a token's"]
+    rows = [
+        [
+            name,
+            f"{each['mass']:.3f}",
+            f"{each['kl']:.4f}",
+            f"{each['missing_share']:.1%}",
+            f"{each['error_per_token']:.4f}",
+        ]
+        for name, each in found["kept"]["kept"].items()
+    ]
+    return _lines(head, [*rows, ["all", "1", f"{found['kept']['whole']:.4f}", "", ""]])
+
+
+def _with_deviation(figure: dict[str, Any]) -> str:
+    deviation = figure["standard_deviation"]
+    return f"{figure['mean']:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+
+
+def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
 def draw(found: dict[str, Any]) -> None:
     """Held-out loss and share of tokens right over the teacher's weight, a dot for each seed."""
     import matplotlib
@@ -328,6 +365,7 @@ def main() -> None:
     if "students" in parts:
         found = students(arguments.seeds, overrides)
         verdicts.append(claims.write_part("distillation", "students", found))
+        print("\n".join([*student_table(found), "", *kept_table(found)]))
         draw(found)
     if "speed" in parts:
         verdicts.append(claims.write_part("distillation", "speed", speed(overrides)))
