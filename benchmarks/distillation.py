@@ -1,6 +1,6 @@
 """What is a teacher worth at equal tokens, what does keeping a part of it lose, and what does it cost?
 
-    python benchmarks/distillation.py [students] [speed] [--seeds 0 1 2] [overrides ...]
+    python benchmarks/distillation.py [students] [speed] [overrides ...] [--seeds 0 1 2]
 
 Writes results/distillation.json and docs/images/distillation.svg. `students` sweeps the mixture of label and teacher
 over the recipe `distillation`, a Hydra multirun for each kind of target; a teacher is asked once. Of the
