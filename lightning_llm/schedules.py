@@ -155,10 +155,13 @@ def warmup_tokens(config: LearningRateConfig, total: float) -> float:
 def learning_rate(config: LearningRateConfig, tokens: float, total: float) -> float:
     """Learning rate of the step after which `tokens` of the stage's `total` are consumed.
 
+    A stretched schedule ends after `stretch` times as many tokens: the stage is its beginning, warm-up included.
+
     Raises:
         ValueError: more than one warm-up, or one given in steps.
     """
     final, warmup = final_learning_rate(config), warmup_tokens(config, total)
+    total *= config.stretch
     if config.schedule == "constant":
         return constant(tokens, peak=config.peak, warmup=warmup)
     if config.schedule == "wsd":

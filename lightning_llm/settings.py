@@ -52,7 +52,7 @@ def refuse_below(low: float, settings: Any, *names: str) -> None:
 def came_later(default: Any) -> Any:
     """A field added to settings in use: while it has its default, keys of artifacts stay what they were."""
     metadata = {AS_BEFORE: default}
-    if isinstance(default, list | dict):
+    if isinstance(default, list | dict) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 

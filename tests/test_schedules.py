@@ -60,6 +60,17 @@ def test_learning_rate_reaches_peak_and_final(schedule):
     assert learning_rate(without, 0, 1e5) == pytest.approx(3e-4)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "wsd"])
+def test_a_stretched_schedule_is_the_beginning_of_a_longer_one(schedule):
+    whole = LearningRateConfig(schedule, peak=1.0, warmup_tokens=100)
+    half = dataclasses.replace(whole, stretch=2)
+    for tokens in (0, 50, 100, 300, 499, 500):
+        assert learning_rate(half, tokens, 500) == learning_rate(whole, tokens, 1000)
+    assert learning_rate(dataclasses.replace(half, schedule="cosine", warmup_tokens=0), 500, 500) == 0.55
+    with pytest.raises(ValueError, match=r"stretch must be at least 1, got 0\.5"):
+        dataclasses.replace(whole, stretch=0.5)
+
+
 def test_default_final_rates():
     finals = {
         s: final_learning_rate(LearningRateConfig(schedule=s, peak=1.0))

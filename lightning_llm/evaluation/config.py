@@ -12,6 +12,28 @@ from lightning_llm.settings import Buildable, came_later, option, refuse_below
 RULES = ("best", "threshold", "first", "random")  # by which responses are kept (evaluation/selection.py)
 
 
+ANSWERS = ("greedy", "likelihood")  # to the question for a needle
+
+
+@dataclass
+class NeedleConfig:
+    """Keys hidden in held-out text and asked for at its end, over lengths and depths (evaluation/needle.py)."""
+
+    trials: int = 0  # keys at each length and depth; 0: nothing is hidden
+    lengths: int = 4  # the stage's context, its half, its quarter and so on: so many of them
+    depths: int = 10  # places of a key, from the beginning of the text to its end
+    answer: str = "greedy"  # greedy (the key is spelt) | likelihood (it is likelier than all distractors)
+    distractors: int = 9  # wrong keys that it has to be likelier than
+
+    def __post_init__(self):
+        refuse_below(0, self, "trials")
+        refuse_below(1, self, "lengths", "depths", "distractors")
+        if self.distractors > 1000:
+            raise ValueError(f"distractors must be at most 1000, is {self.distractors}")
+        if self.answer not in ANSWERS:
+            raise ValueError(f"answer is {' or '.join(ANSWERS)}, is {self.answer!r}")
+
+
 @option("evaluation", "standard")
 @dataclass
 class EvaluationConfig:
@@ -28,6 +50,7 @@ class EvaluationConfig:
     max_new_tokens: int = 48
     samples: int = 6  # conversations shown on the page
     comparisons: int = came_later(1000)  # held-out rows of its own data that a reward model is evaluated on
+    needle: NeedleConfig = came_later(NeedleConfig())  # found again in a long text, or not
 
     def __post_init__(self):
         refuse_below(1, self, "comparisons")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from lightning_llm.settings import AS_BEFORE, Buildable, option
+from lightning_llm.settings import AS_BEFORE, Buildable, came_later, option
 
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 PRECISIONS = ("bf16", "fp32")
@@ -196,8 +196,11 @@ class LearningRateConfig:
     warmup_steps: float | None = None
     warmup_share: float | None = None  # of the stage's tokens
     decay_share: float = 0.2  # wsd: the last share of the tokens in which the rate falls
+    stretch: float = came_later(1.0)  # as in a stage so many times as long: at 2 the stage is the first half of it
 
     def __post_init__(self):
+        if not self.stretch >= 1:
+            raise ValueError(f"stretch must be at least 1, got {self.stretch:g}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
         if self.peak < 0:

@@ -56,6 +56,10 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
     for name, stage in recipe.stages.items():
         _check_stage(f"stages.{name}", stage, recipe.stages)
+    _check_kept_contexts(recipe.stages)
+    for name, stage in recipe.stages.items():
+        if isinstance(stage, TrainStage) and stage.gate.is_on:
+            _check_gate(f"stages.{name}", stage, recipe)
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
@@ -88,6 +92,10 @@ def check_rounds(stages: Mapping[str, StageConfig]) -> None:
             _check_name(own, f"stages.{name}.stages.{own}")
             if isinstance(stage, RoundsStage):
                 raise UserError(f"stages.{name}.stages.{own}", "is made of rounds, inside rounds", "Put it outside")
+        for own in group.by_round:
+            if own not in group.stages:
+                what = f"there is no stage {own} in a round"
+                raise UserError(f"stages.{name}.by_round.{own}", what, name_nearest(own, list(group.stages)))
         for own in group.begins_with:
             if own not in group.stages:
                 what = f"there is no stage {own} in a round"
@@ -227,6 +235,8 @@ def _check_training(key: str, stage: TrainStage) -> None:
     for name in (*given, "epochs"):
         _in_range(f"{key}.{name}", getattr(stage, name), above=0)
     for name in ("context", "batch_tokens") if stage.rollout is None else ("context",):
+        if name == "context" and stage.context is None and stage.starts_from is not None:
+            continue  # as where it starts from
         if getattr(stage, name) is None:
             raise UserError(f"{key}.{name}", "has no value", f"Give {key}.{name}=...")
         try:
@@ -299,6 +309,28 @@ def _check_teacher(key: str, stage: TrainStage) -> None:
     if objective.needs_teacher and len(as_ramp(stage.context)) > 1 and stage.data.on_long == "truncate_left":
         what = "is a ramp, and data.on_long truncates: the teacher would see other prompts than the student"
         raise UserError(f"{key}.context", what, f"Give one context, or set {key}.data.on_long=drop")
+
+
+def _check_kept_contexts(stages: Mapping[str, StageConfig]) -> None:
+    """Refuse to keep the context of a model of which no stage of the recipe knows it."""
+    for name, stage in stages.items():
+        if isinstance(stage, TrainStage) and stage.context is None:
+            if trained_behind(stage.starts_from or "", stages) is None:
+                what = f"has no value, and no stage has trained {stage.starts_from}"
+                raise UserError(f"stages.{name}.context", what, "Give it a number of tokens")
+
+
+def _check_gate(key: str, stage: TrainStage, recipe: Recipe) -> None:
+    """Refuse a gate that has no evaluation to look at, of the stage or of the one before it."""
+    if not stage.evaluate or stage.objective.is_scored:
+        what = "is given, and a gate asks what a model that speaks is found to have learnt"
+        raise UserError(f"{key}.gate", what, f"Set {key}.evaluate=true" if not stage.evaluate else "Take it away")
+    if not recipe.evaluation.text.sources:
+        raise UserError("evaluation.text", f"has no source, and {key}.gate asks about text", "Give it one")
+    before = recipe.stages.get(stage.starts_from or "")
+    if stage.gate.short_context is not None and not getattr(before, "evaluate", False):
+        what = f"is given, and nothing is known of the model before it ({stage.starts_from or 'random weights'})"
+        raise UserError(f"{key}.gate.short_context", what, "Let it start from a stage that is evaluated")
 
 
 def _check_online_merging(key: str, stage: TrainStage) -> None:

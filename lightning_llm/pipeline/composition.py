@@ -44,7 +44,7 @@ SETTINGS = "merging models data optimization objectives evaluation training stag
 
 # By these figures of all stages a scale maps each of them, so it has to know the recipe's own where the user's stand.
 RELATED = re.compile(
-    r"(stages\.(?:\w+\.stages\.)?\w+\.(tokens|steps|context|batch_tokens|lr\.peak)"
+    r"(stages\.(?:\w+\.(?:stages|by_round)\.)?\w+\.(tokens|steps|context|batch_tokens|lr\.peak)"
     rf"|(stages\.\w+\.)?model\.({'|'.join(SIZES)}))(\.|$)"
 )
 

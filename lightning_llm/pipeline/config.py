@@ -10,7 +10,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.generation.config import GenerationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.settings import option, refuse_below
-from lightning_llm.stages.config import ComputeConfig, StageConfig
+from lightning_llm.stages.config import ComputeConfig, GateConfig, StageConfig
 from lightning_llm.training.config import LoggerConfig
 
 
@@ -24,6 +24,7 @@ class PhaseScale:
     batch_tokens: float | None = None  # of the phase's first stage at its start; ratios to it are kept
     prompts: int | None = None  # of one optimizer step, where the policy answers them itself
     lr_factor: float = 1.0  # for peak and final alike
+    gate: GateConfig = field(default_factory=GateConfig)  # what models of this size can pass, where a stage has a gate
 
     def __post_init__(self):
         refuse_below(1, self, "examples", "tokens", "tokens_per_example", "batch_tokens", "prompts")
@@ -41,6 +42,7 @@ class EvaluationScale:
     max_new_tokens: int | None = None
     samples: int | None = None
     comparisons: int | None = None
+    needle: dict[str, Any] = field(default_factory=dict)  # fields of evaluation.needle
 
     def __post_init__(self):
         refuse_below(0, self, "long_documents", "questions", "preference_pairs", "samples")

@@ -7,6 +7,7 @@
     <stage>.teacher      score     what the model that it learns from expects in the place of every token
     <stage>              train, generate, ...: what the recipe says
     <stage>.evaluate     evaluate  on rows that all evaluations share; of a reward model on what its own data holds out
+    <stage>.gate         gate      whether that is good enough to go on
 
 A stage that starts from a model of elsewhere, or learns from one with random weights of its own, brings that model's
 tokenizer: `<stage>.tokenizer`, and with it `<stage>.evaluation`.
@@ -37,6 +38,7 @@ from lightning_llm.stages.config import (
     INSERTED,
     EvaluateRewardsSettings,
     EvaluateSettings,
+    GateSettings,
     GenerateSettings,
     GenerateStage,
     JudgeSettings,
@@ -60,6 +62,7 @@ from lightning_llm.stages.config import (
 from lightning_llm.stages.context import model_directory
 
 SAID = ("text", "conversations", "pairs")  # forms of rows that a tokenizer learns from
+GATE_TRIALS = 10  # needles at each length and depth, where a gate asks for some and the evaluation says not how many
 DATA_SEED = 0  # of tokenizers and prepared rows: they are the same for every seed of a sweep
 
 
@@ -68,7 +71,7 @@ class Node:
     """One stage as it will run."""
 
     name: str
-    kind: str  # the verb's file: prepare | score | train | merge | evaluate | generate | judge | select
+    kind: str  # the verb's file: prepare | score | train | merge | evaluate | gate | generate | judge | select
     settings: Any  # one of stages/config.py
     inputs: dict[str, str] = field(default_factory=dict)  # role -> name of a node, or the path of a model of elsewhere
     evaluate_every: float | None = None  # tokens; not part of the settings, since it decides nothing
@@ -212,6 +215,16 @@ class _Expansion:
         elif evaluates:
             reference = stage.objective.needs_reference
             yield self._evaluation(name, contexts[-1], tokenizer, held_out, source, has_reference=reference)
+            if stage.gate.is_on:
+                yield self._gate(name, stage)
+
+    def _gate(self, name: str, stage: TrainStage) -> Node:
+        """It stands before all that is made from the stage, and in nobody's key: it lets pass or stops, and makes
+        nothing."""
+        inputs = {"evaluation": f"{name}.evaluate"}
+        if stage.gate.short_context is not None:
+            inputs["before"] = f"{stage.starts_from}.evaluate"
+        return Node(f"{name}.gate", "gate", GateSettings(stage.gate.short_context, stage.gate.needle), inputs)
 
     @staticmethod
     def _rows_of_stages(data: DataConfig) -> dict[str, str]:
@@ -312,9 +325,15 @@ class _Expansion:
             context: the longest of its training.
             has_reference: preferences are measured by implicit rewards.
         """
-        recipe = self.recipe
+        recipe, stage = self.recipe, self.recipe.stages[name]
+        evaluation = _without_sources(recipe.evaluation)
+        needle = recipe.evaluation.needle
+        if isinstance(stage, TrainStage) and stage.gate.needle is not None:
+            needle = replace(needle, trials=needle.trials or GATE_TRIALS)
+        if needle.trials:
+            evaluation = replace(evaluation, needle=needle)
         settings = EvaluateSettings(
-            evaluation=_without_sources(recipe.evaluation),
+            evaluation=evaluation,
             context=int(as_ramp(self.first.context)[0]["value"]) if self.first else context,
             full_context=context,
             preference_mode="implicit_reward" if has_reference else "likelihood",
@@ -460,6 +479,7 @@ class _Expansion:
             seed=self.recipe.seed + stage.seed_offset,
             rollout=stage.rollout,
             judge=stage.judge,
+            averaging=stage.averaging if stage.averaging.is_on else None,
         )
 
 
@@ -519,9 +539,11 @@ def _parts(evaluation: EvaluationConfig) -> dict[str, DataConfig]:
 
 
 def _without_sources(evaluation: EvaluationConfig) -> EvaluationConfig:
-    """What decides an evaluation beside its data, which has a key of its own; comparisons are for reward models."""
+    """What decides an evaluation beside its data, which has a key of its own. Comparisons are for reward models, and
+    needles are for those that are to find some."""
     empty = {part: DataConfig(name=data.name, form=data.form) for part, data in _parts(evaluation).items()}
-    return replace(evaluation, **empty, comparisons=EvaluationConfig().comparisons)
+    neutral = EvaluationConfig()
+    return replace(evaluation, **empty, comparisons=neutral.comparisons, needle=neutral.needle)
 
 
 def _rows_of(data: DataConfig) -> DataConfig:

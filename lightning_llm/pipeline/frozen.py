@@ -42,7 +42,9 @@ def evaluate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig])
     # greedy once, and sampled once from either model where there are two
     answers = sizes.questions * sizes.max_new_tokens * (1 if both == 1 else 3) if parts.tasks.sources else 0
     pairs = sizes.preference_pairs * pair * both if parts.pairs.sources else 0
-    tokens = round(text + answers + pairs)
+    needle = sizes.needle
+    lengths = [settings.full_context >> halvings for halvings in range(needle.lengths)]
+    tokens = round(text + answers + pairs + needle.trials * needle.depths * sum(lengths))
     return {
         "starts_from": node.inputs["model"],
         "tokens": tokens,

@@ -27,6 +27,7 @@ CONTRACTS = {
     "score": 1,
     "train": 1,
     "evaluate": 3,
+    "gate": 1,
     "generate": 1,
     "merge": 1,
     "prune": 1,

@@ -57,7 +57,7 @@ def check_live(key: str, stage: TrainStage) -> None:
     if stage.batch_tokens is not None:
         what = "is given, and a step of this stage is counted in prompts"
         raise UserError(f"{key}.batch_tokens", what, f"Give {key}.rollout.prompts instead")
-    if len(as_ramp(stage.context)) > 1:
+    if stage.context is not None and len(as_ramp(stage.context)) > 1:
         raise UserError(f"{key}.context", "is a ramp, and responses have one limit", "Give a number")
     for name, source in stage.data.sources.items():
         if not isinstance(source.weight, int | float):

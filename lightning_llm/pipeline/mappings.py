@@ -6,12 +6,19 @@ import dataclasses
 from collections.abc import Sequence
 
 from lightning_llm.data.rows import ROW_FIELDS
+from lightning_llm.evaluation.config import NeedleConfig
 from lightning_llm.models.config import ROPE_KEYS, ModelConfig
 
 STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
 ROLES = ("policy", "teacher")  # of scale.shapes: of a stage's own model if others learn from it, teacher
-PHASES = ("pretrain", "masks", "sft", "selected", "preference", "reward", "online")
-CLOSED = {"model.rope_parameters": ("rope_theta", *STRETCH), "scale.shapes": ROLES, "scale.phases": PHASES}
+PHASES = ("pretrain", "masks", "lengthen", "anneal", "sft", "selected", "preference", "reward", "online")
+NEEDLE = tuple(f.name for f in dataclasses.fields(NeedleConfig))
+CLOSED = {
+    "scale.evaluation.needle": NEEDLE,
+    "model.rope_parameters": ("rope_theta", *STRETCH),
+    "scale.shapes": ROLES,
+    "scale.phases": PHASES,
+}
 
 
 def known_entries(path: str) -> Sequence[str] | None:

@@ -227,6 +227,8 @@ def _figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[st
         assert behind is not None, "otherwise nobody knows its data"
         example = _trained(recipe, behind).data.tokens_per_example
         found = evaluate_rewards_figures(node, nodes[behind].settings, example)
+    elif node.kind == "gate":
+        found = {"starts_from": node.inputs["evaluation"]}
     elif node.kind == "evaluate":
         found = evaluate_figures(recipe, node, models)
     elif isinstance(node.settings, PrepareSettings):
@@ -291,12 +293,14 @@ def _train_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -
             BYTES_PER_TRAINED_PARAMETER * counts["total"]
             + settings.optimizer.state_bytes(counts["total"], counts["matrices"])
             + settings.optimizer.online_merging.bytes_of_state * counts["total"]
+            + (4 * counts["total"] if settings.averaging else 0)
             + _activation_bytes(recipe, settings)
             + teacher_bytes
             + live.get("memory_bytes", 0)
         )
         / GIB,
-        "disk_gib": (4 * counts["total"] + live.get("disk_bytes", 0)) / GIB,
+        # last weights beside their average
+        "disk_gib": ((8 if settings.averaging else 4) * counts["total"] + live.get("disk_bytes", 0)) / GIB,
         "sampled_flops": live.get("sampled_flops", 0.0),
     }
 

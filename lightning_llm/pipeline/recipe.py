@@ -18,7 +18,7 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.checks import LENGTHS, WARMUPS, check, check_rounds
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.reader import build_settings
-from lightning_llm.pipeline.rounds import stages_of_rounds, typed_key, unrolled, unrolled_keys
+from lightning_llm.pipeline.rounds import refuse_twice, stages_of_rounds, typed_key, unrolled, unrolled_keys
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig, StageConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
@@ -108,16 +108,23 @@ def build_recipe(composition: Composition, settings: RecipeSettings | None = Non
 def _unrolled(recipe: Recipe) -> Recipe:
     """Rounds as stages; what is pinned in one is pinned in all."""
     check_rounds(recipe.stages)
+    refuse_twice(recipe.pinned, recipe.stages)
     recipe = dataclasses.replace(
         recipe,
         stages=unrolled(recipe.stages),
         pinned=frozenset(unrolled_keys(recipe.pinned, recipe.stages)),
         published={
-            key: recipe.published[typed] for key, typed in unrolled_keys(recipe.published, recipe.stages).items()
+            key: recipe.published[typed] if turn is None else _in_turn(recipe.published[typed], turn)
+            for key, (typed, turn) in unrolled_keys(recipe.published, recipe.stages).items()
         },
     )
     stages = {name: _one_length(recipe, name, stage) for name, stage in recipe.stages.items()}
     return dataclasses.replace(recipe, stages=stages)
+
+
+def _in_turn(values: Any, turn: int) -> Any:
+    """Of a list over the rounds the entry of one; its last where the user has asked for more rounds."""
+    return values[min(turn, len(values) - 1)] if isinstance(values, list) and values else values
 
 
 def _one_length(recipe: Recipe, name: str, stage: StageConfig) -> StageConfig:

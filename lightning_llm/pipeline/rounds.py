@@ -1,7 +1,8 @@
 """A part of a recipe that is repeated: `rounds: n` unrolled into stages named <round>.<stage>, as post1.sft, post2.sft.
 
 Inside, `previous_round.<stage>` leads to that stage of the round before; in the first round to what `begins_with` says
-of it, and a list goes without it. Outside, `post.<stage>` leads to the last round's.
+of it, and a list goes without it. Outside, `post.<stage>` leads to the last round's. Settings that differ from round to
+round, as the context that is lengthened in steps, stand in `by_round.<stage>.<setting>` as lists.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.settings import UserError
@@ -58,28 +60,91 @@ def unroll_one(name: str, group: RoundsStage) -> dict[str, StageConfig]:
                     raise UserError(where, "leads to the round before, and the first has none", remedy)
                 return first
 
-            moved = stage.redirected(target)
+            moved = in_round(
+                stage.redirected(target), group.by_round.get(own, {}), turn, f"stages.{name}.by_round.{own}"
+            )
             if isinstance(moved, GenerateStage):
                 moved = dataclasses.replace(moved, round=moved.round + turn)
             flat[f"{name}{turn + 1}.{own}"] = moved
     return flat
 
 
+def in_round(config: Any, by_round: Any, turn: int, where: str) -> Any:
+    """Settings with those values that differ between rounds, as they are in one of them.
+
+    Args:
+        by_round: setting -> the list of its values, or a mapping of the same form for settings within settings.
+        turn: of the round, from 0.
+        where: the key of `by_round`.
+
+    Raises:
+        UserError: a setting that there is not, or one without a value for this round.
+    """
+    if not isinstance(by_round, dict):
+        raise UserError(where, "is no mapping of settings", "Give {SETTING: [one value a round, ...]}")
+    known = [f.name for f in dataclasses.fields(config)]
+    changes: dict[str, Any] = {}
+    for setting, values in by_round.items():
+        key = f"{where}.{setting}"
+        if setting not in known:
+            raise UserError(key, "is not a setting of this stage", name_nearest(setting, known))
+        before = getattr(config, setting)
+        if isinstance(values, list):
+            if turn >= len(values):
+                raise UserError(key, f"has {len(values)} values, and there are more rounds", "Give one for each round")
+            changes[setting] = values[turn]
+        elif dataclasses.is_dataclass(before):
+            changes[setting] = in_round(before, values, turn, key)
+        else:
+            raise UserError(key, f"is {values!r}", "Give a list with a value for each round")
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise UserError(where, f"{error} (in round {turn + 1})", "Mend it") from error
+
+
 def _is_alone(stage: StageConfig, setting: str) -> bool:
     return sum(edge.setting == setting for edge in stage.edges()) == 1
 
 
-def unrolled_keys(keys: Iterable[str], stages: Mapping[str, StageConfig]) -> dict[str, str]:
-    """Dotted keys of settings as the stages are called once they are unrolled -> as they are typed."""
-    found = {}
+def unrolled_keys(keys: Iterable[str], stages: Mapping[str, StageConfig]) -> dict[str, tuple[str, int | None]]:
+    """Dotted keys of settings as the stages are called once they are unrolled -> as they are typed, and which entry of
+    what is typed they are, where that is a list over the rounds."""
+    found: dict[str, tuple[str, int | None]] = {}
     for key in keys:
-        parts = re.fullmatch(r"stages\.(\w+)\.stages\.(.+)", key)
+        parts = re.fullmatch(r"stages\.(\w+)\.(stages|by_round)\.(.+)", key)
         group = stages.get(parts[1]) if parts else None
         if parts and isinstance(group, RoundsStage):
-            found |= {f"stages.{parts[1]}{turn + 1}.{parts[2]}": key for turn in range(group.rounds)}
+            each = parts[2] == "by_round"
+            found |= {
+                f"stages.{parts[1]}{turn + 1}.{parts[3]}": (key, turn if each else None) for turn in range(group.rounds)
+            }
         else:
-            found[key] = key
+            found[key] = key, None
     return found
+
+
+def refuse_twice(keys: Iterable[str], stages: Mapping[str, StageConfig]) -> None:
+    """Refuse a setting of the user's for all rounds where the recipe has one for each, which would win.
+
+    Args:
+        keys: that the user has set.
+
+    Raises:
+        UserError: names what to set instead.
+    """
+    pinned = set(keys)
+    for key in sorted(pinned):
+        parts = re.fullmatch(r"stages\.(\w+)\.stages\.(.+)", key)
+        group = stages.get(parts[1]) if parts else None
+        if not parts or not isinstance(group, RoundsStage):
+            continue
+        at: Any = group.by_round
+        for step in parts[2].split("."):
+            at = at.get(step) if isinstance(at, dict) else None
+        instead = f"stages.{parts[1]}.by_round.{parts[2]}"
+        if isinstance(at, list) and instead not in pinned:
+            raise UserError(key, "is another one in each round", f"Give {instead}=[...], one for each of them")
 
 
 def stages_of_rounds(stages: Mapping[str, StageConfig]) -> dict[str, tuple[str, ...]]:

@@ -14,12 +14,12 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline.config import PhaseScale, ScaleConfig
 from lightning_llm.pipeline.names import name_nearest
-from lightning_llm.pipeline.order import ancestors, order_of_stages
+from lightning_llm.pipeline.order import ancestors, order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.remade import with_sizes
 from lightning_llm.schedules import BatchPlan, Ramp, as_ramp, ramp_value
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import GenerateStage, PruneStage, SelectStage, StageConfig, TrainStage
+from lightning_llm.stages.config import GateConfig, GenerateStage, PruneStage, SelectStage, StageConfig, TrainStage
 
 EXPERT_FIELDS = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 Config = TypeVar("Config")
@@ -45,7 +45,9 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
     stages: dict[str, StageConfig] = {}
     for name in order:
         stages[name] = _scaled_stage(recipe, scale, name, original, stages)
-    evaluation = _overlaid(recipe, "evaluation", recipe.evaluation, _given(scale.evaluation))
+    evaluation = _overlaid(recipe, "evaluation", recipe.evaluation, _given(replace(scale.evaluation, needle={})))
+    needle = _overlaid(recipe, "evaluation.needle", evaluation.needle, scale.evaluation.needle)
+    evaluation = replace(evaluation, needle=needle)
     for part in ("text", "tasks", "pairs"):
         data = _located(recipe, scale, f"evaluation.{part}", getattr(evaluation, part))
         evaluation = replace(evaluation, **{part: data})
@@ -73,7 +75,7 @@ class _Published:
             return recipe.published.get(f"stages.{name}.{key}", value)
 
         self.phase = stage.phase
-        self.context: Ramp = as_ramp(figure("context", stage.context))
+        self.context: Ramp = as_ramp(figure("context", stage.context))  # of None where it is kept from before
         batch = figure("batch_tokens", stage.batch_tokens)
         if stage.rollout is not None:
             cost = stage.data.tokens_per_example or scale.phases.get(stage.phase, PhaseScale()).tokens_per_example
@@ -145,11 +147,12 @@ def _scaled_training(
     if data.tokens_per_example is None:
         data = replace(data, tokens_per_example=phase.tokens_per_example)
     stage = _scaled_rollout(recipe, scale, key, replace(stage, data=data))
-    context, batch = as_ramp(stage.context), as_ramp(stage.batch_tokens)
-    factor = _context_factor(scale, original)
+    batch, factor = as_ramp(stage.batch_tokens), _context_factor(scale, original)
+    is_kept = stage.context is None
+    context = _context_before(stage, made) if is_kept else as_ramp(stage.context)
     if stage.rope_scaling and free("rope_scaling.original_max_position_embeddings"):
         stage = replace(stage, rope_scaling=_shortened(stage.rope_scaling, factor))
-    if free("context") and scale.context is not None:
+    if free("context") and scale.context is not None and not is_kept:
         context = _times(context, factor)
     if free("batch_tokens") and phase.batch_tokens is not None and stage.rollout is None:
         first = next(other for other in original.values() if other.phase == own.phase)
@@ -171,6 +174,8 @@ def _scaled_training(
         floor = max(_end_of_floor(ramp, scale.minimum_steps, batch) for ramp in (context, batch))
         if tokens < floor:
             stage, tokens = _lengthened(stage, floor / tokens), floor
+    if stage.gate.is_on:
+        stage = replace(stage, gate=_scaled_gate(recipe, f"{key}.gate", stage.gate, phase.gate))
     if free("evaluate_every") and stage.evaluate_every is not None:
         stage = replace(stage, evaluate_every=stage.evaluate_every * stretch)
     highest = max(other.peak for other in original.values() if other.phase == own.phase)
@@ -218,6 +223,12 @@ def _budgeted(
             "Lower it",
         )
     return replace(stage, tokens=share * scale.pretraining_tokens, steps=None)
+
+
+def _scaled_gate(recipe: Recipe, key: str, gate: GateConfig, own: GateConfig) -> GateConfig:
+    """As wide as the scale's models need it, in what the recipe asks of them."""
+    asked = {name: value for name, value in _given(own).items() if getattr(gate, name) is not None}
+    return _overlaid(recipe, key, gate, asked)
 
 
 def rows_of_stages(data: DataConfig, stages: Mapping[str, StageConfig]) -> float | None:
@@ -328,6 +339,13 @@ def _stretched(ramp: Ramp, stretch: float, minimum_steps: int, batch: Ramp) -> R
 def _end_of_floor(ramp: Ramp, minimum_steps: int, batch: Ramp) -> float:
     """The fewest tokens that leave the last segment its optimizer steps."""
     return ramp[-1]["at"] + minimum_steps * ramp_value(batch, ramp[-1]["at"])
+
+
+def _context_before(stage: TrainStage, made: Mapping[str, StageConfig]) -> Ramp:
+    """The context with which the training behind `starts_from` ended, at this scale."""
+    before = made[trained_behind(stage.starts_from or "", made) or ""]
+    assert isinstance(before, TrainStage), "checked"
+    return [{"at": 0, "value": as_ramp(before.context)[-1]["value"]}]
 
 
 def _plain(ramp: Ramp) -> Any:

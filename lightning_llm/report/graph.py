@@ -18,6 +18,7 @@ LABELS = {
     "prune": "pruning",
     "upcycle": "upcycling",
     "evaluate": "evaluation",
+    "gate": "gate",
     "generate": "sampling",
     "judge": "judging",
     "select": "selection",

@@ -11,6 +11,8 @@ from lightning_llm.report import charts, sections
 from lightning_llm.report.calibration import calibrations
 from lightning_llm.report.calibration import table as calibration_table
 from lightning_llm.report.comparison import differences, environment, recipe_text
+from lightning_llm.report.needles import needle_grids
+from lightning_llm.report.needles import table as needle_table
 from lightning_llm.report.numbers import NOTHING, duration, figure, quantity
 from lightning_llm.report.record import Run
 from lightning_llm.report.selection import selections
@@ -52,6 +54,10 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
         for stage, entries in calibrations(run):
             yield f"\n## Calibration: {_plain(stage.name)}{which}\n"
             found = calibration_table(entries)
+            yield from _table(found.heads, found.rows)
+        for stage, grid in needle_grids(run):
+            yield f"\n## Needles found: {_plain(stage.name)}{which}\n"
+            found = needle_table(grid)
             yield from _table(found.heads, found.rows)
         for node in selections(run):
             yield f"\n## Who won where: {_plain(node.name)}{which}"

@@ -12,9 +12,13 @@ from lightning_llm.report import calibration as calibrated
 from lightning_llm.report import charts
 from lightning_llm.report.comparison import differences, environment, recipe_text
 from lightning_llm.report.graph import LABELS, draw_graph
+from lightning_llm.report.needles import maps as needle_maps
+from lightning_llm.report.needles import needle_grids
 from lightning_llm.report.numbers import NOTHING, duration, figure, flops, is_number, measure, quantity
 from lightning_llm.report.record import Node, Run
 from lightning_llm.report.selection import Table, selections, tables
+
+MAPS_IN_A_ROW = 3
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,24 @@ def position(runs: Sequence[Run]) -> Section | None:
     return Section("position", "Loss by position", f'<p class="soft">{note}</p>{_figure(drawn)}')
 
 
+def needle(runs: Sequence[Run]) -> Section | None:
+    """Where in how long a text keys were found again, model by model."""
+    found = [
+        (stage.name if len(runs) == 1 else f"{run.name}: {stage.name}", grid)
+        for run in runs
+        for stage, grid in needle_grids(run)
+    ]
+    rows = [found[at : at + MAPS_IN_A_ROW] for at in range(0, len(found), MAPS_IN_A_ROW)]
+    if not rows:
+        return None
+    note = (
+        "A key is hidden in held-out text, and the last line asks for it: the share of cases in which the model says "
+        "it, by the text's length and by where in it the key stands; depth 0 is its beginning."
+    )
+    drawn = "".join(_figure(figure) for row in rows if (figure := needle_maps(row)))
+    return Section("needle", "Needles in a haystack", f'<p class="soft">{note}</p>{drawn}')
+
+
 def preference(runs: Sequence[Run]) -> Section | None:
     """Rewards and accuracies of preference training."""
     drawn = charts.preference_curves(runs)
@@ -274,7 +296,8 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
-    graph, training, evaluation, calibration, selection, samples, preference, live, position, mixture, stages, settings,
+    graph, training, evaluation, calibration, selection, samples, preference, live, position, needle, mixture, stages,
+    settings,
 )  # fmt: skip
 
 

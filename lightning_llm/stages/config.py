@@ -14,11 +14,19 @@ from lightning_llm.models.config import MIXTURE_FIELDS, SIZES, ModelConfig, Prun
 from lightning_llm.objectives.config import ObjectiveConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import came_later, option, refuse_below
-from lightning_llm.training.config import RolloutConfig
+from lightning_llm.training.config import AveragingConfig, RolloutConfig
 
 MODELS = ("train", "merge", "prune", "upcycle")  # kinds of stages that leave a model
 MERGING = "optimizer.online_merging."  # in front of `base` and `reference`
-INSERTED = ("prepare", "reference", "teacher", "evaluate", "tokenizer", "evaluation")  # nodes beside a stage's own
+INSERTED = (
+    "prepare",
+    "reference",
+    "teacher",
+    "evaluate",
+    "gate",
+    "tokenizer",
+    "evaluation",
+)  # nodes beside a stage's own
 
 
 @dataclass(frozen=True)
@@ -95,10 +103,29 @@ class RoundsStage(StageConfig):
     kind: str = "rounds"
     rounds: int = 2
     stages: dict[str, StageConfig] = field(default_factory=dict)
+    by_round: dict[str, Any] = field(default_factory=dict)  # stage -> setting -> a list with its value in each round
     begins_with: dict[str, str] = field(default_factory=dict)  # what previous_round.<stage> is in the first round
 
     def __post_init__(self):
         refuse_below(1, self, "rounds")
+
+
+@dataclass
+class GateConfig:
+    """What a stage's evaluation has to show before a run goes on (stages/gate.py). None: it is not asked."""
+
+    short_context: float | None = None  # share by which perplexity at the recipe's first context may have risen
+    needle: float | None = None  # share of needles that are found, at each length up to the stage's context
+
+    def __post_init__(self):
+        refuse_below(0, self, "needle")
+        if self.needle is not None and self.needle > 1:
+            raise ValueError(f"needle is a share, at most 1, is {self.needle:g}")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is asked."""
+        return self.short_context is not None or self.needle is not None
 
 
 @option("stage", "train")
@@ -107,9 +134,7 @@ class TrainStage(StageConfig):
     """A training run: objective x data x schedule. Figures are the report's; `scaled` maps them."""
 
     kind: str = "train"
-    phase: str = (
-        "pretrain"  # pretrain | sft | selected | preference | reward | online: whose figures in the scale apply
-    )
+    phase: str = "pretrain"  # one of pipeline/mappings.py:PHASES: whose figures in the scale apply
     starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory; none: random weights
     learns_from: str | None = None  # a teacher, named alike, for an objective that has one
     model: ModelConfig | None = None  # of random weights, where they are of another shape than the recipe's model
@@ -117,7 +142,7 @@ class TrainStage(StageConfig):
     examples: float | None = None  # rows (conversations, pairs, prompts); become tokens by data.tokens_per_example
     steps: float | None = None
     epochs: float = 1.0  # passes over `examples`
-    context: Any = 4096  # tokens, or a ramp [{at: <tokens>, value: ...}]
+    context: Any = 4096  # tokens, or a ramp [{at: <tokens>, value: ...}]; none: as long as where the stage starts from
     batch_tokens: Any = None  # tokens of one optimizer step, or a ramp
     rope_theta: float | None = None  # the RoPE base from this stage on; none: as before
     rope_scaling: Any = None  # from this stage on, as {rope_type: linear | llama3 | yarn, factor: ..., ...}
@@ -131,6 +156,8 @@ class TrainStage(StageConfig):
     rollout: RolloutConfig | None = None  # learn from what the policy itself says to the prompts of `data`
     judge: JudgeConfig | None = None  # what its responses are worth
     judged_by: list[str] = field(default_factory=list)  # reward models: stages, artifacts or directories
+    averaging: AveragingConfig = field(default_factory=AveragingConfig)  # its model is a mean of the weights on its way
+    gate: GateConfig = field(default_factory=GateConfig)  # what a run goes on for, as Llama 3 to the next context
 
     @property
     def passes(self) -> float:
@@ -379,6 +406,7 @@ class TrainSettings:
     rope_scaling: dict[str, Any] | None = came_later(None)
     rollout: RolloutConfig | None = came_later(None)
     judge: JudgeConfig | None = came_later(None)
+    averaging: AveragingConfig | None = came_later(None)  # none: its model is what the last step leaves
 
 
 @dataclass
@@ -483,6 +511,14 @@ class EvaluateSettings:
     preference_mode: str  # "implicit_reward" (against starts_from) or "likelihood" (length-normalised)
     precision: str
     seed: int
+
+
+@dataclass
+class GateSettings:
+    """kind gate: all of `GateConfig`."""
+
+    short_context: float | None
+    needle: float | None
 
 
 @dataclass

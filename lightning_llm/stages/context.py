@@ -15,6 +15,8 @@ from lightning_llm.training.config import LoggedRun
 if TYPE_CHECKING:  # keeps this file free of torch and rich: the runner imports it before anything runs
     from lightning_llm.training.console import StageConsole
 
+LAST = "last"  # folder of a trained artifact whose model is an average: the weights of the last step
+
 
 @dataclass
 class StageContext:

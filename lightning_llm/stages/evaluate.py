@@ -1,7 +1,7 @@
 """The verb evaluate: what a model has learnt, on held-out text, questions and pairs, alone and against its predecessor.
 
-Leaves `metrics.json` (the same figures as in stage.json), `loss_by_position.json` and `samples.json`. Nothing is kept
-between stages: the predecessor answers the same questions anew.
+Leaves `metrics.json` (the same figures as in stage.json), `loss_by_position.json`, `samples.json`, and `needle.json` if
+keys are hidden. Nothing is kept between stages: the predecessor answers the same questions anew.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from numpy.typing import ArrayLike
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.evaluation.judges import Question, Response, StyleAndCorrectness, verify
+from lightning_llm.evaluation.needle import found, grid_of, hide, needle_metrics
 from lightning_llm.evaluation.perplexity import (
     late_loss,
     losses_by_position,
@@ -36,6 +38,7 @@ from lightning_llm.models.size import forward_flops_per_token
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import EvaluateRewardsSettings, EvaluateSettings
 from lightning_llm.stages.context import (
+    LAST,
     StageContext,
     StageResult,
     model_directory,
@@ -71,6 +74,7 @@ def run(context: StageContext) -> StageResult:
             "text": evaluation.measure_text,
             "tasks": evaluation.measure_tasks,
             "preferences": evaluation.measure_preferences,
+            "needles": evaluation.measure_needles,
         }
         for done, (name, measure) in enumerate(parts.items()):
             context.console.update(done, len(parts), "parts")
@@ -104,10 +108,19 @@ class Evaluation:
         """The model that the evaluated stage started from."""
         return self._load("starts_from") if "starts_from" in self.context.inputs else None
 
+    @cached_property
+    def last(self) -> Transformer | None:
+        """Where the evaluated model is an average of weights: the last of them."""
+        directory = self.context.inputs["model"] / LAST
+        return self._open(directory) if directory.is_dir() else None
+
     # ---- text ----
 
     def measure_text(self) -> None:
-        """perplexity/* at the recipe's first context; at the stage's own loss_by_position.json and late_loss/*."""
+        """perplexity/* at the recipe's first context; at the stage's own loss_by_position.json and late_loss/*.
+
+        Of an average of weights also last/perplexity/*, of what it was trained to.
+        """
         stores = self._stores("text")
         context, full_context = self.settings.context, self.settings.full_context
         for domain, store in stores.items():
@@ -116,6 +129,10 @@ class Evaluation:
                 loss = mean_loss(self.model, documents, context, self.max_tokens)
                 self.metrics[f"perplexity/{domain}"] = math.exp(loss.compute())
                 self.tokens += sum(map(len, documents))
+                if self.last is not None:
+                    loss = mean_loss(self.last, documents, context, self.max_tokens)
+                    self.metrics[f"last/perplexity/{domain}"] = math.exp(loss.compute())
+                    self.tokens += sum(map(len, documents))
         windows = sample_windows(stores, full_context, self.sizes.long_documents)
         if not windows:
             self.context.console.note(f"no held-out document has {full_context} tokens: no loss by position")
@@ -175,6 +192,28 @@ class Evaluation:
             scores = policy / torch.tensor([[len(chosen), len(rejected)] for chosen, rejected in responses])
         self.metrics["preference/accuracy"] = preference_accuracy(scores)
 
+    # ---- needles ----
+
+    def measure_needles(self) -> None:
+        """needle/<length>, and needle.json: where in how long a text a key is found again."""
+        config = self.sizes.needle
+        if not config.trials:
+            return
+        stores = list(self._stores("text").values())
+        documents = [document for store in stores for document in sample_text(store, self.settings.full_context)]
+        if not documents:
+            self.context.console.note("there is no held-out text to hide a key in")
+            return
+        longest, haystack = self.settings.full_context, np.concatenate(documents)
+        needles = hide(self.tokenizer, haystack, config, longest, self.settings.seed)
+        if not needles:
+            self.context.console.note(f"a key and some text around it need more than {longest} tokens: none is hidden")
+            return
+        grid = grid_of(needles, found(self.model, needles, config.answer, self.max_tokens))
+        self.tokens += sum(len(needle.prompt) for needle in needles)
+        self.write("needle.json", grid | {"answer": config.answer})
+        self.metrics |= needle_metrics(grid)
+
     # ---- files ----
 
     def write(self, name: str, content: Any) -> None:
@@ -222,7 +261,10 @@ class Evaluation:
         return {path.parts[-3]: TokenStore.open(path.parent) for path in found}
 
     def _load(self, role: str) -> Transformer:
-        model = Transformer.from_pretrained(model_directory(self.context.inputs[role])).eval().to(self.device)
+        return self._open(model_directory(self.context.inputs[role]))
+
+    def _open(self, directory: Path) -> Transformer:
+        model = Transformer.from_pretrained(directory).eval().to(self.device)
         use_attention(model, self.context.compute, precision=self.settings.precision, needs_gradient=False)
         return model
 

@@ -21,6 +21,7 @@ from lightning_llm.optimization.online_merging import OnlineMerging
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainSettings
 from lightning_llm.stages.context import (
+    LAST,
     StageContext,
     StageResult,
     model_directory,
@@ -29,6 +30,7 @@ from lightning_llm.stages.context import (
 )
 from lightning_llm.stages.live import build_rollouts
 from lightning_llm.stages.row_report import LONG
+from lightning_llm.training.averaging import WeightAverage, restore
 from lightning_llm.training.journal import Journal, held_out_loss
 from lightning_llm.training.loggers import stage_loggers
 from lightning_llm.training.loop import fit
@@ -39,7 +41,8 @@ from lightning_llm.training.rollout import Rollouts
 def run(context: StageContext) -> StageResult:
     """Train in this process on one device, or in one process for each of several.
 
-    Leaves `model/`, a Hugging Face directory with the tokenizer's files, and `metrics.jsonl`.
+    Leaves `model/`, a Hugging Face directory with the tokenizer's files, and `metrics.jsonl`; where `model/` is an
+    average of the weights, `last/` is such a directory of the last ones.
 
     Raises:
         UserError: data, model and tokenizer do not belong together.
@@ -59,11 +62,14 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
     compute, phases = context.compute, Phases()
     with phases("load"):
         journal, objective, data, tokenizer = prepare_training(context)
+    average = WeightAverage(settings.averaging, settings.tokens, data.steps) if settings.averaging else None
+    journal.measures_average = average is not None
+    callbacks = [journal] if average is None else [average, journal]  # the average is measured once it is in the model
     with (
         threads(compute.threads),
         stage_loggers(context.logged if rank == 0 else None, context.name, settings) as journal.loggers,
     ):
-        fit(objective, data, compute, precision=settings.precision, callbacks=[journal], rank=rank)
+        fit(objective, data, compute, precision=settings.precision, callbacks=callbacks, rank=rank)
     if "loss" not in journal.last:
         raise nothing_learnt(context)
     if rank == 0:
@@ -74,8 +80,14 @@ def train(context: StageContext, rank: int = 0) -> StageResult:
             tokenizer.save(context.output / "model")
             if isinstance(data, Rollouts) and data.config.reference == "ema":  # it is state of the stage, too
                 data.actor.reference.model.save_pretrained(context.output / "reference", eos_token_ids=stop_ids)
+            if average is not None:
+                restore(objective.model, average.last)
+                objective.model.save_pretrained(context.output / LAST, eos_token_ids=stop_ids)
+                tokenizer.save(context.output / LAST)
     rates = {"tokens_per_second": journal.tokens / journal.seconds, "steps": data.steps, "tokens": journal.tokens}
     utilisation = journal.flops / journal.seconds / journal.flops_per_second
+    if average is not None:
+        rates["averaged/checkpoints"] = average.count
     metrics = journal.last | rates | {"flops_utilisation": utilisation}
     seconds = phases.seconds | {"train": journal.seconds, "validate": journal.validation_seconds}
     if isinstance(data, Rollouts):  # parts of what training and validation took

@@ -1,4 +1,4 @@
-"""Settings of training on a policy's own responses, and of the loggers (none of these enters a key)."""
+"""Settings of training on a policy's own responses, of averages of weights, and of loggers (these enter no key)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,36 @@ class RolloutConfig:
                 f"max_staleness is {self.max_staleness}, and {self.steps} steps of {self.epochs} epochs after each "
                 f"drawing learn from responses that are up to {staleness} steps old"
             )
+
+
+AVERAGES = ("none", "polyak", "ema")
+
+
+@dataclass
+class AveragingConfig:
+    """A mean of the weights that a stage goes through, which is then its model (training/averaging.py).
+
+    Llama 3 averages the checkpoints of its annealing (3.4.3).
+    """
+
+    method: str = "none"  # none | polyak (the mean of all checkpoints) | ema (the newest count most)
+    from_share: float = 0.0  # of the stage's tokens, that pass before the first checkpoint is taken
+    every: int = 1  # optimizer steps between two checkpoints
+    decay: float = 0.99  # ema: what is left of the average at each of them
+
+    def __post_init__(self):
+        if self.method not in AVERAGES:
+            raise ValueError(f"method is one of {', '.join(AVERAGES)}, is {self.method!r}")
+        if not 0 <= self.from_share < 1:
+            raise ValueError(f"from_share lies in [0, 1), is {self.from_share:g}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay lies in [0, 1), is {self.decay:g}")
+        refuse_below(1, self, "every")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is averaged."""
+        return self.method != "none"
 
 
 @dataclass

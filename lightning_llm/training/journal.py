@@ -81,6 +81,7 @@ class Journal(Callback):
         self.flops = 0.0
         self.seconds = 0.0  # of training, without validation
         self.validation_seconds = 0.0
+        self.measures_average = False  # of the weights, which is in the model when training ends
 
     def on_train_start(self, trainer: Trainer, pl_module: Objective) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Validation of the weights as they came, before the first step."""
@@ -105,6 +106,12 @@ class Journal(Callback):
         self.nominal = window.progress.tokens
         shown = {name.removesuffix("/mean"): self.last[name] for name in ("loss", "reward/mean") if name in self.last}
         self.console.update(window.progress.tokens, self.total_tokens, "tok", **shown)
+
+    def on_train_end(self, trainer: Trainer, pl_module: Objective) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Held-out rows once more, under averaged/*, where the model is now an average of what it was."""
+        if self.measures_average:
+            steps, tokens = self.data.steps, self.total_tokens
+            self._timed_validation(trainer, pl_module, step=steps, tokens=tokens, called="averaged/")
 
     def _begin_interval(self, objective: Objective) -> None:
         objective.totals = Totals()
@@ -146,22 +153,29 @@ class Journal(Callback):
         )
         self._begin_interval(objective)
 
-    def _timed_validation(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int) -> float:
+    def _timed_validation(
+        self, trainer: Trainer, objective: Objective, *, step: int, tokens: int, called: str = "validation/"
+    ) -> float:
         """Validate; seconds that it took."""
         before = time.perf_counter()
-        self._validate(trainer, objective, step=step, tokens=tokens)
+        self._validate(trainer, objective, step=step, tokens=tokens, called=called)
         seconds = time.perf_counter() - before
         self.validation_seconds += seconds
         return seconds
 
     @torch.no_grad()
-    def _validate(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int) -> None:
-        """Write down what is found on held-out rows; ranks share them."""
+    def _validate(self, trainer: Trainer, objective: Objective, *, step: int, tokens: int, called: str) -> None:
+        """Write down what is found on held-out rows; ranks share them.
+
+        Args:
+            called: what figures begin with, instead of validation/.
+        """
         objective.eval()
         with trainer.precision_plugin.val_step_context():
             totals = self.validate(objective, trainer.global_rank, trainer.world_size)
         objective.train()
         means = totals.means(_gather if trainer.world_size > 1 else None)
+        means = {name.replace("validation/", called, 1): value for name, value in means.items()}
         if means:
             self.last |= means
             self._append(trainer, {"step": step, "tokens": tokens, **means})

@@ -35,6 +35,7 @@ PLACES = {
     "own_conversations": "sft",
     "own_pairs": "dpo",
     "selected": "sft",
+    "judged": "sft",
     "selected_pairs": "dpo",
     "comparisons": "reward",
     "dpo": "dpo",

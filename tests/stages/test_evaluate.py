@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -157,6 +158,18 @@ def test_no_held_out_document_is_long_enough(evaluated, models):
     metrics, output = evaluated(models[0], full_context=5000)
     assert not LATE & set(metrics)
     assert not (output / "loss_by_position.json").exists()
+
+
+def test_last_weights_are_measured_beside_their_average(evaluated, models, tmp_path):
+    shutil.copytree(models[0] / "model", tmp_path / "model")
+    shutil.copytree(models[1] / "model", tmp_path / "last")
+    both, _ = evaluated(tmp_path)
+    one, _ = evaluated(models[0])
+    other, _ = evaluated(models[1])
+    for name in ("perplexity/prose", "perplexity/lists"):
+        assert both[name] == one[name]
+        assert both[f"last/{name}"] == other[name] != one[name]
+    assert not any(name.startswith("last/") for name in one)
 
 
 def test_implicit_rewards_need_a_predecessor(evaluated, models):
