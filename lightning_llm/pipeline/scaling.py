@@ -310,6 +310,8 @@ def _scaled_learning_rate(
         return replace(lr, **changes)
     stretch = 1.0 if own.tokens is None else tokens / own.tokens
     floor = min(scale.minimum_warmup_steps * batch[0]["value"], tokens / 2)
+    if not any((lr.warmup_share, lr.warmup_tokens, lr.warmup_steps)):
+        return replace(lr, **changes)  # a stage without one gets none
     if lr.warmup_share is not None:
         changes["warmup_share"] = max(lr.warmup_share, floor / tokens)
     elif lr.warmup_tokens is not None:

@@ -1,0 +1,211 @@
+"""Do merged policies earn more reward for their KL than single ones? WARP after one and two rounds, per seed.
+Writes results/warp.json and docs/images/warp.svg.
+
+    python benchmarks/warp.py [--seeds 0 1 2] [overrides ...]
+
+The reward is the exact answer to held-out questions, sampled at temperature 1; KL is to the SFT model, in nats per
+response. A single policy is trained as many steps as two rounds, with the SFT model as its anchor all the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import claims
+import machine
+import torch
+from learning import spread
+from reward_models import run
+from torch import Tensor
+
+from lightning_llm.data.token_store import TokenStore
+from lightning_llm.data.tokenizer import Tokenizer
+from lightning_llm.evaluation.judges import Question, verify
+from lightning_llm.evaluation.preference import kl_to_reference, response_logps
+from lightning_llm.evaluation.tasks import respond, sample_questions
+from lightning_llm.merging.averaging import linear, liti
+from lightning_llm.models import Transformer
+
+RESULT = Path(__file__).resolve().parent / "results" / "warp.json"
+PICTURE = machine.REPOSITORY / "docs" / "images" / "warp.svg"
+QUESTIONS, TOKENS = 1000, 4096  # held out; of a pass
+PROMPTS = 2000  # of a policy's training: 32 steps of 64
+SINGLE = [  # at nano, as the policies are there; for as many steps as one of them in two rounds
+    "+stage@stages.single=rlhf", "objective@stages.single.objective=rloo", "judge@stages.single.judge=exact_answer",
+    "stages.single.starts_from=sft", "stages.single.objective.beta=0.1", "stages.single.context=1024",
+    "stages.single.rollout={prompts: 64, per_prompt: 4, epochs: 1, sampling: {temperature: 0.9}}",
+    "stages.single.lr.peak=1e-4", f"stages.single.examples={2 * PROMPTS}", "stages.single.evaluate=false",
+]  # fmt: skip
+WORDS = [
+    f"scale.phases.online.examples={PROMPTS}", "stages.warp.rounds=2",
+    *(f"stages.warp.stages.{name}.evaluate=false" for name in ("one", "two", "merged")),
+]  # fmt: skip
+ETAS = (0.25, 0.5, 0.75, 1.0)  # of the way from the SFT model to each of these
+FRONTS = {"single policy": "single", "WARP, round 1": "warp1.merged", "WARP, round 2": "warp2.merged"}
+State = Mapping[str, Tensor]
+
+
+class Plane:
+    """Held-out questions, and what a model's answers to them are worth and how far they are from the SFT model's."""
+
+    def __init__(self, artifacts: Path, seed: int):
+        self.artifacts, self.seed = artifacts, seed
+        self.tokenizer = Tokenizer.load(artifacts / "tokenizer" / "tokenizer")
+        held_out = sorted((artifacts / "evaluation.prepare" / "sources" / "tasks").glob("*/validation"))
+        self.questions: list[Question] = sample_questions(
+            {path.parent.name: TokenStore.open(path) for path in held_out}, QUESTIONS
+        )
+        self.reference = self.model("sft")
+
+    def model(self, name: str) -> Transformer:
+        return Transformer.from_pretrained(self.artifacts / name / "model").eval()
+
+    def state(self, name: str) -> State:
+        return self.model(name).state_dict()
+
+    def point(self, state: State) -> dict[str, float]:
+        """Reward and KL of a model's own samples."""
+        model = self.model("sft")
+        model.load_state_dict(state)
+        with torch.inference_mode():
+            drawn = respond(
+                model, self.questions, decode=self.tokenizer.decode, stop_ids=self.tokenizer.stop_ids,
+                max_new_tokens=48, max_tokens=TOKENS, temperature=1.0, seed=self.seed,
+            )  # fmt: skip
+            prompts, ids = [question.prompt_ids for question in self.questions], [[each.ids] for each in drawn]
+            policy, reference = (response_logps(each, prompts, ids, TOKENS)[:, 0] for each in (model, self.reference))
+        right = [verify(question, response) for question, response in zip(self.questions, drawn, strict=True)]
+        return {"reward": statistics.fmean(right), "kl": kl_to_reference(policy, reference)}
+
+
+def measure(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """All points of one seed."""
+    words = [*WORDS, *overrides]
+    folder = run("recipe=warp", f"seed={seed}", "until=warp2.merged", *words)
+    single = run("recipe=warp", f"seed={seed}", "until=single", *SINGLE, *words)
+    plane = Plane(folder / "artifacts", seed)
+    start = plane.state("sft")
+    states = {name: plane.state(name) for name in ("warp1.one", "warp1.two", "warp1.merged", "warp2.merged")}
+    states["single"] = Transformer.from_pretrained(single / "artifacts" / "single" / "model").state_dict()
+    points = {"sft": plane.point(start)} | {name: plane.point(state) for name, state in states.items()}
+    points["warp1.lerp"] = plane.point(linear([states["warp1.one"], states["warp1.two"]]))
+    fronts = {
+        title: [points["sft"], *(plane.point(liti(start, states[name], eta)) for eta in ETAS)]
+        for title, name in FRONTS.items()
+    }
+    angle = json.loads((folder / "artifacts" / "warp1.merged" / "stage.json").read_text())["metrics"]
+    return {"points": points, "fronts": fronts, "angle": angle["task_vectors/angle"]}
+
+
+def reward_at(front: Sequence[Mapping[str, float]], kl: float) -> float:
+    """Reward of a front at a KL, linear between its points; at its ends as there."""
+    ordered = sorted(front, key=lambda point: point["kl"])
+    for one, two in itertools.pairwise(ordered):
+        if one["kl"] <= kl <= two["kl"] and two["kl"] > one["kl"]:
+            share = (kl - one["kl"]) / (two["kl"] - one["kl"])
+            return one["reward"] + share * (two["reward"] - one["reward"])
+    return ordered[0]["reward"] if kl < ordered[0]["kl"] else ordered[-1]["reward"]
+
+
+def advantages(found: Sequence[Mapping[str, Any]], one: str, other: str) -> list[float]:
+    """For each seed by how much the reward of front `one` lies above that of `other`, at the largest KL of both."""
+    gains = []
+    for seed in found:
+        kl = min(max(point["kl"] for point in seed["fronts"][name]) for name in (one, other))
+        gains.append(reward_at(seed["fronts"][one], kl) - reward_at(seed["fronts"][other], kl))
+    return gains
+
+
+def judge(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the paper says, in the mean over the seeds."""
+    rewards = {name: [seed["points"][name]["reward"] for seed in found] for name in found[0]["points"]}
+    parents = [max(one, two) for one, two in zip(rewards["warp1.one"], rewards["warp1.two"], strict=True)]
+    single, first, second = FRONTS
+    values = {
+        "SLERP of two policies earns more than the better one of them (reward)": [
+            merged - parent for merged, parent in zip(rewards["warp1.merged"], parents, strict=True)
+        ],
+        "SLERP earns more than LERP (reward)": [
+            arc - line for arc, line in zip(rewards["warp1.merged"], rewards["warp1.lerp"], strict=True)
+        ],
+        "Merged policies earn more than a single one at the same KL (reward)": advantages(found, first, single),
+        "A second round earns more than the first at the same KL (reward)": advantages(found, second, first),
+    }
+    return [
+        claims.claim(f"{says}, mean over seeds", statistics.fmean(each), {"values": each}, above=0.0)
+        for says, each in values.items()
+    ]
+
+
+def table(points: Mapping[str, Any]) -> list[str]:
+    """Lines of the table of points: reward and KL of each seed."""
+    rows = [
+        [name, ", ".join(f"{value:.3f}" for value in found["reward"]["values"]),
+         ", ".join(f"{value:.2f}" for value in found["kl"]["values"])]
+        for name, found in points.items()
+    ]  # fmt: skip
+    head = ["model", "reward, by seed", "KL to the SFT model, nats"]
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def draw(found: Sequence[Mapping[str, Any]]) -> None:
+    """The fronts of every seed, and the policies as crosses."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "warp"  # the same picture from the same figures
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, len(found), figsize=(3.8 * len(found), 3.4), squeeze=False)
+    for axes, seed in zip(panels[0], found, strict=True):
+        for title, front in seed["fronts"].items():
+            axes.plot([p["kl"] for p in front], [p["reward"] for p in front], marker="o", markersize=4, label=title)
+        for name in ("warp1.one", "warp1.two", "warp1.lerp"):
+            point = seed["points"][name]
+            axes.plot(point["kl"], point["reward"], "x", color="black")
+            axes.annotate(name.partition(".")[2], (point["kl"], point["reward"]), fontsize=7)
+        axes.set(xlabel="KL to the SFT model, nats", ylabel="reward")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
+    arguments = parser.parse_args()
+
+    found = [measure(seed, arguments.overrides) for seed in arguments.seeds]
+    points = {
+        name: {figure: spread([seed["points"][name][figure] for seed in found]) for figure in ("reward", "kl")}
+        for name in found[0]["points"]
+    }
+    result = {
+        "seeds": arguments.seeds,
+        "machine": machine.describe(),
+        "claims": judge(found),
+        "points": points,
+        "angle": spread([seed["angle"] for seed in found]),
+        "fronts": [seed["fronts"] for seed in found],
+    }
+    arguments.result.parent.mkdir(parents=True, exist_ok=True)
+    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+    print("\n".join(table(points)))
+    if arguments.result == RESULT:
+        draw(found)
+    for entry in result["claims"]:
+        print(f"{'holds' if entry['holds'] else 'FAILS'}  {entry['claim']}: {entry['value']:.4g}")
+    claims.finish([entry["holds"] for entry in result["claims"]])
+
+
+if __name__ == "__main__":
+    main()
