@@ -18,7 +18,14 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.checks import LENGTHS, WARMUPS, check, check_rounds
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
 from lightning_llm.pipeline.reader import build_settings
-from lightning_llm.pipeline.rounds import refuse_twice, stages_of_rounds, typed_key, unrolled, unrolled_keys
+from lightning_llm.pipeline.rounds import (
+    published_in_round,
+    refuse_twice,
+    stages_of_rounds,
+    typed_key,
+    unrolled,
+    unrolled_keys,
+)
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import ComputeConfig, StageConfig, TrainStage
 from lightning_llm.training.config import LoggerConfig
@@ -114,17 +121,12 @@ def _unrolled(recipe: Recipe) -> Recipe:
         stages=unrolled(recipe.stages),
         pinned=frozenset(unrolled_keys(recipe.pinned, recipe.stages)),
         published={
-            key: recipe.published[typed] if turn is None else _in_turn(recipe.published[typed], turn)
+            key: published_in_round(typed, recipe.published[typed], turn, recipe.stages)
             for key, (typed, turn) in unrolled_keys(recipe.published, recipe.stages).items()
         },
     )
     stages = {name: _one_length(recipe, name, stage) for name, stage in recipe.stages.items()}
     return dataclasses.replace(recipe, stages=stages)
-
-
-def _in_turn(values: Any, turn: int) -> Any:
-    """Of a list over the rounds the entry of one; its last where the user has asked for more rounds."""
-    return values[min(turn, len(values) - 1)] if isinstance(values, list) and values else values
 
 
 def _one_length(recipe: Recipe, name: str, stage: StageConfig) -> StageConfig:

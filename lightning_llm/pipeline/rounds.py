@@ -8,6 +8,7 @@ round, as the context that is lengthened in steps, stand in `by_round.<stage>.<s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -122,6 +123,25 @@ def unrolled_keys(keys: Iterable[str], stages: Mapping[str, StageConfig]) -> dic
         else:
             found[key] = key, None
     return found
+
+
+def published_in_round(key: str, value: Any, turn: int | None, stages: Mapping[str, StageConfig]) -> Any:
+    """What the recipe says in one round for a setting that the user has set.
+
+    Args:
+        key: as it is typed.
+        value: what the recipe has there.
+        turn: of the round, where it is typed for each of them; none: for all.
+        stages: of the recipe, not yet unrolled.
+    """
+    if turn is None:
+        return value
+    if isinstance(value, list) and value:
+        return value[min(turn, len(value) - 1)]  # its last, where the user has asked for more rounds
+    _, name, _, own, *path = key.split(".")  # the recipe has the same in all rounds
+    group = stages[name]
+    assert isinstance(group, RoundsStage), "unrolled_keys says so"
+    return functools.reduce(getattr, path, group.stages[own])
 
 
 def refuse_twice(keys: Iterable[str], stages: Mapping[str, StageConfig]) -> None:
