@@ -127,7 +127,7 @@ def grid_of(needles: Sequence[Needle], hits: Sequence[bool]) -> dict[str, Any]:
     cells: dict[tuple[int, float], list[bool]] = {}
     for needle, hit in zip(needles, hits, strict=True):
         cells.setdefault((needle.length, needle.depth), []).append(hit)
-    lengths, depths = (sorted({cell[place] for cell in cells}) for place in (0, 1))
+    lengths, depths = sorted({length for length, _ in cells}), sorted({depth for _, depth in cells})
     shares = [[sum(cells[length, depth]) / len(cells[length, depth]) for depth in depths] for length in lengths]
     return {"lengths": lengths, "depths": depths, "found": shares, "trials": len(hits) // max(len(cells), 1)}
 
