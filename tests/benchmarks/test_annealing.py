@@ -1,26 +1,9 @@
-"""The page on annealing says what the committed results say; what is made of metrics, by hand."""
+"""What the benchmark of annealing makes of metrics, by hand."""
 
 import json
 import math
-from pathlib import Path
 
 import pytest
-
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods" / "annealing.md"
-
-
-def test_the_page_has_the_figures_of_the_results(benchmarks):
-    import annealing  # pyright: ignore[reportMissingImports]
-
-    result = json.loads(annealing.RESULT.read_text())
-    page = PAGE.read_text("utf-8")
-    for table in (annealing.average_table(result["averages"]), annealing.data_table(result["data"])):
-        assert "\n".join(table) in page
-    assert len(result["seeds"]) >= 3
-    again = annealing.verdicts(result["averages"], result["data"])
-    assert again == result["claims"]
-    assert annealing.PICTURE.is_file()
-    assert annealing.PICTURE.name in page
 
 
 def test_gains_are_of_the_same_seed(benchmarks):
