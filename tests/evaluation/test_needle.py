@@ -38,7 +38,7 @@ def haystack(tokenizer):
 
 @pytest.fixture(scope="module")
 def needles(tokenizer, haystack):
-    return hide(tokenizer, haystack, CONFIG, longest=400, seed=0)
+    return hide(tokenizer, haystack, CONFIG, longest=480, seed=0)
 
 
 def test_lengths_are_halves_and_depths_reach_both_ends():
@@ -51,7 +51,7 @@ def test_lengths_are_halves_and_depths_reach_both_ends():
 def test_a_needle_stands_where_it_should_in_a_text_of_the_right_length(tokenizer, needles):
     assert len(needles) == 3 * 5 * 3
     assert {(needle.length, needle.depth) for needle in needles} == {
-        (length, depth) for length in (100, 200, 400) for depth in (0, 0.25, 0.5, 0.75, 1)
+        (length, depth) for length in (120, 240, 480) for depth in (0, 0.25, 0.5, 0.75, 1)
     }
     for needle in needles:
         assert len(needle.prompt) + len(needle.answers[0]) == needle.length
@@ -67,9 +67,9 @@ def test_a_needle_stands_where_it_should_in_a_text_of_the_right_length(tokenizer
 
 
 def test_the_seed_decides_and_a_length_without_room_is_left_out(tokenizer, haystack, needles):
-    again = hide(tokenizer, haystack, CONFIG, longest=400, seed=0)
+    again = hide(tokenizer, haystack, CONFIG, longest=480, seed=0)
     assert all(np.array_equal(a.prompt, b.prompt) for a, b in zip(needles, again, strict=True))
-    other = hide(tokenizer, haystack, CONFIG, longest=400, seed=1)
+    other = hide(tokenizer, haystack, CONFIG, longest=480, seed=1)
     assert not any(np.array_equal(a.prompt, b.prompt) for a, b in zip(needles, other, strict=True))
     widest = max(len(tokenizer.encode(f"\nThe key of {owner} is 0000.\n")) for owner in OWNERS)
     short = hide(tokenizer, haystack, CONFIG, longest=8 * widest, seed=0)
@@ -104,16 +104,16 @@ def test_likelihood_is_a_choice_between_keys(talker, needles):
 
 
 def test_the_grid_is_the_shares_by_hand(needles):
-    hits = [needle.length == 200 and needle.depth >= 0.5 for needle in needles]
-    hits[-1] = True  # one of three at 400 tokens, at the end
+    hits = [needle.length == 240 and needle.depth >= 0.5 for needle in needles]
+    hits[-1] = True  # one of three at 480 tokens, at the end
     grid = grid_of(needles, hits)
     assert grid == {
-        "lengths": [100, 200, 400],
+        "lengths": [120, 240, 480],
         "depths": [0, 0.25, 0.5, 0.75, 1],
         "found": [[0] * 5, [0, 0, 1, 1, 1], [0, 0, 0, 0, pytest.approx(1 / 3)]],
         "trials": 3,
     }
-    assert needle_metrics(grid) == {"needle/100": 0, "needle/200": 0.6, "needle/400": pytest.approx(1 / 15)}
+    assert needle_metrics(grid) == {"needle/120": 0, "needle/240": 0.6, "needle/480": pytest.approx(1 / 15)}
 
 
 @pytest.mark.parametrize(

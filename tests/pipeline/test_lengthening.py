@@ -74,7 +74,7 @@ def test_the_users_own_steps():
         (["+stages.lengthen.by_round.steep.context=[1]"], r"by_round\.steep: there is no stage steep.* step"),
         (["stages.lengthen.stages.step.context=512"], rf"is another one in each round\. Give {STEP}\.context="),
         (["stages.lengthen.stages.step.gate.needle=2"], "needle is a share"),
-        (["stages.lengthen.stages.step.evaluate=false"], r"step\.gate: is given, .* evaluate=true"),
+        (["stages.lengthen.stages.step.evaluate=false"], r"step\.gate: is given, .*evaluate=true"),
         (
             ["stages.pretrain.evaluate=false"],
             r"gate\.short_context: is given, and nothing is known of the model before",
@@ -101,9 +101,9 @@ def test_a_gate_is_in_no_key_but_its_own_and_its_evaluation_s():
 
 
 def test_needles_of_a_scale_change_no_evaluation_that_hides_none():
-    plain, other = nodes_of("qwen2"), nodes_of("qwen2", "+scale.evaluation.needle.answer=likelihood")
+    plain, other = nodes_of("qwen2"), nodes_of("qwen2", "scale.evaluation.needle.answer=greedy")
     assert all(plain[name].settings == node.settings for name, node in other.items())
-    asked = nodes_of("qwen2", "+scale.evaluation.needle.answer=likelihood", "evaluation.needle.trials=2")
+    asked = nodes_of("qwen2", "evaluation.needle.trials=2")
     assert asked["sft.evaluate"].settings.evaluation.needle == NeedleConfig(trials=2, answer="likelihood")
     more = asked["sft.evaluate"].figures["tokens"] - plain["sft.evaluate"].figures["tokens"]
     assert more == 2 * 10 * (128 + 256 + 512 + 1024)
