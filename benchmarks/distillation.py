@@ -53,10 +53,12 @@ STUDENT = "stages.student.objective"
 # ---- students ----
 
 
-def sweep(targets: str, seeds: Sequence[int], overrides: Sequence[str], folder: Path) -> list[dict[str, Any]]:
+def sweep(
+    targets: str, weights: Sequence[float], seeds: Sequence[int], overrides: Sequence[str], folder: Path
+) -> list[dict[str, Any]]:
     """One multirun over seeds and weights: what each student has learnt, by its run."""
     runs = folder / targets
-    words = [f"seed={','.join(map(str, seeds))}", f"{STUDENT}.teacher_weight={','.join(map(str, WEIGHTS))}"]
+    words = [f"seed={','.join(map(str, seeds))}", f"{STUDENT}.teacher_weight={','.join(map(str, weights))}"]
     launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", f"runs={runs}", *overrides)
     found = [read_student(path.parent) for path in runs.glob("distillation/*/run.json")]
     return sorted(found, key=lambda each: (each["weight"], each["seed"]))
@@ -111,7 +113,11 @@ def measure(artifact: Path, run: Path) -> dict[str, float]:
 def students(seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
     """Every weight of every kind of target, and what decides the claims: differences at equal seeds."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {targets: sweep(targets, seeds, overrides, Path(folder)) for targets in TARGETS}
+        found = {"top1": sweep("top1", WEIGHTS, seeds, overrides, Path(folder))}
+        from_scratch = [
+            each for each in found["top1"] if not each["weight"]
+        ]  # the teacher is not heard, whatever is kept
+        found["top_k"] = from_scratch + sweep("top_k", WEIGHTS[1:], seeds, overrides, Path(folder))
         table = {
             targets: {
                 str(weight): {
@@ -159,8 +165,8 @@ def students(seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
         "claims": judged,
         "students": table,
         "teacher": teacher,
-        "tokens": found["top_k"][0]["tokens"],
-        "asked": {targets: runs[0]["asked"] for targets, runs in found.items()},
+        "tokens": found["top_k"][-1]["tokens"],
+        "asked": {targets: runs[-1]["asked"] for targets, runs in found.items()},
         "kept": kept,
     }
 
