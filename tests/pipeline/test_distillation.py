@@ -64,7 +64,7 @@ def test_the_plan_knows_what_is_kept(stored_as, of_token):
 
 
 def test_a_live_teacher_costs_flops_and_memory_in_every_step():
-    words = [*STUDENT, "model@stages.pretrain.model=qwen2_72b"]
+    words = [*STUDENT, "+model@stages.pretrain.model=qwen2_72b"]
     kept, live = nodes_of(*words), nodes_of(*words, "stages.student.objective.targets=full")
     assert "student.teacher" not in live
     assert live["student"].inputs["teacher_model"] == "long_context"
@@ -77,7 +77,7 @@ def test_a_live_teacher_costs_flops_and_memory_in_every_step():
 
 
 def test_a_stage_may_bring_its_own_model_and_the_scale_knows_a_teachers_shape():
-    recipe = scaled(compose("qwen2", overrides=[*STUDENT, "model@stages.pretrain.model=gemma2_9b"]))
+    recipe = scaled(compose("qwen2", overrides=[*STUDENT, "+model@stages.pretrain.model=gemma2_9b"]))
     teacher = recipe.stages["pretrain"].model
     shape = recipe.scale.shapes["teacher"]
     assert (teacher.hidden_size, teacher.num_hidden_layers) == (shape["hidden_size"], shape["num_hidden_layers"])
@@ -86,11 +86,11 @@ def test_a_stage_may_bring_its_own_model_and_the_scale_knows_a_teachers_shape():
     nodes = {node.name: node for node in plan(recipe).nodes}
     assert nodes["long_context"].settings.model == nodes["pretrain"].settings.model
     assert nodes["student"].settings.model.hidden_size == recipe.model.hidden_size
-    narrow = ["model@stages.student.model=qwen2_0_5b", "stages.student.model.hidden_size=64"]
+    narrow = ["+model@stages.student.model=qwen2_0_5b", "stages.student.model.hidden_size=64"]
     own = scaled(compose("qwen2", overrides=[*STUDENT, *narrow])).stages["student"].model
     assert own.hidden_size == 64
     assert own.num_hidden_layers == recipe.model.num_hidden_layers  # of the scale's policy
-    paper = scaled(compose("qwen2", scale="paper", overrides=[*STUDENT, "model@stages.pretrain.model=qwen2_72b"]))
+    paper = scaled(compose("qwen2", scale="paper", overrides=[*STUDENT, "+model@stages.pretrain.model=qwen2_72b"]))
     assert paper.stages["pretrain"].model.hidden_size == 8192
 
 
@@ -103,7 +103,7 @@ def test_the_weight_of_a_teacher_leaves_what_it_says_alone():
     keys = [keys_of(*STUDENT, *(f"stages.student.objective.{word}" for word in words)) for words in others]
     taught = [weights[0]["student.teacher"], *(key["student.teacher"] for key in keys)]
     taught.append(keys_of(*STUDENT, "stages.student.learns_from=pretrain")["student.teacher"])
-    taught.append(keys_of(*STUDENT, "stages.student.data.sources.web.options.rows=3")["student.teacher"])
+    taught.append(keys_of(*STUDENT, "scale.corpora.web.max_rows=30")["student.teacher"])
     assert len(set(taught)) == len(taught)
 
 
@@ -119,7 +119,7 @@ def test_a_teacher_of_elsewhere_brings_its_tokenizer_and_vocabulary(talker):
 def test_sequences_and_own_responses_of_a_student():
     nodes = nodes_of(recipe="distillation")
     assert nodes["answers"].inputs["model.0"] == "larger_sft"
-    assert nodes["written"].inputs == {"samples.0": "answers"}
+    assert nodes["written"].inputs == {"samples.0.0": "answers"}
     assert nodes["sft.prepare"].inputs["source.written"] == "written"
     on_policy = nodes["on_policy"]
     assert (on_policy.inputs["starts_from"], on_policy.inputs["teacher_model"]) == ("sft", "larger_sft")
@@ -139,7 +139,7 @@ def test_sequences_and_own_responses_of_a_student():
         (["stages.sft.learns_from=pretrain"], "stages.sft.learns_from: is given, and causal_lm knows no teacher"),
         (["stages.student.starts_from=long_context"], "stages.student.learns_from: is long_context, which the stage"),
         (["stages.student.objective.targets=top_p"], "targets is top1, top_k or full"),
-        (["model@stages.sft.model=qwen2_7b"], "stages.sft.model: is given, and the stage starts from"),
+        (["+model@stages.sft.model=qwen2_7b"], "stages.sft.model: is given, and the stage starts from"),
         (["stages.student.objective.kk=3"], "kk is not a setting of distillation"),
         (
             ["+stage@stages.reward=reward_model", "stages.reward.starts_from=sft", "stages.reward.tokens=1e6",
@@ -163,7 +163,7 @@ def test_a_mistake_is_one_line(words, says):
 @pytest.mark.slow
 def test_a_run_with_a_teacher_that_is_there_and_a_sweep_that_asks_it_once(beside, run_folder, tmp_path):
     words = [*beside(tmp_path), *STUDENT, "stages.student.evaluate=false", "stages.student.tokens=8000"]
-    words += ["model@stages.student.model=qwen2_0_5b", "stages.student.model.hidden_size=16"]
+    words += ["+model@stages.student.model=qwen2_0_5b", "stages.student.model.hidden_size=16"]
     words += ["stages.student.model.num_attention_heads=2", "stages.student.model.num_key_value_heads=1"]
     words += ["stages.student.model.num_hidden_layers=1", "stages.student.model.intermediate_size=32"]
     first = run(compose("qwen2", overrides=words), until="student")
