@@ -167,8 +167,7 @@ def test_a_run_with_a_teacher_that_is_there_and_a_sweep_that_asks_it_once(beside
     words += ["stages.student.model.num_attention_heads=2", "stages.student.model.num_key_value_heads=1"]
     words += ["stages.student.model.num_hidden_layers=1", "stages.student.model.intermediate_size=32"]
     first = run(compose("qwen2", overrides=words), until="student")
-    made = {name for name, stage in first.stages.items() if not stage["reused"]}
-    assert made == {"student.prepare", "student.teacher", "student"} - made_before(first)
+    assert not any(first.stages[name]["reused"] for name in ("student.teacher", "student"))
     record = json.loads((first.artifact("student.teacher") / "stage.json").read_text())
     assert record["metrics"]["bytes_per_token"] == 2
     assert record["metrics"]["tokens_per_second"] > 0
@@ -176,11 +175,6 @@ def test_a_run_with_a_teacher_that_is_there_and_a_sweep_that_asks_it_once(beside
     assert {name for name, stage in again.stages.items() if not stage["reused"]} == {"student"}
     losses = [result.stages["student"]["metrics"]["validation/loss"] for result in (first, again)]
     assert losses[0] != losses[1]
-
-
-def made_before(record):
-    """Data that another stage of the finished run has prepared already."""
-    return {name for name, stage in record.stages.items() if stage["reused"]}
 
 
 @pytest.mark.slow
