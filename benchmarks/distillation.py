@@ -1,10 +1,11 @@
 """What is a teacher worth at equal tokens, what does keeping a part of it lose, and what does it cost?
 
-    python benchmarks/distillation.py [students] [speed] [overrides ...] [--seeds 0 1 2]
+    python benchmarks/distillation.py [students] [speed] [overrides ...] [--seeds 0 1 2] [--teachers FOLDER ...]
 
 Writes results/distillation.json and docs/images/distillation.svg. `students` sweeps the mixture of label and teacher
-over the recipe `distillation`, a Hydra multirun for each kind of target; a teacher is asked once. Of the
-first seed's teacher and student it also measures how much of their divergence is left in what is kept.
+over the recipe `distillation`, a Hydra multirun for each kind of target and seed; a teacher is asked once. Of the first
+seed's teacher and student it also measures how much of their divergence is left in what is kept. Without a teacher that
+is there, one for each seed, the recipe trains them.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from lightning_llm.objectives.base import Objective
 from lightning_llm.objectives.config import CausalLMConfig, DistillationConfig
 from lightning_llm.optimization.config import AdamWConfig
 from lightning_llm.optimization.window import optimizer_step
+from lightning_llm.stages.context import model_directory
 
 PARTS = ("students", "speed")
 RUN = ["recipe=distillation", "until=student", "stages.larger.evaluate=false", "stages.student.evaluate=false"]
@@ -48,18 +50,24 @@ TARGETS = {"top1": "the teacher's favourite (AFM)", "top_k": "64 kept ids and th
 HELD_OUT = 12_000  # tokens of each domain
 CONTEXT, MOST = 128, 16_384  # of documents, of a pass
 STUDENT = "stages.student.objective"
+SIZED = {"student": "held_out", "teacher": "teacher"}  # who -> where its figures are
 
 
 # ---- students ----
 
 
 def sweep(
-    targets: str, weights: Sequence[float], seeds: Sequence[int], overrides: Sequence[str], folder: Path
+    targets: str, weights: Sequence[float], teachers: dict[int, list[str]], overrides: Sequence[str], folder: Path
 ) -> list[dict[str, Any]]:
-    """One multirun over seeds and weights: what each student has learnt, by its run."""
+    """One multirun over weights for each seed: what each student has learnt.
+
+    Args:
+        teachers: seed -> words that name its teacher; none: it is trained.
+    """
     runs = folder / targets
-    words = [f"seed={','.join(map(str, seeds))}", f"{STUDENT}.teacher_weight={','.join(map(str, weights))}"]
-    launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", f"runs={runs}", *overrides)
+    for seed, teacher in teachers.items():
+        words = [f"seed={seed}", *teacher, f"{STUDENT}.teacher_weight={','.join(map(str, weights))}"]
+        launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", f"runs={runs}", *overrides)
     found = [read_student(path.parent) for path in runs.glob("distillation/*/run.json")]
     return sorted(found, key=lambda each: (each["weight"], each["seed"]))
 
@@ -73,13 +81,16 @@ def launch(*words: str) -> None:
 def read_student(run: Path) -> dict[str, Any]:
     """A student's figures on held-out text, and where its artifacts lie."""
     record = json.loads((run / "artifacts" / "student" / "stage.json").read_text())
-    artifacts = {node: (run / "artifacts" / node).resolve() for node in ("student", "student.teacher", "larger")}
-    asked = json.loads((artifacts["student.teacher"] / "stage.json").read_text())
+    asked = json.loads((run / "artifacts" / "student.teacher" / "stage.json").read_text())
+    artifacts = {
+        "student": (run / "artifacts" / "student").resolve(),
+        "teacher": Path(asked["inputs"]["model"]["path"]),
+    }
     return {
         "seed": record["seed"],
         "weight": record["settings"]["objective"]["teacher_weight"],
         "held_out": measure(artifacts["student"], run),
-        "teacher": measure(artifacts["larger"], run),
+        "teacher": measure(artifacts["teacher"], run),
         "tokens": record["metrics"]["tokens"],
         "seconds": record["seconds"]["train"],
         "asked": {name: asked["metrics"][name] for name in ("tokens", "tokens_per_second", "bytes_per_token")},
@@ -90,7 +101,7 @@ def read_student(run: Path) -> dict[str, Any]:
 def held_out(run: Path) -> list[SegmentBatch]:
     """The same text for every model of a run."""
     batches = []
-    for source in sorted((run / "artifacts" / "evaluation.prepare" / "sources" / "text").iterdir()):
+    for source in sorted((run / "artifacts" / "student.prepare" / "sources").iterdir()):
         documents = sample_text(TokenStore.open(source / "validation"), HELD_OUT)
         pieces = [text[begin : begin + CONTEXT] for text in documents for begin in range(0, len(text), CONTEXT)]
         batches.append(SegmentBatch.from_documents([piece for piece in pieces if len(piece) > 1]))
@@ -100,24 +111,25 @@ def held_out(run: Path) -> list[SegmentBatch]:
 @torch.no_grad()
 def measure(artifact: Path, run: Path) -> dict[str, float]:
     """Nats per token, and the share of tokens that the model finds likeliest: means over the domains."""
-    model = Transformer.from_pretrained(artifact / "model").eval()
+    model = Transformer.from_pretrained(model_directory(artifact)).eval()
     nats, right = [], []
     for batch in held_out(run):
         hidden = model(batch)[batch.predictors]
         nats.append(float(-model.log_likelihood(hidden, batch.target_ids).mean()))
         ids, _ = model.top_log_probabilities(hidden, batch.target_ids, 1)
         right.append(float((ids[:, 0] == batch.target_ids).float().mean()))
-    return {"nats": statistics.fmean(nats), "right": statistics.fmean(right)}
+    size = sum(parameter.numel() for parameter in model.parameters())
+    return {"nats": statistics.fmean(nats), "right": statistics.fmean(right), "parameters": size}
 
 
-def students(seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
+def students(teachers: dict[int, list[str]], overrides: Sequence[str]) -> dict[str, Any]:
     """Every weight of every kind of target, and what decides the claims: differences at equal seeds."""
     with tempfile.TemporaryDirectory() as folder:
-        found = {"top1": sweep("top1", WEIGHTS, seeds, overrides, Path(folder))}
+        found = {"top1": sweep("top1", WEIGHTS, teachers, overrides, Path(folder))}
         from_scratch = [
             each for each in found["top1"] if not each["weight"]
         ]  # the teacher is not heard, whatever is kept
-        found["top_k"] = from_scratch + sweep("top_k", WEIGHTS[1:], seeds, overrides, Path(folder))
+        found["top_k"] = from_scratch + sweep("top_k", WEIGHTS[1:], teachers, overrides, Path(folder))
         table = {
             targets: {
                 str(weight): {
@@ -161,7 +173,9 @@ def students(seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
     ]
     return {
         "machine": machine.describe(),
-        "seeds": list(seeds),
+        "seeds": list(teachers),
+        "overrides": [word for word in overrides if not word.startswith("store.")],
+        "parameters": {who: found["top_k"][-1][name]["parameters"] for who, name in SIZED.items()},
         "claims": judged,
         "students": table,
         "teacher": teacher,
@@ -185,7 +199,8 @@ def measure_kept(folder: Path, found: dict[str, list[dict[str, Any]]]) -> dict[s
     run = next((folder / "top_k").glob("distillation/*/run.json")).parent
     one = next(each for each in found["top_k"] if each["weight"] == 1)
     teacher, student = (
-        Transformer.from_pretrained(Path(one["artifacts"][node]) / "model").eval() for node in ("larger", "student")
+        Transformer.from_pretrained(model_directory(Path(one["artifacts"][who]))).eval()
+        for who in ("teacher", "student")
     )
     rows: dict[str, list[tuple[float, float, float]]] = {}
     whole_sum = count = 0.0
@@ -228,14 +243,15 @@ def measure_kept(folder: Path, found: dict[str, list[dict[str, Any]]]) -> dict[s
 # ---- speed ----
 
 
-def speed(overrides: Sequence[str], steps: int = 60) -> dict[str, Any]:
+def speed(teacher: Sequence[str], overrides: Sequence[str], steps: int = 60) -> dict[str, Any]:
     """CPU-seconds of steps with a kept teacher over those without, in turns on the same windows, on one thread."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = {}
         for k in (1, 8, 64):
             runs = Path(folder) / str(k)
-            launch(*RUN, "seed=0", f"{STUDENT}.targets=top_k", f"{STUDENT}.k={k}", f"runs={runs}", *overrides)
+            words = [f"{STUDENT}.targets=top_k", f"{STUDENT}.k={k}", f"runs={runs}"]
+            launch(*RUN, "seed=0", *teacher, *words, *overrides)
             found[str(k)] = ratios(next(runs.glob("distillation/*/run.json")).parent, k, steps)
     ratio = found["64"]["ratio"]["median"]
     judged = [claims.claim("CPU-seconds of a step from 64 kept ids over those of plain training", ratio, at_most=1.15)]
@@ -363,18 +379,22 @@ def draw(found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--teachers", nargs="+", default=[], help="folders of models, one for each seed")
     parser.add_argument("words", nargs="*", help=f"parts ({', '.join(PARTS)}; all if none), and overrides")
     arguments = parser.parse_args()
     parts = [word for word in arguments.words if word in PARTS] or PARTS
     overrides = [word for word in arguments.words if word not in PARTS]
+    teachers: dict[int, list[str]] = {seed: [] for seed in arguments.seeds}
+    for seed, folder in zip(arguments.seeds, arguments.teachers, strict=bool(arguments.teachers)):
+        teachers[seed] = [f"stages.student.learns_from={Path(folder).resolve()}"]
     verdicts = []
     if "students" in parts:
-        found = students(arguments.seeds, overrides)
+        found = students(teachers, overrides)
         verdicts.append(claims.write_part("distillation", "students", found))
         print("\n".join([*student_table(found), "", *kept_table(found)]))
         draw(found)
     if "speed" in parts:
-        verdicts.append(claims.write_part("distillation", "speed", speed(overrides)))
+        verdicts.append(claims.write_part("distillation", "speed", speed(teachers[arguments.seeds[0]], overrides)))
     claims.finish(verdicts)
 
 
