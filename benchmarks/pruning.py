@@ -59,7 +59,6 @@ def read(folder: Path) -> dict[str, Any]:
         found[name] = {
             "curve": [(line["tokens"], line["validation/loss"]) for line in lines if "validation/loss" in line],
             "seconds": record["seconds"]["total"],
-            "flops": record["flops"],
             "metrics": record["metrics"],
         }
     return found
@@ -73,15 +72,14 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """
     arms = {}
     for arm, seeds in runs.items():
-        curves = [run["parent" if arm == BASELINE else "core"]["curve"] for run in seeds]
+        own = ["parent"] if arm == BASELINE else ["masks", "prune", "core"]  # the last is the small model's training
+        curves = [run[own[-1]]["curve"] for run in seeds]
         arms[arm] = {
             "tokens": [tokens for tokens, _ in curves[0]],
             "curve": [statistics.fmean(at) for at in zip(*([loss for _, loss in c] for c in curves), strict=True)],
             "before": spread([curve[0][1] for curve in curves]),
             "after": spread([curve[-1][1] for curve in curves]),
-            "seconds": spread(
-                [sum(stage["seconds"] for name, stage in run.items() if name != "parent") for run in seeds]
-            ),
+            "seconds": spread([sum(run[name]["seconds"] for name in own if name in run) for run in seeds]),
         }
     scratch = arms[BASELINE]["after"]["values"]
     claims = []

@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.compilation import compile_parts, refuse_absent_compiler
+from lightning_llm.models.masked import MaskedTransformer
 from lightning_llm.settings import UserError
 
 # what torch's tracer and its imports do to themselves
@@ -97,3 +98,19 @@ def test_without_a_compiler_nothing_begins(tiny, tmp_path):
         "error: compute.compile: finds no C++ compiler. Install g++ or name one in CXX, or leave compile off.\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_compiled_part_follows_the_masks_of_each_pass(compiled):
+    """And hands them gradients (models/masked.py)."""
+    model, other = (MaskedTransformer.from_backbone(each, seed=1) for each in compiled)
+    compile_parts(other)
+    for budget in (48.0, 30.0, 17.0):
+        found = []
+        for each in (model, other):
+            each.budget, each.temperature = budget, 0.3
+            each.zero_grad()
+            hidden = each(batch_of(5, 9))
+            hidden.square().sum().backward()
+            found.append((hidden.detach(), torch.stack([z.grad for z in each.mask_scores])))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
