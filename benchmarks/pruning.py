@@ -23,13 +23,17 @@ from learning import spread
 
 RESULT = Path(__file__).resolve().parent / "results" / "pruning.json"
 PICTURE = machine.REPOSITORY / "docs" / "images" / "pruning.svg"
-FROM_PARENT = ["until=core", "stages.prune.starts_from=parent"]
+PLAIN = ["stages.core.learns_from=null", "objective@stages.core.objective=causal_lm"]
+RANDOM = ["stages.core.starts_from=null", "+model@stages.core.model=afm_on_device"]
+RANDOM += ["stages.core.model.intermediate_size=120"]  # as many as are left of 352
+FROM_PARENT = ["stages.prune.starts_from=parent"]
 ARMS = {  # arm -> what is typed
-    # the parent's own training, of as many tokens, at the small model's width: 120 are left of 352
-    "from scratch": ["until=parent", "model.intermediate_size=120"],
-    "magnitude": [*FROM_PARENT, "prune@stages.prune.method=magnitude"],
-    "activation": [*FROM_PARENT, "prune@stages.prune.method=activation"],
-    "learnt masks": ["until=core"],
+    "from scratch": [*PLAIN, *RANDOM],
+    "magnitude": [*PLAIN, *FROM_PARENT, "prune@stages.prune.method=magnitude"],
+    "activation": [*PLAIN, *FROM_PARENT, "prune@stages.prune.method=activation"],
+    "learnt masks": PLAIN,
+    "from scratch, distilled": RANDOM,
+    "learnt masks, distilled": [],
 }
 BASELINE = "from scratch"
 COLOURS = ("#23262b", "#c98b3a", "#4f9a6b", "#3f74b5", "#959aa3", "#a4508b")  # of the arms
@@ -37,7 +41,7 @@ COLOURS = ("#23262b", "#c98b3a", "#4f9a6b", "#3f74b5", "#959aa3", "#a4508b")  # 
 
 def train(seed: int, arm: str, overrides: list[str]) -> Path:
     """The run folder of one arm."""
-    words = ["recipe=pruning", f"seed={seed}", *ARMS[arm], *overrides]
+    words = ["recipe=pruning", f"seed={seed}", "until=core", *ARMS[arm], *overrides]
     with subprocess.Popen(machine.command("run", *words), stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         lines = [line.strip() for line in run.stdout]
@@ -49,7 +53,7 @@ def train(seed: int, arm: str, overrides: list[str]) -> Path:
 def read(folder: Path) -> dict[str, Any]:
     """Of each stage that a run has: held-out loss on its way [(tokens, nats per token)], and what it cost."""
     found = {}
-    for name in ("parent", "masks", "prune", "core"):
+    for name in ("parent", "masks", "prune", "core.teacher", "core"):
         artifact = folder / "artifacts" / name
         if not artifact.exists():
             continue
@@ -72,14 +76,13 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """
     arms = {}
     for arm, seeds in runs.items():
-        own = ["parent"] if arm == BASELINE else ["masks", "prune", "core"]  # the last is the small model's training
-        curves = [run[own[-1]]["curve"] for run in seeds]
+        curves = [run["core"]["curve"] for run in seeds]
         arms[arm] = {
             "tokens": [tokens for tokens, _ in curves[0]],
             "curve": [statistics.fmean(at) for at in zip(*([loss for _, loss in c] for c in curves), strict=True)],
             "before": spread([curve[0][1] for curve in curves]),
             "after": spread([curve[-1][1] for curve in curves]),
-            "seconds": spread([sum(run[name]["seconds"] for name in own if name in run) for run in seeds]),
+            "seconds": spread([sum(s["seconds"] for name, s in run.items() if name != "parent") for run in seeds]),
         }
     scratch = arms[BASELINE]["after"]["values"]
     claims = []

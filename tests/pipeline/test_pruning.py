@@ -138,7 +138,7 @@ def test_what_a_model_does_not_have_is_refused_in_the_plan(words, says):
 def test_a_reward_model_is_not_pruned():
     words = ["+stage@stages.reward=reward_model", "stages.reward.starts_from=core", "stages.reward.lr.peak=1e-5"]
     words += ["stages.reward.tokens=1e8", "stages.reward.batch_tokens=1e5", "stages.prune.starts_from=reward"]
-    words += [*BY_SIZE, "stages.core.starts_from=parent"]
+    words += [*BY_SIZE, "stages.core.starts_from=masks"]
     with pytest.raises(UserError, match=r"stages.prune.starts_from: reward is a reward model"):
         compose("pruning", overrides=words)
 
