@@ -150,6 +150,7 @@ def test_a_run_by_the_command_line(tiny, tmp_path, monkeypatch, capsys):
 
     monkeypatch.chdir(tmp_path)
     words = [word for word in tiny if not word.startswith(("stages.", "evaluation.preference"))]
+    words += ["stages.core.learns_from=null", "objective@stages.core.objective=causal_lm"]  # its own tests distil
     words += ["scale.phases.masks.tokens=15_000", "stages.prune.evaluate=false", "stages.parent.evaluate=false"]
     assert cli.command(["run", "recipe=pruning", *words]) == 0
     folder = Path(capsys.readouterr().out.splitlines()[-1])
