@@ -1,9 +1,9 @@
 """Is the average of an annealing better than its last weights, and does annealing tell a good data set from a bad one?
 Writes results/annealing.json and docs/images/annealing.svg.
 
-    python benchmarks/annealing.py [--seeds 0 1 2] [overrides ...]
+    python benchmarks/annealing.py [--parts averages constant_rate data] [--seeds 0 1 2] [overrides ...]
 
-All anneals of a seed start from one model, which the store holds after the first: long_context of recipe qwen2, and the
+A part's figures replace those that are there. All anneals of a seed start from one model, which the store holds after the first: long_context of recipe qwen2, and the
 half-trained one of recipe judge_data.
 """
 
@@ -29,14 +29,17 @@ from lightning_llm.data.embedded.text import READERS
 RESULT = Path(__file__).resolve().parent / "results" / "annealing.json"
 PICTURE = machine.REPOSITORY / "docs" / "images" / "annealing.svg"
 ANNEAL = ["+stage@stages.anneal=anneal", "stages.anneal.starts_from=long_context"]
-AVERAGES = {  # what is averaged on the way -> settings of the stage
-    "rate to 0, second half (as conf/stage/anneal.yaml)": [],
-    "rate to 0, all of it": ["stages.anneal.averaging.from_share=0"],
-    "rate to 0, EMA of 0.99": ["stages.anneal.averaging.method=ema", "stages.anneal.averaging.from_share=0"],
-    "constant rate, second half": ["stages.anneal.lr.schedule=constant", "stages.anneal.lr.final=null"],
+AVERAGES = {  # part -> what is averaged on the way -> settings of the stage
+    "averages": {
+        "rate to 0, second half (as conf/stage/anneal.yaml)": [],
+        "rate to 0, all of it": ["stages.anneal.averaging.from_share=0"],
+        "rate to 0, EMA of 0.99": ["stages.anneal.averaging.method=ema", "stages.anneal.averaging.from_share=0"],
+    },
+    "constant_rate": {
+        "constant rate, second half": ["stages.anneal.lr.schedule=constant", "stages.anneal.lr.final=null"],
+    },
 }
-MAIN = next(iter(AVERAGES))
-CONSTANT = list(AVERAGES)[-1]
+PARTS = (*AVERAGES, "data")
 DEFAULT, INSTRUCTIONS, SCRAMBLED = "default mix", "instructions", "scrambled web"
 PERPLEXITY, TASKS = "perplexity/", "tasks/exact_match"
 Figures = dict[str, list[dict[str, float]]]  # what was done -> metrics of each seed
@@ -113,41 +116,60 @@ def judged(found: Figures) -> dict[str, Any]:
     return summary
 
 
-def verdicts(averages: dict[str, Any], data: dict[str, Any]) -> list[dict[str, Any]]:
+def verdicts(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """What the papers say, on the worst of the seeds."""
 
     def worst(values: list[float], says: str, **bounds: float) -> dict[str, Any]:
         return claims.claim(f"{says}, worst seed", min(values), {"values": values}, **bounds)
 
-    gains = {name: averages[name]["gain"]["values"] for name in (MAIN, CONSTANT)}
-    better = "The average of an annealing predicts held-out text better than its last weights (nats)"
+    if part in AVERAGES:
+        says = "The average of an annealing predicts held-out text better than its last weights (nats)"
+        return [worst(each["gain"]["values"], f"{says}: {name}", above=0.0) for name, each in found.items()]
     right = "Annealing on demonstrations raises exact match (change against the default mix)"
     return [
-        worst(gains[MAIN], f"{better}, rate to 0", above=0.0),
-        worst(gains[CONSTANT], f"{better}, constant rate", above=0.0),
-        worst(data[INSTRUCTIONS]["right_change"]["values"], right, above=0.0),
-        worst(data[SCRAMBLED]["change"]["values"], "Scrambled text raises the loss (nats)", above=0.0),
+        worst(found[INSTRUCTIONS]["right_change"]["values"], right, above=0.0),
+        worst(found[SCRAMBLED]["change"]["values"], "Scrambled text raises the loss (nats)", above=0.0),
     ]
+
+
+def measure(part: str, seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
+    """All figures of a part."""
+    if part in AVERAGES:
+        ways = AVERAGES[part].items()
+        return averaged({name: [anneal(seed, words, overrides) for seed in seeds] for name, words in ways})
+    with tempfile.TemporaryDirectory() as folder:
+        source = f"stages.candidate.data.sources.candidate.path={scrambled(Path(folder) / 'scrambled.jsonl')}"
+        candidates = {INSTRUCTIONS: [], SCRAMBLED: [source]}
+        of_seeds = [judge(seed, candidates, overrides) for seed in seeds]
+    order = ["half-trained", DEFAULT, *candidates]
+    return judged({name: [found[name] for found in of_seeds] for name in order})
 
 
 # ---- what docs/methods/annealing.md shows ----
 
 
-def average_table(averages: dict[str, Any]) -> list[str]:
+def all_averages(result: dict[str, Any]) -> dict[str, Any]:
+    """Of all parts that are there."""
+    return {name: found for part in AVERAGES if part in result for name, found in result[part]["found"].items()}
+
+
+def average_table(result: dict[str, Any]) -> list[str]:
     """Lines of the table of averages: nats per token, mean over domains, and the gain of each seed."""
     rows = [
         [name, f"{found['last']['mean']:.4f}", f"{found['average']['mean']:.4f}", _signed(found["gain"])]
-        for name, found in averages.items()
+        for name, found in all_averages(result).items()
     ]
     return _table(["annealing", "last weights", "average", "gain, by seed"], rows)
 
 
-def data_table(data: dict[str, Any]) -> list[str]:
-    """Lines of the table of data sets: against the default's annealing, nats and exact match."""
+def data_table(result: dict[str, Any]) -> list[str]:
+    """Lines of the table of data sets: against the default's annealing, nats and exact match; none without them."""
+    if "data" not in result:
+        return []
     rows = [
         [name, f"{found['nats']['mean']:.4f}", _signed(found["change"]), f"{found['right']['mean']:.3f}",
          _signed(found["right_change"], 3)]
-        for name, found in data.items()
+        for name, found in result["data"]["found"].items()
     ]  # fmt: skip
     return _table(["30 % of", "nats", "against the default, by seed", "exact match", "against the default"], rows)
 
@@ -160,7 +182,7 @@ def _table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def draw(averages: dict[str, Any], data: dict[str, Any]) -> None:
+def draw(result: dict[str, Any]) -> None:
     """The gain of each average with a dot a seed, and what each data set changes in every domain."""
     import matplotlib
 
@@ -168,13 +190,28 @@ def draw(averages: dict[str, Any], data: dict[str, Any]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "annealing"  # the same picture from the same figures
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.5, 3.6))
+    count = 1 + ("data" in result)
+    figure, panels = pyplot.subplots(1, count, figsize=(1.5 + 5 * count, 3.4), squeeze=False)
+    _draw_gains(panels[0][0], all_averages(result))
+    if "data" in result:
+        _draw_domains(panels[0][1], result["data"]["found"])
+    for axes in panels[0]:
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
+
+
+def _draw_gains(axes: Any, averages: dict[str, Any]) -> None:
     for place, found in enumerate(averages.values()):
-        left.barh(place, found["gain"]["mean"], height=0.6, alpha=0.6)
-        left.plot(found["gain"]["values"], [place] * len(found["gain"]["values"]), "o", color="black", markersize=3)
-    left.set_yticks(range(len(averages)), [name.partition(" (")[0] for name in averages])
-    left.invert_yaxis()
-    left.set(xlabel="nats per token that the average gains over the last weights")
+        axes.barh(place, found["gain"]["mean"], height=0.6, alpha=0.6)
+        axes.plot(found["gain"]["values"], [place] * len(found["gain"]["values"]), "o", color="black", markersize=3)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(averages)), [name.partition(" (")[0] for name in averages])
+    axes.invert_yaxis()
+    axes.set(xlabel="nats per token that the average gains over the last weights")
+
+
+def _draw_domains(axes: Any, data: dict[str, Any]) -> None:
     shown = {name: found for name, found in data.items() if name not in (DEFAULT, "half-trained")}
     domains = list(next(iter(shown.values()))["domains"])
     width = 0.8 / len(shown)
@@ -182,46 +219,38 @@ def draw(averages: dict[str, Any], data: dict[str, Any]) -> None:
         for index, domain in enumerate(domains):
             values = found["domains"][domain]["values"]
             x = index + (place - (len(shown) - 1) / 2) * width
-            bar = right.bar(x, statistics.fmean(values), width, color=f"C{place}", alpha=0.6)
-            right.plot([x] * len(values), values, "o", color="black", markersize=3)
+            bar = axes.bar(x, statistics.fmean(values), width, color=f"C{place}", alpha=0.6)
+            axes.plot([x] * len(values), values, "o", color="black", markersize=3)
             bar.set_label(name if not index else "")
-    right.axhline(0, color="black", linewidth=0.8)
-    right.set_xticks(range(len(domains)), domains)
-    right.set(ylabel="nats per token above the default mix")
-    right.legend(fontsize=8)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(domains)), domains)
+    axes.set(ylabel="nats per token above the default mix")
+    axes.legend(fontsize=8)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--result", type=Path, default=RESULT)
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
     arguments = parser.parse_args()
 
-    seeds, overrides = arguments.seeds, arguments.overrides
-    means = {name: [anneal(seed, words, overrides) for seed in seeds] for name, words in AVERAGES.items()}
-    with tempfile.TemporaryDirectory() as folder:
-        path = scrambled(Path(folder) / "scrambled.jsonl")
-        source = f"stages.candidate.data.sources.candidate.path={path}"
-        candidates = {INSTRUCTIONS: [], SCRAMBLED: [source]}
-        of_seeds = [judge(seed, candidates, overrides) for seed in seeds]
-    order = ["half-trained", DEFAULT, *candidates]
-    data = {name: [found[name] for found in of_seeds] for name in order}
-    result: dict[str, Any] = {"seeds": seeds, "machine": machine.describe()}
-    result |= {"averages": averaged(means), "data": judged(data)}
-    result["claims"] = verdicts(result["averages"], result["data"])
-    arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
-    print("\n".join([*average_table(result["averages"]), "", *data_table(result["data"])]))
+    result: dict[str, Any] = json.loads(arguments.result.read_text()) if arguments.result.is_file() else {}
+    verdict = []
+    for part in arguments.parts:
+        found = measure(part, arguments.seeds, arguments.overrides)
+        about = {"seeds": arguments.seeds, "machine": machine.describe(), "claims": verdicts(part, found)}
+        result[part] = about | {"found": found}
+        arguments.result.parent.mkdir(parents=True, exist_ok=True)
+        arguments.result.write_text(json.dumps(result, indent=2) + "\n")
+        verdict += about["claims"]
+    print("\n".join([*average_table(result), "", *data_table(result)]))
     if arguments.result == RESULT:
-        draw(result["averages"], result["data"])
-    for entry in result["claims"]:
+        draw(result)
+    for entry in verdict:
         print(f"{'holds' if entry['holds'] else 'FAILS'}  {entry['claim']}: {entry['value']:.4g}")
-    claims.finish([entry["holds"] for entry in result["claims"]])
+    claims.finish([entry["holds"] for entry in verdict])
 
 
 if __name__ == "__main__":
