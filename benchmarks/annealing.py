@@ -3,8 +3,8 @@ Writes results/annealing.json and docs/images/annealing.svg.
 
     python benchmarks/annealing.py [--parts averages constant_rate data] [--seeds 0 1 2] [overrides ...]
 
-A part's figures replace those that are there. All anneals of a seed start from one model, which the store holds after the first: long_context of recipe qwen2, and the
-half-trained one of recipe judge_data.
+A part's figures replace those that are there. All anneals of a seed start from one model, which the store holds after
+the first: long_context of recipe qwen2, and the half-trained one of recipe judge_data.
 """
 
 from __future__ import annotations

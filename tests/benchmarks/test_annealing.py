@@ -1,9 +1,27 @@
-"""What the benchmark of annealing makes of metrics, by hand."""
+"""The page on annealing says what the committed results say; what is made of metrics, by hand."""
 
 import json
 import math
+from pathlib import Path
 
 import pytest
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods" / "annealing.md"
+
+
+def test_the_page_has_the_figures_of_the_results(benchmarks):
+    import annealing  # pyright: ignore[reportMissingImports]
+
+    result = json.loads(annealing.RESULT.read_text())
+    page = PAGE.read_text("utf-8")
+    for table in (annealing.average_table(result), annealing.data_table(result)):
+        assert "\n".join(table) in page
+    assert result.keys() <= set(annealing.PARTS)
+    for part, content in result.items():
+        assert len(content["seeds"]) >= 3
+        assert annealing.verdicts(part, content["found"]) == content["claims"]
+    assert annealing.PICTURE.is_file()
+    assert annealing.PICTURE.name in page
 
 
 def test_gains_are_of_the_same_seed(benchmarks):
