@@ -53,7 +53,7 @@ def maps(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:
                 "type": "heatmap",
                 "name": escape(title, quote=False),
                 "x": [figure(length) for length in grid["lengths"]],
-                "y": [round(100 * depth, 1) for depth in grid["depths"]],
+                "y": [f"{100 * depth:.0f}" for depth in grid["depths"]],
                 "z": [list(row) for row in zip(*grid["found"], strict=True)],  # depth by length
                 "zmin": 0,
                 "zmax": 1,
@@ -72,7 +72,8 @@ def maps(found: Sequence[tuple[str, dict[str, Any]]]) -> dict[str, Any] | None:
             "title": {"text": "length, tokens"}, "type": "category", "domain": domain, "anchor": f"y{number}"
         }  # fmt: skip
         layout[f"yaxis{number}"] = {
-            "title": {"text": "" if place else "depth, %"}, "autorange": "reversed", "anchor": f"x{number}"
+            "title": {"text": "" if place else "depth, %"}, "type": "category", "autorange": "reversed",
+            "anchor": f"x{number}",
         }  # fmt: skip
         layout["annotations"].append(
             {"text": escape(title, quote=False), "x": left + width / 2, "y": 1, "xref": "paper", "yref": "paper",
