@@ -10,6 +10,7 @@ tokens.safetensors   ids and log-probabilities of all tokens, one after the othe
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -75,11 +76,11 @@ class Experience:
 
     number: int  # of the record, from 0
     step: int  # optimizer steps before it: the version of the policy
-    samples: int  # responses drawn before it
+    samples: int  # responses drawn before it, also by the same stage in the rounds before
     groups: list[Group] = field(repr=False)
 
     def save(self, folder: Path) -> None:
-        """Write the record; the folder is there when it is complete."""
+        """Write the record; the folder is there when it is complete, also where the machine stops at any moment."""
         half = folder.with_name(f"{folder.name}.half")
         shutil.rmtree(half, ignore_errors=True)
         half.mkdir(parents=True)
@@ -88,6 +89,8 @@ class Experience:
         with (half / "responses.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(_readable(group), ensure_ascii=False) + "\n" for group in self.groups)
         save_file(_token_arrays(self.groups), half / "tokens.safetensors")
+        for path in (*half.iterdir(), half):
+            _sync(path)
         half.rename(folder)
 
     @classmethod
@@ -165,6 +168,14 @@ def _groups(rows: Sequence[dict[str, Any]], arrays: dict[str, np.ndarray]) -> It
             responses.append(Drawn(own.tolist(), **content, **dict(zip(TOKEN_LOGPS, of_tokens, strict=True))))
         question = {name: value for name, value in row.items() if name != "responses"}
         yield Group(question, prompt.tolist(), responses)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _cut(values: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:

@@ -2,7 +2,8 @@
 
 Inside, `previous_round.<stage>` leads to that stage of the round before; in the first round to what `begins_with` says
 of it, and a list goes without it. Outside, `post.<stage>` leads to the last round's. Settings that differ from round to
-round, as the context that is lengthened in steps, stand in `by_round.<stage>.<setting>` as lists.
+round, as the context that is lengthened in steps, stand in `by_round.<stage>.<setting>` as lists. Each round asks
+other prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from lightning_llm.pipeline.names import name_nearest
 from lightning_llm.settings import UserError
-from lightning_llm.stages.config import Edge, GenerateStage, RoundsStage, StageConfig
+from lightning_llm.stages.config import Edge, GenerateStage, RoundsStage, StageConfig, TrainStage
 
 BEFORE = "previous_round."
 
@@ -64,9 +65,7 @@ def unroll_one(name: str, group: RoundsStage) -> dict[str, StageConfig]:
             moved = in_round(
                 stage.redirected(target), group.by_round.get(own, {}), turn, f"stages.{name}.by_round.{own}"
             )
-            if isinstance(moved, GenerateStage):
-                moved = dataclasses.replace(moved, round=moved.round + turn)
-            flat[f"{name}{turn + 1}.{own}"] = moved
+            flat[f"{name}{turn + 1}.{own}"] = _in_turn(moved, turn)
     return flat
 
 
@@ -102,6 +101,15 @@ def in_round(config: Any, by_round: Any, turn: int, where: str) -> Any:
         return dataclasses.replace(config, **changes)
     except ValueError as error:
         raise UserError(where, f"{error} (in round {turn + 1})", "Mend it") from error
+
+
+def _in_turn(stage: StageConfig, turn: int) -> StageConfig:
+    """The stage of a later round: one that asks prompts goes on where the round before has ended."""
+    if isinstance(stage, GenerateStage):
+        return dataclasses.replace(stage, round=stage.round + turn)
+    if isinstance(stage, TrainStage) and stage.rollout is not None:
+        return dataclasses.replace(stage, rollout=dataclasses.replace(stage.rollout, round=stage.rollout.round + turn))
+    return stage
 
 
 def _is_alone(stage: StageConfig, setting: str) -> bool:

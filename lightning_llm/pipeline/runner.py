@@ -44,7 +44,7 @@ from lightning_llm.training.console import Console, StageConsole
 from lightning_llm.training.loggers import refuse_absent
 
 LIBRARIES = ("torch", "lightning", "tokenizers", "transformers", "datasets", "safetensors", "numpy", "flash-attn")
-CONTINUED = ("generate", "judge")  # verbs that go on from what an interrupted run has left of their artifact
+CONTINUED = ("generate", "judge")  # verbs that go on from what an interrupted run has left; training does if it samples
 SHOWN = {  # metric -> how the console calls it when a stage is done
     "loss": "loss",
     "validation/loss": "validation loss",
@@ -261,7 +261,7 @@ def _run_node(
             node.name,
             key,
             again=again,
-            keeps=node.kind in CONTINUED,
+            keeps=goes_on(node),
             waiting=lambda: console.note("another run is making it: waiting"),
         ) as claim,
     ):
@@ -279,6 +279,11 @@ def _run_node(
     link = record.folder / "artifacts" / node.name
     link.symlink_to(os.path.relpath(artifact, link.parent.resolve()))
     console.close("reused" if reused else summary(metrics))
+
+
+def goes_on(node: Node) -> bool:
+    """Whether a node that was killed goes on from what it has left, and ends as if nothing had happened."""
+    return node.kind in CONTINUED or (node.kind == "train" and node.settings.rollout is not None)
 
 
 def _make(

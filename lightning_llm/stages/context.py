@@ -25,8 +25,8 @@ class StageContext:
     name: str  # in the recipe
     settings: Any  # one of stages/config.py; everything in it is part of the stage's key
     inputs: dict[str, Path]  # role -> artifact; a model may also be a Hugging Face directory
-    # An existing folder to fill; the store renames it when the stage is done. It is empty, but for verbs that go on
-    # from what an interrupted run has left (`CONTINUED` in pipeline/runner.py).
+    # An existing folder to fill; the store renames it when the stage is done. It is empty, but for stages that go on
+    # from what an interrupted run has left (`goes_on` in pipeline/runner.py).
     output: Path
     compute: ComputeConfig
     console: StageConsole

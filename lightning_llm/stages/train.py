@@ -110,6 +110,10 @@ def prepare_training(context: StageContext) -> tuple[Journal, Objective, StageDa
     else:
         model = build_model(context)
         data = build_rollouts(context, model, tokenizer)
+        if data.recorded:
+            context.console.note(
+                f"{data.recorded} drawings of an interrupted run are there: learnt from, not drawn again"
+            )
         validate = data.validate
     for source, rows in data.dropped.items():
         if rows:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lightning_llm.generation.config import SamplingConfig
-from lightning_llm.settings import Buildable, option, refuse_below
+from lightning_llm.settings import Buildable, came_later, option, refuse_below
 
 
 @dataclass
@@ -23,10 +23,11 @@ class RolloutConfig:
     reference: str = "fixed"  # fixed (the model that the stage starts from) | ema (an average that follows the policy)
     ema_decay: float = 0.99  # of that average, per optimizer step
     held_out: int = 64  # held-out prompts whose mean reward is followed; 0: none
+    round: int = came_later(0)  # prompts of so many stages like this one are passed over; unrolling rounds sets it
 
     def __post_init__(self):
         refuse_below(1, self, "prompts", "per_prompt", "max_new_tokens", "steps", "epochs")
-        refuse_below(0, self, "max_staleness", "held_out")
+        refuse_below(0, self, "max_staleness", "held_out", "round")
         if not self.sampling.temperature and self.per_prompt > 1:
             raise ValueError("sampling.temperature is 0: all responses to a prompt would be the same")
         if self.reference not in ("fixed", "ema"):

@@ -84,7 +84,9 @@ class Journal(Callback):
         self.measures_average = False  # of the weights, which is in the model when training ends
 
     def on_train_start(self, trainer: Trainer, pl_module: Objective) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Validation of the weights as they came, before the first step."""
+        """A new file, whatever an interrupted run has left; validation of the weights as they came."""
+        if trainer.is_global_zero:
+            self.path.unlink(missing_ok=True)
         self._timed_validation(trainer, pl_module, step=0, tokens=0)
         self._begin_interval(pl_module)
 

@@ -62,7 +62,8 @@ class Rollouts:
     """The live source of a stage, in the place of `StageData`. A step's window can be asked for after the step before.
 
     What is drawn at once is a record (`data/experience.py`) in the folder `records`. A record that is there is taken as
-    it is and not drawn again, so that a stage can be gone through once more and makes the same updates.
+    it is and not drawn again, so that a stage can be gone through once more and makes the same updates; one that was
+    killed goes on behind its last record.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Rollouts:
             raise UserError("data.sources", "hold no prompt that can be asked", "Give them rows, or shorter ones")
         held_out = Prompts(prepared, "validation", data, actor.context)
         self.held_out = [held_out.question(place) for place in held_out.places(self.config.held_out, 0, 0)]
+        self.recorded = len([path for path in records.glob("*") if path.name.isdecimal()])  # by an interrupted run
         self._record: Experience | None = None
         self._ledgers: list[dict[str, int]] = [dict.fromkeys(self.sources, 0)]  # before each step that was asked for
 
@@ -118,7 +120,7 @@ class Rollouts:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
         self.actor.reference.follow(self.actor.policy, step)
-        number, turn = divmod(step, self.config.steps * self.config.epochs)
+        number, turn = divmod(step, self._steps_of_record)
         flops = 0.0
         if self._record is None or self._record.number != number:
             self._record, flops = self._take(number, step, rank, world_size)
@@ -177,9 +179,10 @@ class Rollouts:
         folder = self.records / f"{number:06d}"
         if folder.is_dir():
             return Experience.load(folder), 0.0
-        places = self.prompts.places(self.config.prompts * self.config.steps, number, self.seed)
+        in_all = self.config.round * self._numbers + number  # records before it, with those of the rounds before
+        places = self.prompts.places(self.config.prompts * self.config.steps, in_all, self.seed)
         places = places[: math.ceil(self._at_once / self.config.steps * self._parts(number))]
-        before, each = number * self._at_once * self.config.per_prompt, self.config.per_prompt
+        before, each = in_all * self._at_once * self.config.per_prompt, self.config.per_prompt
         own = list(range(len(places)))[rank::ranks]
         numbers = [before + at * each + response for at in own for response in range(each)]
         drawn = self.actor.draw([self.prompts.question(places[at]) for at in own], numbers)
@@ -192,9 +195,19 @@ class Rollouts:
         segments = [segment for group in record.groups for segment in group.segments]
         return record, 3 * forward_flops(self.actor.policy.config, segments)  # drawn, and scored by two models
 
+    @property
+    def _steps_of_record(self) -> int:
+        """Optimizer steps that learn from a record, in all its passes."""
+        return self.config.steps * self.config.epochs
+
+    @property
+    def _numbers(self) -> int:
+        """Records of the stage."""
+        return math.ceil(self.steps / self._steps_of_record)
+
     def _parts(self, number: int) -> int:
         """Optimizer steps of one pass over a record: as many as are asked for, fewer in the stage's last."""
-        left = self.steps - number * self.config.steps * self.config.epochs
+        left = self.steps - number * self._steps_of_record
         return min(self.config.steps, math.ceil(left / self.config.epochs))
 
     def _of_turn(self, record: Experience, turn: int) -> list[Group]:

@@ -8,6 +8,7 @@ from lightning_llm import compose, plan
 from lightning_llm.pipeline.rounds import stages_of_rounds, typed_key, unrolled
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import GenerateStage, RoundsStage, SelectStage, TrainStage
+from lightning_llm.training.config import RolloutConfig
 
 RECIPE = """# @package _global_
 defaults:
@@ -68,6 +69,13 @@ def test_edges_lead_to_the_round_before(recipe):
     assert stages["post2.rs"].data.sources["best"].path == "stage:post2.best"
     assert stages["last"].starts_from == "post3.rs"
     assert stages["last"].data.sources["best"].path == "stage:post3.best"
+
+
+def test_a_live_stage_asks_other_prompts_in_each_round():
+    live = TrainStage(starts_from="previous_round.rl", rollout=RolloutConfig(round=1))
+    rounds = RoundsStage(rounds=3, stages={"rl": live}, begins_with={"rl": "sft"})
+    flat = unrolled({"sft": TrainStage(), "post": rounds})
+    assert [flat[f"post{n}.rl"].rollout.round for n in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_the_plan_has_the_nodes_of_all_rounds(recipe):

@@ -168,6 +168,28 @@ def test_prompts_take_turns_by_weight_and_those_that_are_too_long_are_left_out(r
     assert live.ledger(0) == {"fox": 0, "dog": 0}
 
 
+def test_a_later_round_goes_on_where_the_one_before_has_ended(rollouts):
+    """Two rounds of four steps ask the prompts, with the random numbers, that one stage of eight asks."""
+
+    def asked(records, steps, **named):
+        live = rollouts(records=records, steps_in_all=steps, steps=2, prompts=1, **named)
+        for step in range(steps):
+            live.window(step, micro_batch_tokens=1000)
+        return [Experience.load(path) for path in sorted((live.records).iterdir())]
+
+    together = asked("together", 8)
+    first, second = asked("first", 4), asked("second", 4, round=1)
+    assert [record.samples for record in together] == [record.samples for record in (*first, *second)]
+    for one, other in zip(together, (*first, *second), strict=True):
+        for group, same in zip(one.groups, other.groups, strict=True):
+            assert group.prompt_ids == same.prompt_ids
+            assert [response.ids for response in group.responses] == [response.ids for response in same.responses]
+    prompts = [
+        {tuple(group.prompt_ids) for record in records for group in record.groups} for records in (first, second)
+    ]
+    assert not prompts[0] & prompts[1]
+
+
 def test_ranks_draw_shares_of_the_same_record(rollouts, monkeypatch):
     """Two ranks in turn, each given what the other has drawn, against one alone."""
     alone = rollouts(records="alone").window(0, micro_batch_tokens=80)
@@ -286,6 +308,7 @@ def test_prompts_without_room_for_a_response_are_refused(rollouts):
         ({"ema_decay": 1.0}, "ema_decay lies in"),
         ({"steps": 4, "epochs": 4}, "up to 15 steps old"),
         ({"prompts": 0}, "prompts must be a number of at least 1"),
+        ({"round": -1}, "round must be a number of at least 0"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(wrong, says):
