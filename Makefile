@@ -14,8 +14,8 @@ INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 18
 
-demo: $(BIN)/.demo ## train Qwen 2's four stages at nano scale: minutes on two cores, ends with one HTML page
-	$(BIN)/lightning-llm run recipe=qwen2 scale=nano
+demo: $(BIN)/.demo ## train Qwen 2's first four stages at nano scale: minutes on two cores, ends with one HTML page
+	$(BIN)/lightning-llm run recipe=qwen2 scale=nano until=dpo
 
 test: $(BIN)/.dev ## all tests
 	$(BIN)/python -m pytest

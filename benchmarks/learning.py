@@ -1,4 +1,5 @@
-"""Does the recipe learn? Runs qwen2 once per seed and writes each claim with its figures to results/learning.json.
+"""Does the recipe learn? Runs qwen2 up to DPO once per seed and writes each claim with its figures to
+results/learning.json.
 
     python benchmarks/learning.py [--seeds 0 1 2 3 4 5] [--scale nano] [overrides ...]
 
@@ -123,7 +124,7 @@ CLAIMS = [
 
 def train(seed: int, scale: str, overrides: list[str]) -> Path:
     """Run the recipe in a process of its own; its last line is the run's folder."""
-    line = machine.command("run", "recipe=qwen2", f"scale={scale}", f"seed={seed}", *overrides)
+    line = machine.command("run", "recipe=qwen2", f"scale={scale}", f"seed={seed}", f"until={STAGES[-1]}", *overrides)
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         last = ""

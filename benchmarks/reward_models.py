@@ -3,7 +3,7 @@ Writes results/reward_models.json and docs/images/reward_models.svg.
 
     python benchmarks/reward_models.py [--seeds 0 1 2] [overrides ...]
 
-All losses start from the SFT model of their seed, which the store holds; its tokenizer is the reward model's.
+All losses start from the SFT model of their seed, which is trained once.
 """
 
 from __future__ import annotations
@@ -54,12 +54,10 @@ def run(*words: str) -> Path:
 
 def train(seed: int, loss: str, overrides: Sequence[str]) -> dict[str, Any]:
     """One reward model: its metrics and calibration, seconds of its training, and what the SFT model could do."""
-    sft = run("recipe=qwen2", f"seed={seed}", "until=sft", *overrides) / "artifacts"
-    words = [f"stages.reward_model.starts_from={(sft / 'sft').resolve()}", "until=reward_model", *LOSSES[loss]]
-    artifacts = run("recipe=reward_model", f"seed={seed}", *words, *overrides) / "artifacts"
+    artifacts = run("recipe=qwen2", f"seed={seed}", "until=reward_model", *LOSSES[loss], *overrides) / "artifacts"
     evaluated, record = artifacts / "reward_model.evaluate", read(artifacts / "reward_model" / "stage.json")
     return {
-        "sft": read(sft / "sft.evaluate" / "metrics.json")["tasks/exact_match"],
+        "sft": read(artifacts / "sft.evaluate" / "metrics.json")["tasks/exact_match"],
         "metrics": read(evaluated / "metrics.json"),
         "calibration": read(evaluated / "calibration.json"),
         "seconds": record["seconds"]["total"],

@@ -1,4 +1,4 @@
-"""A real run of the whole recipe, small enough for a test: four stages with all that is inserted for them."""
+"""A real run of the whole recipe, small enough for a test: six stages with all that is inserted for them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ TINY = [  # overrides of qwen2 at nano
     "scale.minimum_steps=12",
     "stages.sft.examples=200",
     "stages.dpo.examples=100",
+    "stages.reward_model.examples=300",
+    "stages.online_dpo.examples=24",
+    "stages.online_dpo.rollout.prompts=8",
+    "stages.online_dpo.rollout.held_out=6",
     "model.hidden_size=32",
     "model.num_hidden_layers=2",
     "model.num_attention_heads=2",
@@ -29,6 +33,8 @@ TINY = [  # overrides of qwen2 at nano
     "scale.corpora.math.path=null",
     "scale.corpora.instructions.options.rows=300",
     "scale.corpora.preferences.options.rows=200",
+    "scale.corpora.comparisons.options={rows: 400, held_out: 60}",
+    "scale.corpora.prompts.options.questions=100",
     "evaluation.text_tokens=2000",
     "evaluation.long_documents=2",
     "evaluation.questions=12",

@@ -393,7 +393,13 @@ def test_a_sweep_of_nothing(command, mine):
 @pytest.mark.slow
 def test_a_sweep_over_seeds_trains_one_base_for_each(command, tiny, tmp_path):
     words = [word for word in tiny if not word.startswith("stages.long_context")]
-    less = ["~stages.long_context", "stages.sft.starts_from=pretrain", "evaluation.questions=4"]
+    less = [
+        "~stages.long_context",
+        "stages.online_dpo.optimizer.online_merging.base=pretrain",
+        "stages.sft.starts_from=pretrain",
+        "evaluation.questions=4",
+        "until=dpo",
+    ]
     code, _, err = command("run", "-m", "recipe=qwen2", *words, *less, "seed=0,1", "stages.dpo.objective.beta=0.05,0.1")
     assert code == 0, err
     made = [path.name.split("-")[1] for path in (tmp_path / "artifacts").glob("train*")]

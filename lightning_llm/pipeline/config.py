@@ -114,7 +114,7 @@ class RecipeSettings:
     seed: int = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    stages: dict[str, StageConfig] = field(default_factory=dict)
+    stages: dict[str, StageConfig | None] = field(default_factory=dict)  # none: of a recipe that this one extends
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     scale: ScaleConfig = field(default_factory=ScaleConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

@@ -292,7 +292,7 @@ def _refused_value(
         return UserError(where, f"{path} is not there", f"Mend its name, or add it whole: {adding}")
     if "does not support deletion" in refused:
         return UserError(where, f"{key} cannot be taken away", "Give it a value instead")
-    if "is not Optional" in refused and key.count(".") == 1 and key.startswith("stages."):
+    if "is not Optional" in refused and re.fullmatch(r"stages\.\w+\.stages\.\w+", key):
         return UserError(where, f"{key} cannot be null", f"Leave the stage out with ~{key}")
     schema = OmegaConf.get_type(parent) if isinstance(parent, DictConfig) else None
     if schema is not None and dataclasses.is_dataclass(schema):

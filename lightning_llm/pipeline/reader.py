@@ -95,7 +95,10 @@ class _Reader:
             return None
         schema = OmegaConf.get_type(node)
         if not (isinstance(schema, type) and dataclasses.is_dataclass(schema)):
-            return {str(name): self.build(node[name], _join(path, name)) for name in node}
+            entries = {str(name): self.build(node[name], _join(path, name)) for name in node}
+            if path != "stages":
+                return entries
+            return {name: stage for name, stage in entries.items() if stage is not None}  # null leaves a stage out
         if issubclass(schema, Buildable) and not hasattr(schema, "implementation"):
             file = self._file_chosen(path)
             if file or not OmegaConf.is_missing(node, "name"):

@@ -102,14 +102,17 @@ def test_keys_are_those_that_were():
 def test_a_stage_moves_what_depends_on_it_and_nothing_else(recipe):
     before = keys_of(recipe)
     objective = replace(recipe.stages["dpo"].objective, beta=0.05)
-    assert moved(before, keys_of(changed(recipe, "dpo", objective=objective))) == {"dpo", "dpo.evaluate"}
+    behind = {"dpo", "dpo.evaluate", "online_dpo", "online_dpo.evaluate"}
+    assert moved(before, keys_of(changed(recipe, "dpo", objective=objective))) == behind
     after = keys_of(changed(recipe, "sft", rope_theta=5.0))
-    assert moved(before, after) == {"sft", "sft.evaluate", "dpo.reference", "dpo", "dpo.evaluate"}
+    judging = {"reward_model", "reward_model.evaluate"}
+    assert moved(before, after) == {"sft", "sft.evaluate", "dpo.reference", *behind, *judging}
 
 
 def test_a_stage_that_is_added_moves_no_other(recipe):
-    before = keys_of(recipe)
-    assert not moved(before, {name: key for name, key in keys_of(compose("reward_model")).items() if name in before})
+    before = keys_of(compose("qwen2", overrides=["stages.reward_model=null", "stages.online_dpo=null"]))
+    assert "reward_model" not in before
+    assert not moved(before, keys_of(recipe))
 
 
 def test_a_seed_moves_all_training_and_no_data(recipe):

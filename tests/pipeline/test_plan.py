@@ -82,6 +82,7 @@ def test_what_runs_again_is_what_torch_counts(family):
 
 def test_a_reward_model_reads_all_that_was_sampled(tiny):
     words = [*tiny, "stages.sample.prompts=50", "stages.sample.per_prompt=4", "stages.sample.max_new_tokens=10"]
+    words = [word for word in words if not word.startswith(("stages.online_dpo", "stages.reward_model"))]
     words += ["stages.sample.models=[sft,dpo]", "stages.score.judged_by=[first,second]"]
     for name in ("first", "second"):
         words += [f"+stage@stages.{name}=reward_model", f"stages.{name}.starts_from=sft", f"stages.{name}.lr.peak=1e-5"]
@@ -101,7 +102,7 @@ def test_a_reward_model_reads_all_that_was_sampled(tiny):
 
 def test_a_reward_model_costs_no_vocabulary(tiny):
     words = ["stages.reward_model.examples=1000", "stages.reward_model.objective.graded=[verbosity]"]
-    nodes = {node.name: node for node in plan(compose("reward_model", overrides=[*tiny, *words])).nodes}
+    nodes = {node.name: node for node in plan(compose("qwen2", overrides=[*tiny, *words])).nodes}
     trained, evaluated = nodes["reward_model"], nodes["reward_model.evaluate"]
     shape, head = trained.settings.model, ScoreHead(graded=1)
     with torch.device("meta"):

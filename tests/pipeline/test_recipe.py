@@ -38,6 +38,7 @@ def mine(tmp_path_factory):
         "recipe/shape": PAIR + "scale: {shapes: {policy: {hiden_size: 8}}}\n",
         "recipe/reference": PAIR.replace("1e6", "'${model.published.tokns}'"),
         "recipe/swapped": PAIR.replace("examples: 10", "examples: 10, objective: {label_smoothing: 0.1}"),
+        "recipe/shorter": "# @package _global_\ndefaults: [pair, _self_]\nstages: {last: null}\n",
         "recipe/broken": "a: [1\n",
         "objective/mine": "name: mine\nbeta: 0.3\n",
         "experiment/key": "# @package _global_\nstages: {last: {objective: {betta: 1}}}\n",
@@ -101,7 +102,7 @@ COMMAND_LINE = {
     "scale=null": ["scale cannot be null", "nano, paper, small"],
     "compute=1": ["compute cannot be 1", "cpu, ddp, gpu"],
     "stages=null": ["stages cannot be null"],
-    "stages.last=null": ["stages.last cannot be null", "~stages.last"],
+    "stages.base=null": ["stages.last.starts_from: base"],
     "stages.last.lr=null": ["stages.last.lr cannot be null"],
     "logger=[tensorbord]": ["command line", "tensorbord", "The nearest is tensorboard"],
     "experiment=x": ["command line", "x is not an option of experiment", "dpo_beta"],
@@ -172,6 +173,12 @@ def test_what_a_mistake_says_to_type_is_understood(typed, mine):
     except UserError as error:
         said = str(error)
     assert not re.search("is not there|is not a setting|plus", said)
+
+
+def test_a_stage_of_null_is_left_out(mine):
+    """So a recipe takes from one that it extends what it wants."""
+    assert list(compose("shorter", config_dir=mine).stages) == ["base"]
+    assert list(compose("pair", overrides=["stages.last=null"], config_dir=mine).stages) == ["base"]
 
 
 FILES = {

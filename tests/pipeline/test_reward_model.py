@@ -17,12 +17,6 @@ from lightning_llm.settings import UserError
 from lightning_llm.stages.samples import read_rows
 
 ADDED = [
-    "+stage@stages.reward_model=reward_model",
-    "stages.reward_model.starts_from=sft",
-    "stages.reward_model.examples=300",
-    "stages.reward_model.context=1024",
-    "stages.reward_model.batch_tokens=1024",
-    "stages.reward_model.lr.peak=3e-3",
     "+stage@stages.sample=sample",
     "stages.sample.models=[sft]",
     "stages.sample.prompts=20",
@@ -41,12 +35,9 @@ FIGURE = re.compile(r'<script type="application/json">(.*?)</script>')
 
 @pytest.fixture(scope="module")
 def judged(beside, tmp_path_factory):
-    """A run that has a reward model after sft, in a copy of the finished one's store."""
+    """The finished run's reward model judges samples of its sft, in a copy of its store."""
     words = beside(tmp_path_factory.mktemp("judged"))
-    return run(
-        compose("qwen2", overrides=[*words, *ADDED, "scale.corpora.comparisons.options={rows: 400, held_out: 60}"]),
-        until="best",
-    )
+    return run(compose("qwen2", overrides=[*words, *ADDED]), until="best")
 
 
 def test_rankings_keep_what_is_known_of_them(judged):

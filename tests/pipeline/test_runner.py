@@ -25,7 +25,7 @@ from lightning_llm.pipeline.store import Store
 from lightning_llm.settings import UserError
 
 ROOT = Path(__file__).parents[2]
-STAGES = {"pretrain", "long_context", "sft", "dpo"}
+STAGES = {"pretrain", "long_context", "sft", "dpo", "online_dpo"}  # whose models speak
 
 
 class Place:
@@ -98,7 +98,7 @@ def test_a_second_run_trains_nothing_and_an_override_only_what_depends_on_it(pla
     assert made(again) == set()
     assert STAGES <= set(again.stages)
     other = place.run(place.changed("dpo", objective=DPOConfig(beta=0.3)))
-    assert made(other) == {"dpo", "dpo.evaluate"}
+    assert made(other) == {"dpo", "dpo.evaluate", "online_dpo", "online_dpo.evaluate"}
     assert other.stages["dpo"]["key"] != again.stages["dpo"]["key"]
 
 

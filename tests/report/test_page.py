@@ -13,7 +13,7 @@ from lightning_llm.report import report
 from lightning_llm.report.record import read_run
 from lightning_llm.settings import UserError
 
-STAGES = ("pretrain", "long_context", "sft", "dpo")
+STAGES = ("pretrain", "long_context", "sft", "dpo", "reward_model", "online_dpo")
 
 
 @pytest.fixture(scope="session")
