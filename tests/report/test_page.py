@@ -122,7 +122,7 @@ def test_figures_are_what_plotly_knows(page_path):
 def test_words_of_models_and_data_stay_words(copied, tmp_path, opened):
     """A sample, a metric and a recipe that try to be HTML, also inside the JSON of a figure and in Markdown."""
     attack = "<script>document.title = 'taken'</script></script><img src=x onerror=\"document.title='taken'\">"
-    samples = copied / "artifacts" / "dpo.evaluate" / "samples.json"
+    samples = copied / "artifacts" / "online_dpo.evaluate" / "samples.json"
     changed = [sample | {"response": attack, "prompt": attack} for sample in json.loads(samples.read_text())]
     samples.write_text(json.dumps(changed))
     curves = copied / "artifacts" / "sft" / "metrics.jsonl"
@@ -146,16 +146,18 @@ def test_words_of_models_and_data_stay_words(copied, tmp_path, opened):
 
 
 def test_a_run_that_was_cut_says_what_is_missing(copied, tmp_path, opened):
-    for name in ("dpo", "dpo.evaluate", "sft.evaluate"):
+    missing = ["sft.evaluate", *("dpo", "dpo.evaluate"), *("reward_model", "reward_model.evaluate")]
+    missing += ["online_dpo", "online_dpo.evaluate"]
+    for name in missing:
         shutil.rmtree(copied / "artifacts" / name)
     curves = copied / "artifacts" / "sft" / "metrics.jsonl"
     curves.write_text(curves.read_text()[:-20])  # cut in the middle of a line
     page = opened(report([copied], tmp_path / "page.html"))
     notice = page.locator(".notice").inner_text()
     assert "not made" in notice
-    assert all(name in notice for name in ("dpo.evaluate", "sft.evaluate", "sft/metrics.jsonl:"))
+    assert all(name in notice for name in (*missing, "sft/metrics.jsonl:"))
     assert page.locator("#preference").count() == 0
-    assert page.locator(".graph.wide a.node.is-missing").count() == 3
+    assert page.locator(".graph.wide a.node.is-missing").count() == len(missing)
     assert "Incomplete" in (tmp_path / "page.md").read_text()
 
 
