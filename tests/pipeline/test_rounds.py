@@ -119,7 +119,7 @@ MISTAKES = {
     "stages.last.starts_from=post.sample": [
         "stages.last.starts_from",
         "is a stage of kind generate",
-        "train or merge is wanted",
+        "train or merge or prune or upcycle is wanted",
     ],
     "stages.last.data.sources.best.path=stage:bets": ["stages.last.data.sources.best.path: bets is no stage", "best"],
     "stages.post.stages.sample.models=[previous_round.rs,rs]": ["goes round in a circle"],
