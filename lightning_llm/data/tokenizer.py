@@ -3,7 +3,8 @@
 A tokenizer is a directory of `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`, as
 transformers' AutoTokenizer reads it; ids, rendered text and masks are the same as there. One thing differs: what the
 assistant says begins with a token of its own, since a model that speaks is given the prompt's tokens first. So blanks
-that a template keeps in front of an answer never melt into the prompt's last token.
+that a template keeps in front of an answer never melt into the prompt's last token. And it always ends in a token that
+ends a turn, which is learnt: a template that leaves it out, or out of its marks, would teach an answer without end.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
-from jinja2 import TemplateError
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from lightning_llm.data.templates import compile_template
+from lightning_llm.data.tokenizer_files import read_settings, read_template
+from lightning_llm.data.turn_templates import CHATML, template_for
 from lightning_llm.settings import UserError
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
@@ -30,21 +32,7 @@ END_OF_TEXT, START_OF_TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im
 ENDS_OF_TEXT = (END_OF_TEXT, "<|end_of_text|>", "<eos>", "</s>")
 ENDS_OF_TURN = (END_OF_TURN, "<|eot_id|>", "<end_of_turn>")
 
-# ChatML. A turn ends right after its end-of-turn token (the newline opens the next turn), and contents are stripped: so
-# the ids of a prompt followed by those of a response are the ids of the whole conversation.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if not loop.first %}{{ '\\n' }}{% endif %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' }}"
-    "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] | trim + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message['content'] | trim + '<|im_end|>' }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
-)
-
 SPAN_MARKS = [chr(code) for code in range(0xE000, 0xE100)]  # private use: two that the text lacks mark a span
-FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Rendered(NamedTuple):
@@ -62,10 +50,13 @@ class Tokenizer:
         Args:
             backend: what turns text into ids.
             chat_template: jinja; where it lacks `{% generation %}` marks, masks are found by rendering turn by turn.
+                Empty: it is written in the tokenizer's own tokens for turns, if they are known (turn_templates.py);
+                if not, it stays empty, and conversations are refused.
             settings: the content of tokenizer_config.json, kept as it is.
         """
-        self.has_chat_template = True  # of its own; `load` knows better
-        self.backend, self.chat_template, self.settings = backend, chat_template, settings
+        self.backend, self.settings = backend, settings
+        self.has_chat_template = bool(chat_template)  # of its own
+        self.template_place = "chat template"  # for error messages; `load` knows the file
         self.backend.no_padding()
         self.backend.no_truncation()
         self.vocab_size = backend.get_vocab_size()
@@ -76,6 +67,16 @@ class Tokenizer:
         self.eos_id = self._special(ENDS_OF_TEXT, "eos_token")
         self.end_of_turn_id = self._special(ENDS_OF_TURN, "eos_token")
         self.stop_ids = {self.end_of_turn_id, self.eos_id}
+        named = backend.token_to_id(self._named_tokens.get("eos_token", ""))
+        self.turn_end_ids = self.stop_ids | ({named} - {None})  # any of them ends a turn, whichever a template takes
+        begin = backend.encode("a")
+        marked = zip(begin.ids, begin.special_tokens_mask, strict=True)
+        self.begin_ids = [
+            i for i, _ in takewhile(lambda entry: entry[1], marked)
+        ]  # of every text, as <bos>; often none
+        begin_text = "".join(self.backend.id_to_token(i) or "" for i in self.begin_ids)
+        added = [token.content for token in backend.get_added_tokens_decoder().values()]
+        self.chat_template = chat_template or template_for(added, begin_text)
 
     # ---- files ----
 
@@ -84,7 +85,7 @@ class Tokenizer:
         """Read a tokenizer from a directory, ours or anyone's.
 
         Raises:
-            UserError: there is no tokenizer.json, or it cannot be read.
+            UserError: there is no tokenizer.json, or a file cannot be read or holds what it should not; names it.
         """
         directory = Path(directory)
         path = directory / "tokenizer.json"
@@ -94,27 +95,23 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(str(path), f"is not a tokenizer ({error})", "Make the file again") from error
-        config = directory / "tokenizer_config.json"
-        try:
-            settings = json.loads(config.read_text("utf-8")) if config.is_file() else {}
-        except ValueError as error:
-            raise UserError(str(config), f"is not JSON ({error})", "Make the file again") from error
-        template = directory / "chat_template.jinja"
-        chat_template = template.read_text("utf-8") if template.is_file() else settings.get("chat_template")
-        if isinstance(chat_template, list):  # several named templates: transformers takes the one called default
-            chat_template = next((entry["template"] for entry in chat_template if entry["name"] == "default"), None)
-        tokenizer = cls(backend, chat_template or CHAT_TEMPLATE, settings)
-        tokenizer.has_chat_template = chat_template is not None
+        settings = read_settings(directory / "tokenizer_config.json")
+        chat_template, place = read_template(directory, settings)
+        tokenizer = cls(backend, chat_template, settings)
+        tokenizer.template_place = place
         return tokenizer
 
     def save(self, directory: Path | str) -> None:
-        """Write the three files."""
+        """Write the three files; without a chat template there are two."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         settings = {key: value for key, value in self.settings.items() if key != "chat_template"}
         (directory / "tokenizer.json").write_text(self._json, "utf-8")
         (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
-        (directory / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+        template = directory / "chat_template.jinja"
+        template.write_text(self.chat_template, "utf-8")
+        if not self.chat_template:
+            template.unlink()
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -126,9 +123,7 @@ class Tokenizer:
         return self.backend.to_str(pretty=True)
 
     def _special(self, spellings: Sequence[str], setting: str) -> int:
-        named = self.settings.get(setting)
-        named = named.get("content") if isinstance(named, dict) else named
-        for token in (*spellings, named):
+        for token in (*spellings, self._named_tokens.get(setting)):
             if token and (found := self.backend.token_to_id(token)) is not None:
                 return found
         raise UserError("tokenizer", f"has none of {', '.join(spellings)}", f"Name its {setting} in tokenizer_config")
@@ -141,18 +136,18 @@ class Tokenizer:
 
     def encode_start(self, text: str) -> list[int]:
         """The same for what nothing stands before: with the begin-of-text token, if the tokenizer sets one."""
-        return self.backend.encode(text, add_special_tokens=True).ids
-
-    def encode_many(self, texts: Sequence[str]) -> list[list[int]]:
-        """The same for many texts, on all cores."""
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [*self.begin_ids, *self.encode(text)]
 
     def encode_documents(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of documents, each closed by the end-of-text token. The spelling of a special token inside a document
-        stays plain text: found text cannot end a document early or open a turn."""
+        """Ids of documents, on all cores: each begins as `encode_start` does and is closed by the end-of-text token.
+
+        The spelling of a special token inside a document stays plain text: found text cannot end a document early or
+        open a turn.
+        """
         self.backend.encode_special_tokens = True
         try:
-            return [[*ids, self.eos_id] for ids in self.encode_many(texts)]
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [[*self.begin_ids, *encoding.ids, self.eos_id] for encoding in encodings]
         finally:
             self.backend.encode_special_tokens = False
 
@@ -173,13 +168,16 @@ class Tokenizer:
     def render_many(
         self, conversations: Sequence[list[Message]], add_generation_prompt: bool = False
     ) -> list[Rendered]:
-        """Many conversations as ids and masks, on all cores."""
+        """Many conversations as ids and masks, on all cores.
+
+        Where a template lets the assistant's last turn end in nothing, the end-of-turn token is added, and learnt.
+        """
         marked = [self._render_spans(messages, add_generation_prompt) for messages in conversations]
         pieces = [self._pieces(text, spans) for text, spans in marked]
         texts = [piece for of_one in pieces for _, piece in of_one]
         encodings = iter(self.backend.encode_batch(texts, add_special_tokens=False))
         rendered = []
-        for (_, spans), of_one in zip(marked, pieces, strict=True):
+        for messages, (text, spans), of_one in zip(conversations, marked, pieces, strict=True):
             ids, mask = [], []
             span = iter(spans)
             start, end = next(span, (0, 0))
@@ -190,6 +188,10 @@ class Tokenizer:
                     while begin + position >= end and (following := next(span, None)):
                         start, end = following
                     mask.append(start <= begin + position < end)
+            is_answered = messages[-1]["role"] == "assistant" and not add_generation_prompt
+            if is_answered and self._turn_end(text, spans[-1][0] if spans else 0) is None:
+                ids.append(self.end_of_turn_id)
+                mask.append(True)
             rendered.append(Rendered(ids, mask))
         return rendered
 
@@ -206,8 +208,8 @@ class Tokenizer:
         return self.encode("\na")[-len(alone) :] != alone
 
     def render_pairs(self, rows: Sequence[tuple[list[Message], Sequence[str]]]) -> list[list[list[int]]]:
-        """Prompts with their responses -> ids [prompt, response, response, ...] of each row. A response ends in the
-        end-of-turn token; prompt + response is what `render` makes of the whole conversation, up to that token.
+        """Prompts with their responses -> ids [prompt, response, response, ...] of each row. A response ends in a
+        token that ends turns; prompt + response is what `render` makes of the whole conversation, up to that token.
 
         Raises:
             UserError: the template or the tokenizer makes something else of a prompt with its answer than of it alone.
@@ -225,7 +227,7 @@ class Tokenizer:
         ]
 
     def _behind(self, prompt: list[int], whole: list[int]) -> list[int]:
-        """A conversation's ids behind its prompt, up to the last end of a turn, which is added if there is none."""
+        """A conversation's ids behind its prompt, up to the last end of a turn."""
         if whole[: len(prompt)] != prompt:
             raise UserError(
                 "chat template",
@@ -233,14 +235,17 @@ class Tokenizer:
                 "Let add_generation_prompt end where the answer begins, and trim the answer (| trim)",
             )
         response = whole[len(prompt) :]
-        if self.end_of_turn_id not in response:
-            return [*response, self.end_of_turn_id]
-        return response[: len(response) - response[::-1].index(self.end_of_turn_id)]
+        ends = (place for place, i in enumerate(response, 1) if i in self.turn_end_ids)
+        return response[: max(ends, default=len(response))]
 
-    def _cut_after_turn(self, text: str) -> str:
-        end = self.backend.id_to_token(self.end_of_turn_id) or ""
-        at = text.rfind(end)
-        return text if at < 0 else text[: at + len(end)]
+    def _turn_end(self, text: str, begin: int) -> int | None:
+        """Where the last turn of a text ends that begins at `begin`: behind its last token that ends turns, if any."""
+        ends = ((text.rfind(end, begin), len(end)) for end in self._turn_ends)
+        return max((at + length for at, length in ends if at >= 0), default=None)
+
+    @functools.cached_property
+    def _turn_ends(self) -> list[str]:
+        return [self.backend.id_to_token(i) or "" for i in sorted(self.turn_end_ids)]
 
     def _render_spans(self, messages: list[Message], add_generation_prompt: bool) -> tuple[str, list[tuple[int, int]]]:
         """Text of a conversation and the character spans [start, end) of what the assistant said."""
@@ -252,8 +257,14 @@ class Tokenizer:
         text, spans = pieces[0], []
         for piece in pieces[1:]:
             said, after = piece.split(closing, 1)
-            spans.append((len(text), len(text) + len(said)))
-            text += said + after
+            start, text = len(text), text + said
+            if self._turn_end(said, 0) is None:  # the end of a turn counts as said, though the marks leave it out
+                blanks = after[: len(after) - len(after.lstrip())]
+                ends = (blanks + end for end in self._turn_ends if after.startswith(blanks + end))
+                left_out = next(ends, "")
+                text, after = text + left_out, after.removeprefix(left_out)
+            spans.append((start, len(text)))
+            text += after
         return text, spans
 
     def _spans_by_turns(
@@ -264,16 +275,32 @@ class Tokenizer:
             if message["role"] == "assistant":
                 before = self._apply(messages[:i], True)
                 upto = self._apply(messages[: i + 1], False)
-                if not (upto.startswith(before) and text.startswith(self._cut_after_turn(upto))):
+                upto = upto[: self._turn_end(upto, len(before))]
+                if not (upto.startswith(before) and text.startswith(upto)):
                     raise UserError(
                         "chat template",
                         "does not append turn by turn, so what the assistant said cannot be told from the rest",
                         "Mark it in the template with {% generation %} and {% endgeneration %}",
                     )
-                spans.append((len(before), len(self._cut_after_turn(upto))))
+                spans.append((len(before), len(upto)))
         return text, spans
 
+    def check_template(self, name: str) -> None:
+        """Refuse conversations that there is no way to write.
+
+        Args:
+            name: of the tokenizer, for the message.
+
+        Raises:
+            UserError: there is no chat template, and no tokens of turns that one could be made of.
+        """
+        if not self.chat_template:
+            what = f"{name} has no chat template, and no tokens to open and end turns that are known here"
+            remedy = "Name a tokenizer with a chat template, or lay chat_template.jinja beside its tokenizer.json"
+            raise UserError("model.tokenizer", what, remedy)
+
     def _apply(self, messages: list[Message], add_generation_prompt: bool, marks: tuple[str, str] = ("", "")) -> str:
+        self.check_template("the tokenizer")
         try:
             return compile_template(self.chat_template).render(
                 messages=messages,
@@ -283,14 +310,16 @@ class Tokenizer:
                 span_marks=marks,
                 **self._named_tokens,
             )
-        except TemplateError as error:
-            raise UserError("chat template", str(error), "Change the conversation or the template") from error
+        except Exception as error:  # it is a program of somebody's: whatever goes wrong in it is told as its mistake
+            what = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(self.template_place, what, "Change the conversation or the template") from error
 
     @functools.cached_property
     def _named_tokens(self) -> dict[str, str]:
         """bos_token, eos_token, ... as templates know them."""
-        named = {key: value for key, value in self.settings.items() if key.endswith("_token") and value}
-        return {key: value["content"] if isinstance(value, dict) else value for key, value in named.items()}
+        named = {key: value for key, value in self.settings.items() if key.endswith("_token")}
+        spelt = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+        return {key: value for key, value in spelt.items() if isinstance(value, str)}
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -329,7 +358,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "model_max_length": int(1e30),
         "clean_up_tokenization_spaces": False,
     }
-    return Tokenizer(backend, CHAT_TEMPLATE, settings)
+    return Tokenizer(backend, CHATML, settings)
 
 
 def _batched(texts: Iterable[str], size: int) -> Iterator[list[str]]:

@@ -104,6 +104,8 @@ def _prepare_source(
             for split in settings.splits:
                 chosen = [row for row in batch if row.is_held_out(data.validation) == (split == "validation")]
                 if split not in writers:
+                    if report.form != "text":
+                        tokenizer.check_template(_name_of(context.inputs["tokenizer"]))
                     folder = context.output / "sources" / name / split
                     writers[split] = TokenStoreWriter(folder, report.form, tokenizer.vocab_size)
                 for row, length in _append(writers[split], chosen, tokenizer, data.on_error, report):
@@ -289,6 +291,13 @@ def _take_tokens(
             where = f"{source.config.path}: row {row + 1} of {split}"
             report.count_long(int(store.row_contexts[row]), where, contexts, settings.data.on_long)
     context.console.note(f"{name} is taken as tokens from {source.config.path}")
+
+
+def _name_of(tokenizer: Path) -> str:
+    """What the run calls a tokenizer: the directory or hub name that the artifact was copied from, or where it lies."""
+    record = tokenizer / "stage.json"
+    settings = json.loads(record.read_text("utf-8")).get("settings", {}) if record.is_file() else {}
+    return settings.get("source") or str(tokenizer / "tokenizer")
 
 
 def _tokenizer_of(artifact: Path) -> str:

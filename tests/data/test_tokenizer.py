@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, normalizers, trainers
 
-from lightning_llm.data.tokenizer import CHAT_TEMPLATE, Tokenizer, train_tokenizer
+from lightning_llm.data.tokenizer import Tokenizer, train_tokenizer
+from lightning_llm.data.turn_templates import CHATML
 from lightning_llm.settings import UserError
 
 QUESTION = {"role": "user", "content": "sum 12 39"}
@@ -123,7 +124,7 @@ def test_a_tokenizer_that_begins_each_text_with_a_blank_encodes_conversations_as
 
 
 def test_a_template_that_opens_an_answer_otherwise_than_its_prompt_is_refused_for_pairs(tokenizer):
-    thinks = CHAT_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'")
+    thinks = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
     with pytest.raises(UserError, match="add_generation_prompt end where the answer begins"):
         Tokenizer(tokenizer.backend, thinks, tokenizer.settings).render_pairs([([QUESTION], ["yes"])])
 
@@ -135,7 +136,7 @@ def test_the_mask_is_what_the_assistant_says_and_its_ends_of_turn(tokenizer):
 
 
 def test_a_template_without_marks_gives_the_same_mask(tokenizer):
-    plain = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    plain = CHATML.replace("{% generation %}", "").replace("{% endgeneration %}", "")
     unmarked = Tokenizer(tokenizer.backend, plain, tokenizer.settings)
     for messages in CONVERSATIONS.values():
         if "<|im_end|>" not in messages[0]["content"]:
@@ -154,6 +155,24 @@ def test_a_template_runs_in_the_sandbox(tokenizer):
         hostile.render([QUESTION])
 
 
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages[0]['content'] + 1 }}", "can only concatenate str"),
+        ("{{ messages[9].content.x }}", "has no element 9"),
+        ("{% if %}", "Expected an expression"),
+        ("{{ 1 / 0 }}", "division by zero"),
+    ],
+)
+def test_a_mistake_in_a_template_is_one_line_with_its_file(template, said, tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=said) as caught:
+        Tokenizer.load(tmp_path).render([QUESTION])
+    assert caught.value.where == str(tmp_path / "chat_template.jinja")
+    assert "\n" not in str(caught.value)
+
+
 def test_digits_stand_alone_and_specials_in_a_document_stay_text(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("1234")] == list("1234")
     [ids] = tokenizer.encode_documents(["a <|endoftext|> b <|im_end|>"])
@@ -168,7 +187,7 @@ def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
     assert loaded.fingerprint == tokenizer.fingerprint
     assert loaded.stop_ids == {loaded.eos_id, loaded.end_of_turn_id} == tokenizer.stop_ids
     assert loaded.render(CONVERSATIONS["system"]) == tokenizer.render(CONVERSATIONS["system"])
-    (tmp_path / "chat_template.jinja").write_text(CHAT_TEMPLATE + " ")
+    (tmp_path / "chat_template.jinja").write_text(CHATML + " ")
     assert Tokenizer.load(tmp_path).fingerprint != tokenizer.fingerprint
 
 

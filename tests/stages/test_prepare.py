@@ -9,6 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models
 
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.data.packing import StageData
@@ -40,10 +42,10 @@ def tokenizer_artifact(tmp_path_factory):
 
 @pytest.fixture
 def prepare(tmp_path, tokenizer_artifact):
-    def run_(sources, splits=("train", "validation"), contexts=(), **data):
+    def run_(sources, splits=("train", "validation"), contexts=(), tokenizer=tokenizer_artifact, **data):
         config = DataConfig(sources=sources, **data)
         settings = PrepareSettings(config, list(contexts), list(splits), 0)
-        folder, result = stage(tmp_path / "prepared", settings, tokenizer=tokenizer_artifact)
+        folder, result = stage(tmp_path / "prepared", settings, tokenizer=tokenizer)
         return folder, result, json.loads((folder / "prepare.json").read_text())["sources"]
 
     return run_
@@ -290,6 +292,30 @@ def test_a_row_that_the_chat_template_refuses_is_malformed(prepare, tmp_path, mo
     _, _, report = prepare({"mine": source}, form="conversations", validation=0.0, on_error="skip")
     assert report["mine"]["skipped"] == 1
     assert report["mine"]["splits"]["train"]["rows"] == 2
+
+
+def test_a_tokenizer_without_turns_is_refused_once_and_named(prepare, tokenizer_artifact, tmp_path):
+    """A base model's: no chat template, and none of the tokens that one could be written in."""
+    base, copied = tmp_path / "base", tmp_path / "copied"
+    base.mkdir()
+    backend = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    backend.save(str(base / "tokenizer.json"))
+    (base / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    stage(copied, TokenizerSettings(TokenizerConfig(), str(base), 0))
+    assert not (copied / "tokenizer" / "chat_template.jinja").exists()
+    (copied / "stage.json").write_text(json.dumps({"settings": {"source": str(base)}}))  # as the runner writes it
+    said = rf"^model\.tokenizer: {base} has no chat template, and no tokens .* Name a tokenizer with a chat template"
+    sources = {
+        "conversations": TASKS,
+        "pairs": PAIRS,
+        "questions": SourceConfig("embedded:tasks", options={"questions": 3}),
+    }
+    for form, source in sources.items():
+        with pytest.raises(UserError, match=said):
+            prepare({"mine": source}, form=form, on_error="skip", tokenizer=copied)
+    texts = write_lines(tmp_path / "texts.jsonl", {"text": "a b"}, {"text": "c"})
+    _, result, _ = prepare({"mine": texts}, validation=0.0, tokenizer=copied)
+    assert result.metrics["rows"] == 2
 
 
 def test_a_source_that_is_all_held_out_says_so(prepare, tmp_path):
