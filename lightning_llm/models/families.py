@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from lightning_llm.settings import UserError
 LANGUAGE_MODEL, CLASSIFIER = "ForCausalLM", "ForSequenceClassification"  # ends of the classes' names: which head
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")  # as safetensors' headers spell them
 USUAL_WINDOW = 4096  # tokens, where a file does not say
+ONE_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"  # all weights; what is where in several files
+WEIGHT_FILE = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 SHARD_BYTES = 5_000_000_000  # of one safetensors file; also what writing needs in memory beside the model
 # entries of rope_parameters that change nothing; of a pair of mscales that has a 0 the reference uses none
 NEUTRAL = {"truncate": True, "partial_rotary_factor": 1.0, "mscale": 0, "mscale_all_dim": 0}
@@ -131,6 +134,10 @@ def read_rope(stored: dict[str, Any], longest: int, path: Path) -> dict[str, Any
 
     Args:
         longest: max_position_embeddings, the original length where the file does not say it.
+        path: of the file, for the message.
+
+    Raises:
+        UserError: an entry is of another type than it should be; names file and key.
     """
     new, old = stored.get("rope_parameters") or {}, stored.get("rope_scaling") or {}
     if not isinstance(new, dict) or not isinstance(old, dict):
@@ -223,9 +230,7 @@ def read_weights(directory: Path, config: ModelConfig, parameters: dict[str, Ten
                 for key in file.keys():
                     if key in missing:
                         read_tensor(path, key, file, missing.pop(key))
-                    elif not (
-                        key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings)
-                    ):
+                    elif not is_no_parameter(key, config):
                         raise UserError(
                             f"{path}: {key}", "config.json leaves no place for this tensor", "Use files of one model"
                         )
@@ -237,6 +242,11 @@ def read_weights(directory: Path, config: ModelConfig, parameters: dict[str, Ten
         raise UserError(
             str(directory), f"lacks {len(missing)} tensors, the first {next(iter(missing))}", "Use files of one model"
         )
+
+
+def is_no_parameter(key: str, config: ModelConfig) -> bool:
+    """Whether no parameter comes from a tensor on disk: an old table of RoPE, a head that is the embedding again."""
+    return key.endswith("rotary_emb.inv_freq") or (key == "lm_head.weight" and config.tie_word_embeddings)
 
 
 def read_tensor(path: Path, key: str, file: Any, parameter: Tensor) -> None:
@@ -263,15 +273,12 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         UserError: there is neither, or the index names no files beside it.
     """
-    if (directory / "model.safetensors").exists():
-        return [directory / "model.safetensors"]
-    index = directory / "model.safetensors.index.json"
+    if (directory / ONE_FILE).exists():
+        return [directory / ONE_FILE]
+    index = directory / INDEX
     if not index.exists():
-        raise UserError(
-            str(directory),
-            "has neither model.safetensors nor model.safetensors.index.json",
-            "Name a directory with weights as safetensors",
-        )
+        fact = f"has neither {ONE_FILE} nor {INDEX}"
+        raise UserError(str(directory), fact, "Name a directory with weights as safetensors")
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: weight_map", "is missing or empty", "Fetch or make it again")
@@ -284,7 +291,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def write_weights(directory: Path, config: ModelConfig, parameters: dict[str, Tensor]) -> None:
-    """model.safetensors, or shards and their index where the model is larger than one."""
+    """model.safetensors, or shards and their index where the model is larger than one; in place of what was there."""
     shards: list[dict[str, Tensor]] = [{}]
     size = total = 0
     for key, part in stored_parts(config, parameters):
@@ -295,22 +302,32 @@ def write_weights(directory: Path, config: ModelConfig, parameters: dict[str, Te
         shards[-1][key] = part.detach().contiguous()
         size, total = size + bytes_, total + bytes_
     count = len(shards)
-    names = (
-        ["model.safetensors"]
-        if count == 1
-        else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    )
+    names = [ONE_FILE] if count == 1 else [f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
         path = directory / name
         path.touch()  # the library makes files that nobody else may read: others share a store
         mode = path.stat().st_mode
         save_file(shard, path, metadata={"format": "pt"})
         path.chmod(mode)
-    if count > 1:
-        weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        write_json(
-            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-        )
+    finish_weights(directory, dict(zip(names, shards, strict=True)), total)
+
+
+def finish_weights(directory: Path, files: Mapping[str, Collection[str]], total: int) -> None:
+    """Complete a directory whose files of weights are written: with the index that several want, and without the files
+    of a model that lay there before, which would be read in their place.
+
+    Args:
+        files: names of the files -> the tensors in each.
+        total: bytes of all tensors.
+    """
+    if list(files) == [ONE_FILE]:
+        (directory / INDEX).unlink(missing_ok=True)
+    else:
+        weight_map = {key: name for name, keys in files.items() for key in keys}
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for path in directory.iterdir():
+        if WEIGHT_FILE.fullmatch(path.name) and path.name not in files:
+            path.unlink()
 
 
 def read_json(path: Path) -> dict[str, Any]:

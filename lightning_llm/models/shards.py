@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lightning_llm.models.families import PLAIN_TYPES, read_json, weight_files, write_json
+from lightning_llm.models.families import PLAIN_TYPES, finish_weights, is_no_parameter, read_config, weight_files
 from lightning_llm.settings import UserError
 
 TYPES: dict[str, torch.dtype] = dict(
@@ -36,12 +36,12 @@ class Shards(Mapping[str, Tensor]):
         self._files: dict[str, Any] = {}  # name of a file -> it, open
         self._places: dict[str, str] = {}  # tensor -> name of its file
         self._headers: dict[str, tuple[list[int], str]] = {}  # tensor -> shape and type, as the header has them
-        tied = bool(read_json(directory / "config.json").get("tie_word_embeddings"))
+        config = read_config(directory)
         for path in weight_files(directory):
             try:
                 file = self._files[path.name] = safe_open(path, framework="pt")
                 for name in file.keys():
-                    if not (name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied)):
+                    if not is_no_parameter(name, config):
                         header = file.get_slice(name)
                         self._places[name] = path.name
                         self._headers[name] = header.get_shape(), header.get_dtype()
@@ -119,10 +119,7 @@ def write_shards(
                 total += out.write(tensor.flatten().view(torch.uint8).numpy().data)
                 count += 1
                 done(count)
-    if len(like.files) > 1:
-        weight_map = {name: file for file, names in like.files.items() for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory / "model.safetensors.index.json", index)
+    finish_weights(directory, like.files, total)
 
 
 def header_of(like: Shards, names: Sequence[str]) -> bytes:

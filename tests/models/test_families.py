@@ -126,6 +126,28 @@ def test_shards_are_written_and_read(saved, tmp_path, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), back.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(("before", "after"), [(10**9, 2000), (2000, 10**9), (2000, 5000)], ids=["1-n", "n-1", "n-m"])
+def test_weights_of_before_are_replaced_and_other_files_are_left(before, after, tmp_path, monkeypatch):
+    """Whatever lay there, what is read back is what was written last, by us and by transformers."""
+    from transformers import AutoModelForCausalLM
+
+    old, new = Transformer(CONFIG), Transformer(CONFIG)
+    old.reset_parameters(0)
+    new.reset_parameters(1)
+    for model, size in ((old, before), (new, after)):
+        monkeypatch.setattr(families, "SHARD_BYTES", size)
+        model.save_pretrained(tmp_path)
+        (tmp_path / "model_of_mine.safetensors").write_text("precious")
+    back = Transformer.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(new.parameters(), back.parameters(), strict=True))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()["lm_head.weight"], new.head_weight)
+    kept = {path.name for path in tmp_path.glob("*.safetensors*")} - {"model_of_mine.safetensors"}
+    index = tmp_path / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    assert kept == named | ({index.name} if index.exists() else set())
+    assert (tmp_path / "model_of_mine.safetensors").read_text() == "precious"
+
+
 def test_other_types_are_converted_on_reading(saved):
     model = Transformer.from_pretrained(saved, dtype=torch.bfloat16)
     assert model.norm.weight.dtype == model.head_weight.dtype == torch.bfloat16

@@ -75,6 +75,23 @@ def test_what_is_written_is_read_by_safetensors_by_us_and_by_transformers(three,
     assert index["metadata"]["total_size"] == sum(t.numel() * 4 for t in expected.values())
 
 
+def test_one_file_of_another_name_keeps_its_index(tmp_path):
+    """Some directories have a single shard and an index that leads to it."""
+    folder, output = model_in(tmp_path / "a", 0, shards=1), tmp_path / "copy"
+    name = "model-00001-of-00001.safetensors"
+    weights = all_of(folder)
+    (folder / "model.safetensors").rename(folder / name)
+    index = {"weight_map": dict.fromkeys(weights, name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    output.mkdir()
+    (output / "config.json").write_bytes((folder / "config.json").read_bytes())
+    save_file({"stale": torch.ones(1)}, output / "model.safetensors")
+    write_shards(output, Shards(folder), Shards(folder))
+    assert {path.name for path in output.iterdir()} == {"config.json", name, "model.safetensors.index.json"}
+    back = Transformer.from_pretrained(output)
+    assert torch.equal(back.head_weight, weights["lm_head.weight"])
+
+
 def test_types_are_those_of_the_first(tmp_path):
     half, full = model_in(tmp_path / "a", 0, dtype=torch.bfloat16, shards=1), model_in(tmp_path / "b", 1, shards=1)
     mixed = all_of(half)
