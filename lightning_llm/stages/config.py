@@ -321,7 +321,7 @@ class ComputeConfig:
     devices: int = 1
     strategy: str = "single"  # single | ddp
     precision: str = "fp32"  # fp32 | bf16 (fp32 weights and optimizer state, bf16 products)
-    attention: str = "auto"  # auto (the fastest that can) | sdpa | varlen | flex | flash
+    attention: str = "auto"  # auto (the fastest for documents of unlike length) | sdpa | varlen | flex | flash
     compile: bool = False  # feed-forward and norms (lightning_llm/models/compilation.py); gains little on a CPU
     activation_checkpointing: str = (
         "none"  # none | full (each layer runs once more backwards: up to a third more FLOPs)

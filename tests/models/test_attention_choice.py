@@ -1,8 +1,10 @@
 """Which backend is taken, what is said about it, and what is refused."""
 
 import importlib.util
+import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,26 @@ def test_a_gpu_has_the_fastest_that_can_and_says_why(request_, name, reason):
     assert line.startswith(f"attention by {name} (")
     assert reason in line
     assert "\n" not in line
+
+
+def test_what_is_printed_with_flash_attn_claims_no_more_than_was_measured(tmp_path, monkeypatch):
+    """On rows of one length `sdpa` is faster: benchmarks/results/gpu.json."""
+    choose_backend.cache_clear()
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text("def flash_attn_varlen_func(): ...")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+    line = "attention by flash (the fastest on a GPU for documents of unlike length)"
+    assert explain("auto", [H100]) == line
+    assert explain("flash", [H100]) == "attention by flash (as asked)"
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu.json"
+    batches = json.loads(results.read_text())["attention"]["batches"]
+    fastest = {
+        name: min(batch["found"], key=lambda way: batch["found"][way]["seconds"]["median"])
+        for name, batch in batches.items()
+    }
+    assert fastest["mixed documents"] == fastest["prompts with 8 responses"] == choice.ORDER["cuda"][0]
+    assert fastest["full rows"] == fastest["one document"] == "sdpa"
 
 
 @pytest.mark.usefixtures("_gpu_software")

@@ -14,11 +14,16 @@ from lightning_llm.settings import UserError
 
 BACKENDS: dict[str, Backend] = {"flash": Flash(), "varlen": Varlen(), "flex": Flex(), "sdpa": Sdpa()}
 
-# Fastest first. On a GPU, flash-attn's kernel and torch's copy of it take a batch as it lies; flex computes whole tiles
-# of it, sdpa what its rows pad. On a CPU, flex has no kernel that trains.
+# Fastest first for what recipes mostly train on: documents of unlike length, prompts with their responses. There, on a
+# GPU, flash-attn's kernel and torch's copy of it take a batch as it lies; flex computes whole tiles of it, sdpa what
+# its rows pad. Rows of one length, a single long document too, are sdpa's, which then pads nothing (performance.md).
+# Which it will be is not known when a model is built. On a CPU, flex has no kernel that trains.
 ORDER = {"cuda": ("flash", "varlen", "flex", "sdpa"), "cpu": ("sdpa", "flex", "flash", "varlen")}
 
-FIRST = {"cuda": "the fastest on a GPU", "cpu": "the fastest on a CPU, and trains"}  # why the first of ORDER is
+FIRST = {  # why the first of ORDER is
+    "cuda": "the fastest on a GPU for documents of unlike length",
+    "cpu": "the fastest on a CPU, and trains",
+}
 
 
 @lru_cache
@@ -26,7 +31,7 @@ def choose_backend(backend: str, request: Request) -> str:
     """The name of the backend that serves a request; never another one than was asked for.
 
     Args:
-        backend: a name in BACKENDS, or "auto": the fastest that can.
+        backend: a name in BACKENDS, or "auto": the first of ORDER that can.
         request: what is asked.
 
     Raises:
@@ -68,7 +73,15 @@ def explain(backend: str, requests: Collection[Request]) -> str:
 
 
 def candidates(backend: str, request: Request) -> tuple[str, ...]:
-    """The names to try, in order."""
+    """The names to try, in order.
+
+    Args:
+        backend: as in `choose_backend`.
+        request: what is asked; the order is that of its device.
+
+    Raises:
+        UserError: there is no such backend.
+    """
     if backend == "auto":
         return ORDER.get(request.device, ORDER["cpu"])
     if backend not in BACKENDS:
