@@ -113,11 +113,18 @@ class GenerationConfig:
                 counts, as in transformers.
 
         Raises:
-            ValueError: a number is out of range.
+            ValueError: a number is out of range, or in `defaults` no number; names it first.
         """
         names = [setting.name for setting in fields(Sampling)]
-        does_sample = bool(defaults.get("do_sample"))
+        does_sample = defaults.get("do_sample") or False
+        if not isinstance(does_sample, bool):
+            raise ValueError(f"do_sample should be true or false, is {does_sample!r}")
         of_model = {name: defaults.get(name) for name in (names if does_sample else ("repetition_penalty",))}
+        for name, value in of_model.items():
+            kinds = int if name == "top_k" else (int, float)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds)):
+                kind = "a whole number" if name == "top_k" else "a number"
+                raise ValueError(f"{name} should be {kind}, is {value!r}")
         of_user = {name: getattr(self, name) for name in names}
         values: dict[str, Any] = {"temperature": float(does_sample)}
         for given in (of_model, of_user):

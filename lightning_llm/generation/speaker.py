@@ -114,7 +114,7 @@ def load_speaker(directory: Path, config: GenerationConfig, compute: ComputeConf
             print(f"note: {path.name} has {name} {defaults[name]}, which is not built: left out", file=sys.stderr)
     try:
         sampling = config.sampling(defaults)
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise UserError(str(path), str(error), "Mend it, or give the setting yourself") from error
     stop_ids = read_stop_ids(directory, defaults) or tokenizer.stop_ids
     is_unbounded = config.dual_chunk.chunk_size is not None

@@ -186,6 +186,37 @@ def test_a_file_that_is_damaged_is_named(file, directory):
         load(directory)
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("generation_config.json", '{"do_sample": true, "top_k": 5.5}', "top_k should be a whole number, is 5.5"),
+        ("generation_config.json", '{"do_sample": true, "temperature": "hot"}', "temperature should be a number"),
+        ("generation_config.json", '{"repetition_penalty": [1.2]}', "repetition_penalty should be a number"),
+        ("generation_config.json", '{"do_sample": "no"}', "do_sample should be true or false, is 'no'"),
+        ("generation_config.json", '{"do_sample": true, "top_p": true}', "top_p should be a number, is True"),
+        ("tokenizer_config.json", "[]", "is not a JSON object"),
+        ("tokenizer_config.json", '{"eos_token": 5}', "eos_token: is 5 and not the text of a token"),
+        ("tokenizer_config.json", '{"eos_token": {"id": 5}}', "eos_token: is .* and not the text of a token"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "chat_template: is 5 and not the text of a template"),
+        ("tokenizer_config.json", '{"chat_template": [{"template": "x"}]}', "chat_template: has an entry without a"),
+        ("chat_template.jinja", b"caf\xe9", "is not text in UTF-8"),
+    ],
+)
+def test_what_a_file_should_not_hold_is_one_line_with_file_and_key(file, content, said, directory):
+    if "chat_template" in str(content):
+        (directory / "chat_template.jinja").unlink(missing_ok=True)
+    (directory / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=said) as caught:
+        load(directory)
+    assert str(directory / file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_number_of_the_users_own_takes_the_place_of_a_damaged_one_only_if_it_is_heard(directory):
+    say(directory, {"temperature": "hot", "top_k": 5.5}, "generation_config.json")
+    assert load(directory).sampling.temperature == 0  # it does not sample, so they mean nothing
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "config.json", "model.safetensors"])
 def test_a_file_that_is_missing_is_named(file, directory):
     (directory / file).unlink()
