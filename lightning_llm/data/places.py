@@ -168,6 +168,9 @@ def datasets_folder(path: str, split: str | None, where: str) -> tuple[Path, str
         found = folder / chosen if chosen in splits else None
     else:
         own = _facts(folder / "state.json").get("_split")
+        if own is None and split is not None:
+            fact = f"is {split}, and {path} was saved without splits"
+            raise UserError(f"{where}.options.split", fact, "Leave it out: all rows are read")
         splits, chosen = [own or "train"], split or own or "train"
         found = folder if own in (None, chosen) else None
     if found is None or not (found / "state.json").is_file():
@@ -179,7 +182,14 @@ def datasets_folder(path: str, split: str | None, where: str) -> tuple[Path, str
 
 
 def datasets_files(folder: Path) -> list[Path]:
-    """The Arrow files of a split, in order."""
+    """The Arrow files of a split, in order.
+
+    Args:
+        folder: of the split, with the state.json that names them.
+
+    Raises:
+        UserError: it names none.
+    """
     path = folder / "state.json"
     try:
         return [folder / Path(entry["filename"]).name for entry in _facts(path)["_data_files"]]

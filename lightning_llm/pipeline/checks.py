@@ -383,6 +383,9 @@ def _check_source(key: str, source: SourceConfig) -> None:
         kind, name = split_path(source.path, key)
         if kind == "embedded":
             check_embedded(name, source.options, key)
+            if source.columns:
+                what = f"is given, and the fields of {source.path} have our names already"
+                raise UserError(f"{key}.columns", what, "Take it away")
         for name in ("columns", "max_rows"):
             if getattr(source, name) and is_prepared(source.path):
                 what = f"is given, and {source.path} holds tokens, no rows any more"

@@ -149,6 +149,12 @@ def test_a_split_of_saved_data_is_named(tmp_path):
         open_source(SourceConfig(str(tmp_path / "both")), "s")
     two = open_source(SourceConfig(str(tmp_path / "both"), options={"split": "two"}), "s")
     assert [row.where for row in two.rows()] == [f"{tmp_path}/both/two two: row 1"]
+    rows.save_to_disk(str(tmp_path / "whole"))
+    whole = f"s.options.split: is nope, and {tmp_path}/whole was saved without splits. Leave it out: all rows are read."
+    with pytest.raises(UserError) as caught:
+        open_source(SourceConfig(str(tmp_path / "whole"), options={"split": "nope"}), "s")
+    assert str(caught.value) == whole
+    assert len(list(open_source(SourceConfig(str(tmp_path / "whole")), "s").rows())) == 1
     datasets.DatasetDict({"only": rows}).save_to_disk(str(tmp_path / "only"))
     assert len(list(open_source(SourceConfig(str(tmp_path / "only")), "s").rows())) == 1
 
