@@ -3,7 +3,8 @@
     python benchmarks/gpu.py [attention training vocabulary generation] [--small]
 
 Wall time between synchronisations, all ways on the same inputs and weights, call by call in turns. The peer is
-transformers in a plain loop, in this process. `--small` tries the script on any device and writes nothing.
+transformers in a plain loop, in this process; of the vocabulary torch's linear cross-entropy and Liger's too, where
+they are there. Nothing is written unless losses agree. `--small` tries the script on any device and writes nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib.metadata
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +24,7 @@ import claims
 import machine
 import numpy as np
 import torch
-from interleave import quartiles
+from interleave import quartiles, require_close
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
@@ -39,7 +42,9 @@ from lightning_llm.optimization.window import optimizer_step
 
 IGNORED = -100
 OPTIMIZER = AdamWConfig()
-LEARNING_RATE = 1e-5
+LEARNING_RATE = 0.0  # a step is as much work, and all ways' losses are of the same weights however many came before
+LOSSES_DIFFER = 1e-2  # relative, by bf16 and the order of sums
+KERNELS = {"triton": "triton", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel"}  # package -> module
 Call = Callable[[], float | None]
 
 
@@ -116,6 +121,15 @@ def in_turns(ways: Mapping[str, Call], size: Size) -> tuple[dict[str, dict[str, 
     return figures, refused
 
 
+def require_equal_losses(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """The first call's loss of every way.
+
+    Raises:
+        Refused: they differ by more than rounding: what was timed would not be the same work.
+    """
+    require_close({name: figures["loss"] for name, figures in found.items()}, relative=LOSSES_DIFFER)
+
+
 def synchronise(size: Size) -> None:
     if size.device == "cuda":
         torch.cuda.synchronize()
@@ -137,7 +151,10 @@ def faster(says: str, found: Mapping[str, Any], ours: str, theirs: str) -> list[
 
 def describe(size: Size) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name() if size.device == "cuda" else None
-    return {**machine.describe(), "gpu": gpu, "torch_cuda": torch.version.cuda}
+    described = machine.describe()
+    versions = {name: importlib.metadata.version(name) for name in KERNELS if importlib.util.find_spec(KERNELS[name])}
+    described["libraries"] |= versions
+    return {**described, "gpu": gpu, "torch_cuda": torch.version.cuda}
 
 
 # ---- attention
@@ -265,6 +282,7 @@ def training_part(size: Size) -> dict[str, Any]:
         ways["ours, compiled"] = step_of_ours(compiled, texts, size)("auto")
         ways["transformers"] = step_of_theirs(theirs, theirs, texts, size)
         found, refused = in_turns(ways, size)
+        require_equal_losses(found)
         tokens = sum(map(len, texts))
         flops = training_flops(config, [(len(text), 0) for text in texts])
         for figures in found.values():
@@ -339,7 +357,10 @@ def step_of_theirs(model: nn.Module, run: nn.Module, texts: list[np.ndarray], si
 
 
 def vocabulary_part(size: Size) -> dict[str, Any]:
-    """The loss of the vocabulary and its gradients, from hidden states in bf16 and a head in fp32."""
+    """The loss of the vocabulary and its gradients, from hidden states in bf16 and a head in fp32.
+
+    torch's linear cross-entropy (2.13 and later) and Liger's get the head in bf16, as autocast would make it.
+    """
     count, width, vocabulary = size.hidden
     torch.manual_seed(0)
     hidden = torch.randn(count, width, device=size.device, dtype=torch.bfloat16, requires_grad=True)
@@ -355,13 +376,27 @@ def vocabulary_part(size: Size) -> dict[str, Any]:
 
         return call
 
+    def torch_fused() -> Tensor:
+        from torch.nn.functional import linear_cross_entropy
+
+        options = torch.nn.LinearCrossEntropyOptions()  # without them it is the dense one
+        return linear_cross_entropy(hidden, weight.to(hidden.dtype), targets, options=options)
+
+    def liger() -> Tensor:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss()(weight.to(hidden.dtype), hidden, targets)
+
     ones = torch.ones(count, device=size.device)
     ways = {
         "ours": way(lambda: -token_log_likelihood(hidden, weight, targets, token_weights=ones).mean()),
         "ours_in_backward": way(lambda: -token_log_likelihood(hidden, weight, targets).mean()),
         "dense": way(lambda: nn.functional.cross_entropy(nn.functional.linear(hidden, weight).float(), targets)),
+        "torch_fused": way(torch_fused),
+        "liger": way(liger),
     }
     found, refused = in_turns(ways, size)
+    require_equal_losses(found)
     judged = faster("Vocabulary: times the speed of dense logits", found, "ours", "dense")
     if found["ours"]["peak_bytes"]:
         share = found["ours"]["peak_bytes"] / found["dense"]["peak_bytes"]

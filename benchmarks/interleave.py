@@ -6,7 +6,9 @@ swing severalfold.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -156,9 +158,19 @@ def require_equal_losses(measurement: Measurement, tolerance: float = 1e-4) -> d
         Refused: they differ by more than the tolerance: what is timed would not be the same work.
     """
     losses = {name: answers[0]["loss"] for name, answers in measurement.warm_up.items() if "loss" in answers[0]}
-    if max(losses.values()) - min(losses.values()) > tolerance:
-        raise Refused(f"losses on the same weights and data differ: {losses}")
+    require_close(losses, absolute=tolerance)
     return losses
+
+
+def require_close(losses: Mapping[str, float], absolute: float = 0.0, relative: float = 0.0) -> None:
+    """Refuse losses that differ by more than a tolerance, or are no numbers.
+
+    Raises:
+        Refused: names all of them.
+    """
+    pairs = itertools.product(losses.values(), repeat=2)
+    if not all(math.isclose(one, other, rel_tol=relative, abs_tol=absolute) for one, other in pairs):
+        raise Refused(f"losses on the same weights and data differ: {losses}")
 
 
 def quartiles(values: Sequence[float]) -> dict[str, float]:

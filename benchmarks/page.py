@@ -40,20 +40,22 @@ PARTS = {
 }
 SOURCES = ["pretrain", "sft", "dpo", "reward", "generate", "vocabulary", "gpu"]
 BACKENDS = ("flash", "varlen", "flex", "sdpa")
+GPU_VOCABULARY = ("ours", "ours_in_backward", "dense", "torch_fused", "liger")  # ways that benchmarks/gpu.py knows
+GPU_LIBRARIES = ("torch", "transformers", "flash-attn", "liger-kernel", "triton")
 Results = dict[str, dict[str, Any]]  # benchmark -> part -> what was found
 
 INTRODUCTION = """# Performance
 
-Ours beside the newest versions of what people use, on the same weights and tokens, in float32 on one thread; at the
-end, in bf16 on a GPU. Made by `make bench`; this page and its pictures are drawn from `benchmarks/results/*.json` by
-`benchmarks/page.py`.
+Ours beside the newest versions of what people use, on the same weights and tokens, in float32 on one thread. Made by
+`make bench`; this page and its pictures are drawn from `benchmarks/results/*.json` by `benchmarks/page.py`. What was
+measured in bf16 on a GPU, in another way, has a section of its own ([One GPU](#one-gpu)); all before it is of a CPU.
 
 Each library runs in a process and an environment of its own (LitGPT and transformers 5 do not install together) and
 makes one call, a whole training step, at a time: ours, a peer, another, ours again. What counts are ratios of
-CPU-seconds of calls made side by side; absolute times swing severalfold from machine to machine. Before anything is
-timed, the losses of the first call have to agree to 1e-4. Peak memory is the process's high-water mark above what its
-imports take. Medians are of 20 calls of each after 3 to warm up; of sampling 8 after 1, of the vocabulary 8 after 1
-(3 and 2 for its largest sizes).
+CPU-seconds of calls made side by side; absolute times swing severalfold from machine to machine. No result of training
+or of the vocabulary is written unless the losses of the first call agree to 1e-4. Peak memory is the process's
+high-water mark above what its imports take. Medians are of 20 calls of each after 3 to warm up; of sampling 8 after 1,
+of the vocabulary 8 after 1 (3 and 2 for its largest sizes).
 
 The model is a Llama of 6.5 million weights: vocabulary 8,192 (tied), width 256, 6 layers, 8 heads of 32 with 4 for
 keys and values, feed-forward 704. Every library gets the same fused AdamW, clipping and learning rate. TRL's trainers
@@ -151,11 +153,12 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
     """What `benchmarks/gpu.py` has found; parts that it has not measured are named."""
     if not parts:
         return []
-    machine_of = next(iter(parts.values()))["machine"]
-    says = (
-        f"One {machine_of['gpu']}, torch {machine_of['libraries']['torch']}, wall time, in turns (`benchmarks/gpu.py`)."
-    )
-    lines = ["\n## One GPU\n", says]
+    gpu = " and ".join(dict.fromkeys(part["machine"]["gpu"] for part in parts.values()))
+    lines = [
+        "\n## One GPU\n",
+        f"One {gpu}: wall time, in bf16, all ways in one process and in turns (`benchmarks/gpu.py`).",
+        f"Versions: {gpu_versions(parts)}.",
+    ]
     if missing := [name for name in ("attention", "training", "vocabulary", "generation") if name not in parts]:
         lines.append(f"Not measured yet: {', '.join(missing)}.")
     if attention := parts.get("attention"):
@@ -174,6 +177,19 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         lines += [
             f"\nThe vocabulary's loss and its gradients: {tokens:,} tokens of width {width:,}, V = {size:,}.\n",
             *table(["way", "ms", "peak MiB"], rows),
+            *refusals({"": vocabulary}),
+        ]
+        if untried := [name for name in GPU_VOCABULARY if name not in {**vocabulary["found"], **vocabulary["refused"]}]:
+            lines.append(f"\nNot measured there: {' and '.join(NAMES[name] for name in untried)}.")
+    if training := parts.get("training"):
+        rows = [
+            [name, way, milliseconds(found), f"{found['tokens_per_second']:,.0f}"]
+            for name, batch in training["batches"].items()
+            for way, found in batch["found"].items()
+        ]
+        lines += [
+            f"\nA training step, {training['model']}, weights in fp32 and products in bf16.\n",
+            *table(["batch", "way", "ms", "tokens a second"], rows),
         ]
     if generation := parts.get("generation"):
         count, length, new = generation["prompts"]
@@ -187,6 +203,17 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
             *table(["", "ours", "transformers"], rows),
         ]
     return lines
+
+
+def gpu_versions(parts: dict[str, Any]) -> str:
+    """What the GPU's parts were measured with, where they differ all of them."""
+    found = {
+        f"{library} {version}"
+        for part in parts.values()
+        for library, version in part["machine"]["libraries"].items()
+        if library in GPU_LIBRARIES
+    }
+    return ", ".join(sorted(found))
 
 
 def attention_row(name: str, batch: dict[str, Any]) -> list[str]:
@@ -240,6 +267,7 @@ def machines(results: Results) -> list[list[str]]:
 
 
 def versions(results: Results) -> list[str]:
+    """What the workers ran, each in its own environment; the GPU's section has its own."""
     found = {
         f"{library} {version}"
         for parts in results.values()
@@ -247,7 +275,7 @@ def versions(results: Results) -> list[str]:
         for worker in part.get("workers", {}).values()
         for library, version in worker["versions"].items()
     }
-    return ["Versions: " + ", ".join(sorted(found)) + "."]
+    return ["Versions on CPUs: " + ", ".join(sorted(found)) + "."]
 
 
 # ---- pictures ----

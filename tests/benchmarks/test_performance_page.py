@@ -14,6 +14,23 @@ def test_the_page_is_that_of_the_results():
     assert PAGE.read_text() == page.page(page.load())
 
 
+def test_what_was_measured_on_a_gpu_has_its_own_versions_and_says_what_is_missing():
+    import page
+
+    parts = page.load()["gpu"]
+    section = "\n".join(page.gpu_section(parts))
+    for library in ("torch", "transformers"):
+        assert f"{library} {parts['vocabulary']['machine']['libraries'][library]}" in section
+    for name in page.GPU_VOCABULARY:  # measured, or said why not, or said that it was not
+        assert page.NAMES[name] in section
+    absent = {**parts["vocabulary"], "refused": {"liger": "ModuleNotFoundError: No module named 'liger_kernel'"}}
+    said = "\n".join(page.gpu_section({"vocabulary": absent}))
+    assert "Liger did not run here: `ModuleNotFoundError: No module named 'liger_kernel'`" in said
+    found = {"ours, sdpa": {"seconds": {"median": 0.25}, "tokens_per_second": 4e3}}
+    training = {"machine": absent["machine"], "model": "qwen2_0_5b", "batches": {"full rows": {"found": found}}}
+    assert "| full rows | ours, sdpa | 250.0 | 4,000 |" in page.gpu_section({"training": training})
+
+
 def test_a_claim_that_fails_is_said():
     import claims
     import page
