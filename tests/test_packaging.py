@@ -1,4 +1,4 @@
-"""What `pip install '.[extra]'` knows: the extras that the documents and the Makefile name, and no others."""
+"""Extras that the documents, the Makefile and error messages name are there; `make` spares what is no environment."""
 
 from __future__ import annotations
 

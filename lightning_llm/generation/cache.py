@@ -210,6 +210,15 @@ def attend_step(
 
 
 def weigh(scores: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """softmax(scores + mask) values, the softmax in float32."""
+    """softmax(scores + mask) values, the softmax in float32.
+
+    Args:
+        scores: [..., Q, N], of Q queries to N keys.
+        values: [..., N, D].
+        mask: added, of a shape that broadcasts to that of the scores; None: all keys are seen.
+
+    Returns:
+        [..., Q, D] in the type of the values.
+    """
     scores = scores if mask is None else scores + mask
     return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values

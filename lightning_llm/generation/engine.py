@@ -227,7 +227,11 @@ def said_already(model: Transformer, prompts: Sequence[Sequence[int]]) -> Tensor
 
 
 def build_dual_chunk(model: Transformer, config: DualChunkConfig | None) -> DualChunk | None:
-    """Dual chunk attention for a model, if it is asked for."""
+    """Dual chunk attention for a model; None if it is not asked for.
+
+    Raises:
+        UserError: the model has layers with a sliding window.
+    """
     if config is None or config.chunk_size is None:
         return None
     if any(model.config.layer_attention(layer).window for layer in range(model.config.num_hidden_layers)):

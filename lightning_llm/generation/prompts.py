@@ -46,7 +46,15 @@ def read_prompts(texts: Sequence[str], file: str | None) -> list[Prompt]:
 
 
 def read_row(where: str, line: str) -> str | list[Message]:
-    """The text or the conversation of a row of JSON."""
+    """The text or the conversation of a row of JSON.
+
+    Args:
+        where: file and line, for the message.
+        line: the row.
+
+    Raises:
+        UserError: it is no JSON, or neither of them, or a conversation with nothing to answer.
+    """
     try:
         row = json.loads(line)
     except ValueError as error:

@@ -46,8 +46,16 @@ def next_tokens(
 
 
 def penalised(logits: Tensor, penalty: float) -> Tensor:
-    """Logits of what was said already (Keskar et al. 2019, arXiv 1909.05858, section 4.1; of negative ones the product,
-    as in transformers, so that they too become less likely)."""
+    """Logits of what was said already: x / penalty, of negative ones x * penalty, so that they too become less likely
+    (Keskar et al. 2019, arXiv 1909.05858, section 4.1, which divides all; of negative ones as in transformers).
+
+    Args:
+        logits: any shape.
+        penalty: > 0; 1 changes nothing.
+
+    Returns:
+        In the shape of `logits`.
+    """
     return torch.where(logits > 0, logits / penalty, logits * penalty)
 
 

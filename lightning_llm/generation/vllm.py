@@ -1,7 +1,7 @@
 """The engine's interface over vLLM, for a model in a Hugging Face directory on a GPU.
 
 Written after vLLM's documentation and tested against a fake of what is documented there. It has never been run with
-vLLM itself: that takes a GPU and the extra `vllm`, and neither was at hand.
+vLLM itself, which takes a GPU and the extra `vllm`.
 
 What differs from our own engine: randomness is vLLM's, so that a seed gives other samples (each response has a seed of
 its own here as well, but kernels may depend on what runs beside it); weights are those of the directory.

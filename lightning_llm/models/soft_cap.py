@@ -12,5 +12,8 @@ def soft_capped(x: Tensor, cap: float | None) -> Tensor:
     Args:
         x: scores or logits, any shape.
         cap: > 0, in the unit of x; None: x as it is.
+
+    Returns:
+        In the shape and type of x.
     """
     return x if cap is None else cap * torch.tanh(x / cap)

@@ -126,7 +126,14 @@ def grouped(x: Tensor, key_heads: int | None = None) -> Tensor:
 
 
 def parts(q: Tensor, k: Tensor) -> list[slice]:
-    """Rows in as many at a time as make a block of BLOCK_SCORES; at least one."""
+    """Rows in as many at a time as make a block of BLOCK_SCORES; at least one.
+
+    Args:
+        q, k: [R, H, Q, D] and [R, K, N, D].
+
+    Returns:
+        Slices of the R rows, in order.
+    """
     rows, heads, queries, _ = q.shape
     scores = heads * min(queries, QUERY_BLOCK[q.device.type]) * k.shape[2]
     step = max(BLOCK_SCORES[q.device.type] // scores, 1)
@@ -134,7 +141,13 @@ def parts(q: Tensor, k: Tensor) -> list[slice]:
 
 
 def blocks(q: Tensor, k: Tensor, part: slice, mask: Tensor | None) -> Iterator[Block]:
-    """The blocks of queries of some rows: without their causal future, or with the mask's part."""
+    """The blocks of queries of some rows: without their causal future, or with the mask's part.
+
+    Args:
+        q, k: [R, H, Q, D] and [R, K, N, D] of all rows.
+        part: the rows; of a mask that is one for all, all of it is taken.
+        mask: [R or 1, 1, Q, N]; None: causal, and Q is N.
+    """
     queries, block = q.shape[2], QUERY_BLOCK[q.device.type]
     exact = torch.promote_types(q.dtype, torch.float32)
     future = torch.full((block, block), -torch.inf, dtype=exact, device=q.device).triu_(1)[None, None, None]
