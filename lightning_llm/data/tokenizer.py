@@ -68,7 +68,7 @@ class Tokenizer:
         self.end_of_turn_id = self._special(ENDS_OF_TURN, "eos_token")
         self.stop_ids = {self.end_of_turn_id, self.eos_id}
         named = backend.token_to_id(self._named_tokens.get("eos_token", ""))
-        self.turn_end_ids = self.stop_ids | ({named} - {None})  # any of them ends a turn, whichever a template takes
+        self.turn_end_ids = self.stop_ids | (set() if named is None else {named})  # whichever a template takes
         begin = backend.encode("a")
         marked = zip(begin.ids, begin.special_tokens_mask, strict=True)
         self.begin_ids = [
