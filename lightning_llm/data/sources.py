@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning_llm.data.config import SourceConfig
 from lightning_llm.data.embedded import CONTENTS, tasks, text
-from lightning_llm.data.embedded.options import check_embedded
+from lightning_llm.data.embedded.options import check_embedded, refuse_columns
 from lightning_llm.data.fingerprints import source_fingerprint
 from lightning_llm.data.gauge import Gauge, Tell
 from lightning_llm.data.json_rows import read_json
@@ -115,6 +115,7 @@ def open_source(config: SourceConfig, where: str) -> Source:
     Raises:
         UserError: it does not exist, or there is no reader for it.
     """
+    refuse_columns(config.path or "", config.columns, where)
     documents = config.options.get("documents", DOCUMENTS[0])
     if documents not in DOCUMENTS:
         raise UserError(f"{where}.options.documents", f"is {documents!r}", f"Choose one of {', '.join(DOCUMENTS)}")

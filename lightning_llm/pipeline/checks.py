@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf
 
 from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig
-from lightning_llm.data.embedded.options import check_embedded
+from lightning_llm.data.embedded.options import check_embedded, refuse_columns
 from lightning_llm.data.places import is_prepared, source_options, split_path
 from lightning_llm.data.rows import FORMS
 from lightning_llm.evaluation.config import RULES
@@ -380,12 +380,10 @@ def _check_source(key: str, source: SourceConfig) -> None:
         for name in source.options:
             if name not in known:
                 raise unknown_entry(f"{key}.options.{name}", known, source.path)
+        refuse_columns(source.path, source.columns, key)
         kind, name = split_path(source.path, key)
         if kind == "embedded":
             check_embedded(name, source.options, key)
-            if source.columns:
-                what = f"is given, and the fields of {source.path} have our names already"
-                raise UserError(f"{key}.columns", what, "Take it away")
         for name in ("columns", "max_rows"):
             if getattr(source, name) and is_prepared(source.path):
                 what = f"is given, and {source.path} holds tokens, no rows any more"

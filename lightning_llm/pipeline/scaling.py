@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 from lightning_llm.data.config import SHORTEST_CONTEXT, STAGE, DataConfig, SourceConfig, TokenizerConfig
+from lightning_llm.data.embedded.options import refuse_columns
 from lightning_llm.data.places import is_of_stage
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
@@ -441,6 +442,7 @@ def _located(recipe: Recipe, scale: ScaleConfig, key: str, data: DataConfig) -> 
             raise UserError(f"{key}.sources.{name}", f"has no path, and scale {scale.name} has no corpus {name}",
                             f"Give it a path. {name_nearest(name, known)}")  # fmt: skip
         corpus = scale.corpora[name]
+        refuse_columns(corpus.path or "", source.columns, f"{key}.sources.{name}")
         if corpus.path is not None:  # a corpus without one is dropped: its share goes to the others
             sources[name] = _overlaid(recipe, f"{key}.sources.{name}", source, _given(replace(corpus, weight=None)))
     if data.sources and not sources:

@@ -139,6 +139,13 @@ def test_a_hub_is_read_from_the_commit_that_its_revision_is(monkeypatch):
     assert open_source(config, "s").commit is None
 
 
+def test_columns_of_embedded_sources_are_refused():
+    with pytest.raises(
+        UserError, match=r"^s\.columns: is given, and the fields of embedded:tasks have our names already"
+    ):
+        open_source(SourceConfig("embedded:tasks", columns={"prompt": "question"}), "s")
+
+
 @pytest.mark.filterwarnings("ignore")  # of the library
 def test_a_split_of_saved_data_is_named(tmp_path):
     import datasets

@@ -138,8 +138,8 @@ COMMAND_LINE = {
         "Type '+stages.last.data.sources.preferences.columns={chosen: good}', with a plus"
     ],
     "stages.last.data.sources.preferences.columns.chose=good": ["columns.chose", "The nearest is chosen"],
-    "+stages.last.data.sources.preferences.columns.chosen=good": [
-        "stages.last.data.sources.preferences.columns: is given, and the fields of embedded:preferences have our names"
+    "+scale.corpora.preferences.columns.chosen=good": [
+        "scale.corpora.preferences.columns: is given, and the fields of embedded:preferences have our names already"
     ],
     "stages.last.data.sources.preferences.options.split=test": [
         "Type +stages.last.data.sources.preferences.options.split=test, with a plus"

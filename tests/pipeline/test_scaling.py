@@ -316,6 +316,15 @@ def test_a_corpus_that_is_dropped_and_one_that_is_missing():
         scaled(recipe(), replace(NANO, corpora={"wbe": SourceConfig(path="x"), "other": SourceConfig()}))
 
 
+def test_columns_of_a_corpus_that_has_our_names_are_refused():
+    columns = DataConfig(name="text", sources={"web": SourceConfig(columns={"text": "body"})})
+    made = recipe()
+    stages = made.stages | {"first": replace(made.stages["first"], data=columns)}
+    scaled(replace(made, stages=stages), NANO)  # of a file they say something
+    with pytest.raises(UserError, match=r"stages\.first\.data\.sources\.web\.columns: is given, .* embedded:web have"):
+        scaled(replace(made, stages=stages), replace(NANO, corpora=CORPORA | {"web": SourceConfig("embedded:web")}))
+
+
 def test_examples_of_unknown_length_are_refused():
     with pytest.raises(UserError, match=r"stages.sft.data.tokens_per_example"):
         scaled(recipe(), replace(PAPER, phases={}))

@@ -52,6 +52,23 @@ def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
             _refuse_too_many(held_out, options, "validation", where)
 
 
+def refuse_columns(path: str, columns: Mapping[str, str], where: str) -> None:
+    """Refuse columns of an embedded source: its fields have our names already, and none would be renamed.
+
+    Args:
+        path: of any source.
+        columns: of its settings.
+        where: the setting that names the source, as `data.sources.mine`.
+
+    Raises:
+        UserError: names the setting.
+    """
+    if columns and path.startswith("embedded:"):
+        raise UserError(
+            f"{where}.columns", f"is given, and the fields of {path} have our names already", "Take it away"
+        )
+
+
 def _refuse_too_many(option: str, options: Mapping[str, Any], split: str, where: str) -> None:
     task, count = fewest_questions(options.get("task"), options[option], split)
     if count < options[option]:
