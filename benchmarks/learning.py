@@ -146,6 +146,16 @@ def read_metrics(run: Path) -> dict[str, dict[str, float]]:
     return metrics
 
 
+def trained_at(runs: list[Path]) -> dict[str, list[str]]:
+    """The commits that made each stage's artifacts: those that a store holds already are older than this run."""
+    commits: dict[str, set[str]] = {stage: set() for stage in STAGES}
+    for run in runs:
+        for stage, found in commits.items():
+            made = json.loads((run / "artifacts" / stage / "stage.json").read_text())["git"]
+            found.add((made.get("commit") or "unknown") + (" and changes" if made.get("dirty") else ""))
+    return {stage: sorted(found) for stage, found in commits.items()}
+
+
 def untrained_perplexities(run: Path) -> dict[str, float]:
     """What the first stage's evaluation would say of the random weights that it starts from."""
     first, artifact = (
@@ -198,6 +208,7 @@ def main() -> None:
         "overrides": arguments.overrides,
         "seeds": arguments.seeds,
         "machine": machine.describe(),
+        "trained_at": trained_at(runs),
         **summarise([read_metrics(run) | {"start": untrained_perplexities(run)} for run in runs]),
     }
     arguments.result.parent.mkdir(parents=True, exist_ok=True)

@@ -186,7 +186,7 @@ def _contains(turns: list[Message], part: list[Message]) -> bool:
 
 def _known(row: Fields, where: str) -> Fields:
     """What a judge of correctness needs, and what a reward model learns beside which response is better."""
-    known = {name: row[name] for name in ("answer", "task") if name in row}
+    known: Fields = {name: _encodable(str(row[name]), f'"{name}"', where) for name in ("answer", "task") if name in row}
     if "edited" in row:
         known["edited"] = _messages(row, "edited", where, "assistant")[-1]["content"]
     if "strength" in row:
@@ -248,12 +248,12 @@ def _instruction(row: Fields, where: str) -> Fields:
 
 def _question(row: Fields, where: str) -> Fields:
     answer = _string(row, "answer", where)
-    content = {"prompt": _messages(row, "prompt", where), "answer": answer, "task": str(row.get("task", "questions"))}
+    content = {"prompt": _messages(row, "prompt", where), "answer": answer, "task": _task(row, "questions", where)}
     return content | ({"tests": _string(row, "tests", where)} if "tests" in row else {})
 
 
 def _prompt(row: Fields, where: str) -> Fields:
-    content = {"prompt": _messages(row, "prompt", where), "answer": "", "task": str(row.get("task", "prompts"))}
+    content = {"prompt": _messages(row, "prompt", where), "answer": "", "task": _task(row, "prompts", where)}
     return content | {name: _string(row, name, where) for name in ("answer", "tests") if name in row}
 
 
@@ -264,7 +264,7 @@ def _prompt_of_conversation(row: Fields, where: str) -> Fields:
     prompt = messages[: said[-1]] if said else messages
     if not prompt:
         raise UserError(where, "has no turn before the assistant's, so nothing is asked", f"Mend it, {SKIP}")
-    return {"prompt": prompt, "answer": "", "task": str(row.get("task", "prompts"))}
+    return {"prompt": prompt, "answer": "", "task": _task(row, "prompts", where)}
 
 
 def _text(row: Fields, where: str) -> Fields:
@@ -342,6 +342,11 @@ def _string(row: Fields, name: str, where: str) -> str:
     if not value.strip():
         raise UserError(where, f'"{name}" is empty', f"Fill it, {SKIP}")
     return _encodable(value, f'"{name}"', where)
+
+
+def _task(row: Fields, otherwise: str, where: str) -> str:
+    """What a question's task is called in tables."""
+    return _encodable(str(row.get("task", otherwise)), '"task"', where)
 
 
 def _encodable(value: str, what: str, where: str) -> str:

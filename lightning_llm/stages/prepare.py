@@ -76,7 +76,8 @@ def _prepare_sources(context: StageContext, settings: PrepareSettings) -> StageR
         "sources": {name: report.facts() for name, report in reports.items()},
     }
     text = json.dumps(content, indent=2, ensure_ascii=False)
-    (context.output / "prepare.json").write_text(text, "utf-8")
+    # of half a character, which a malformed row's reason may quote, JSON's own escape
+    (context.output / "prepare.json").write_text(text, "utf-8", errors="backslashreplace")
     (context.output / "tokenizer_fingerprint").write_text(tokenizer.fingerprint, "utf-8")
     tokens = {name: sum(split["tokens"] for split in report.splits.values()) for name, report in reports.items()}
     rows = sum(split["rows"] for report in reports.values() for split in report.splits.values())
@@ -118,7 +119,9 @@ def _prepare_source(
         for writer in writers.values():
             writer.abandon()
         raise
-    if not writers and report.skipped:
+    if report.skipped and not any(writer.rows for writer in writers.values()):
+        for writer in writers.values():
+            writer.abandon()
         what = f"{source.config.path} has no row that can be used ({report.skipped} are malformed, the first: "
         raise UserError(source.where, f"{what}{report.first_skipped})", "Mend them, or name another source")
     if not writers:
@@ -142,6 +145,13 @@ def _check_report(context: StageContext, settings: PrepareSettings, name: str, r
             f"{'its one row is' if total == 1 else f'all its {total} rows are'} held out by hash",
             "Split it into more rows, or set data.validation=0",
         )
+    for length, long in report.dropped.items():
+        if data.on_long == "drop" and long["rows"] == total:
+            raise UserError(
+                f"data.sources.{name}",
+                f"all its {total:,} rows are longer than the context of {length}, the first: {long['first']}",
+                "Raise the context, or set data.on_long=truncate_left",
+            )
     if "validation" in empty and data.validation:
         context.console.note(f"{name} has no held-out row among {total}: no validation loss of it")
     shortest = min(report.dropped.items(), key=lambda entry: int(entry[0]), default=None)

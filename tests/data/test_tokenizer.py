@@ -46,6 +46,20 @@ def test_conversations_render_as_in_transformers(tokenizer, theirs, messages):
     assert tokenizer.render_text(messages[:-1], add_generation_prompt=True) == prompted
 
 
+@pytest.mark.parametrize(
+    "shown", ["tojson", "tojson(ensure_ascii=True)", "tojson(indent=2, sort_keys=True)", "tojson(False)"]
+)
+def test_templates_show_json_as_in_transformers(tokenizer, shown, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer.save(tmp_path)
+    template = "{% for m in messages %}{{ m | " + shown + " }}{{ '<|im_end|>' }}{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    messages = [{"role": "user", "content": "naïve <b> & 日本"}]
+    expected = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(messages, tokenize=False)
+    assert Tokenizer.load(tmp_path).render_text(messages) == expected
+
+
 @given(text=TEXTS)
 @settings(max_examples=50, deadline=None)
 def test_text_encodes_as_in_transformers_and_decodes_to_itself(tokenizer, theirs, text):

@@ -200,15 +200,36 @@ def test_malformed_rows_are_skipped_counted_and_listed(prepare, tmp_path):
 def test_any_number_of_skipped_rows_is_listed(prepare, tmp_path):
     good = [{"text": f"one more text, number {number}"} for number in range(50)]
     half = '{"bo\\ud800dy": "a name with half a character"}\n'
-    many = write_lines(tmp_path / "many.jsonl", *good, *["{oops\n"] * 3000, half)
+    many = write_lines(tmp_path / "many.jsonl", half, *good, *["{oops\n"] * 3000)
     more = write_lines(tmp_path / "more.jsonl", "[]\n", *good)
     folder, result, report = prepare({"many": many, "more": more}, on_error="skip")
     rows = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
-    lines = [("many", f"{tmp_path}/many.jsonl:{line}") for line in range(51, 3052)]
+    lines = [("many", f"{tmp_path}/many.jsonl:{line}") for line in (1, *range(52, 3052))]
     assert [(row["source"], row["where"]) for row in rows] == [*lines, ("more", f"{tmp_path}/more.jsonl:1")]
-    assert "bo\ud800dy" in rows[3000]["what"]
+    assert "bo\ud800dy" in rows[0]["what"]
+    assert report["many"]["first_skipped"].endswith(rows[0]["what"])
     assert result.metrics["skipped"] == report["many"]["skipped"] + report["more"]["skipped"] == 3002
     assert len((folder / "prepare.json").read_text()) < 3000  # counts, not rows
+
+
+@pytest.mark.parametrize(("form", "fields"), [
+    ("pairs", {"prompt": "p", "chosen": "c", "rejected": "r"}), ("questions", {"prompt": "p", "answer": "a"}),
+    ("prompts", {"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "a"}]}),
+])  # fmt: skip
+def test_half_a_character_in_a_rows_task_is_told_with_its_line(prepare, tmp_path, form, fields):
+    source = write_lines(tmp_path / "rows.jsonl", fields, json.dumps(fields | {"task": "x"})[:-2] + '\\ud800"}\n')
+    with pytest.raises(UserError, match=r'rows\.jsonl:2: "task" holds half a character'):
+        prepare({"mine": source}, form=form)
+
+
+def test_a_source_that_loses_all_its_rows_is_told_before_anything_trains(prepare, tmp_path):
+    pair = {"prompt": "p" * 40, "chosen": "c" * 40, "rejected": "r" * 40}
+    source = write_lines(tmp_path / "rows.jsonl", *({**pair, "prompt": f"{i} {pair['prompt']}"} for i in range(40)))
+    with pytest.raises(
+        UserError, match=r"all its 40 rows are longer than the context of 8, the first: .*rows\.jsonl:1"
+    ):
+        prepare({"mine": source}, form="pairs", contexts=[8])
+    prepare({"mine": source}, form="pairs", contexts=[8], on_long="truncate_left")
 
 
 def test_where_no_row_is_skipped_or_too_long_there_is_no_list(prepare, tmp_path):
