@@ -74,7 +74,7 @@ def test_only_a_method_that_draws_has_a_seed():
     assert nodes_of(*given, "merge@stages.mean.method=dare")["mean"].settings.seed == 3
 
 
-WARP = """# @package _global_
+LOOP = """# @package _global_
 defaults:
   - qwen2
   - /stage@stages.warp: rounds
@@ -105,17 +105,17 @@ stages:
 
 def test_a_loop_of_merges_is_made_of_rounds(tmp_path):
     (tmp_path / "recipe").mkdir()
-    (tmp_path / "recipe" / "warp.yaml").write_text(WARP.replace("{init: sft}", "{init: sft, arc: long_context}"))
-    nodes = {node.name: node.inputs for node in plan(compose("warp", config_dir=tmp_path)).nodes}
+    (tmp_path / "recipe" / "loop.yaml").write_text(LOOP.replace("{init: sft}", "{init: sft, arc: long_context}"))
+    nodes = {node.name: node.inputs for node in plan(compose("loop", config_dir=tmp_path)).nodes}
     assert nodes["warp1.arc"] == {"model.0": "warp1.one", "model.1": "warp1.two", "starts_from": "sft"}
     assert nodes["warp1.init"] == {"model.0": "warp1.arc", "starts_from": "sft"}
     assert nodes["warp2.init"] == {"model.0": "warp2.arc", "starts_from": "warp1.init"}
     assert nodes["warp2.one"]["starts_from"] == nodes["warp2.one"]["merging_reference"] == "warp1.init"
     assert nodes["warp1.two"]["merging_base"] == "long_context"
     assert nodes["warp2.two"]["merging_base"] == "warp1.arc"
-    (tmp_path / "recipe" / "warp.yaml").write_text(WARP)
+    (tmp_path / "recipe" / "loop.yaml").write_text(LOOP)
     with pytest.raises(UserError, match=r"stages.warp.stages.two.optimizer.online_merging.base: .* the first has none"):
-        compose("warp", config_dir=tmp_path)
+        compose("loop", config_dir=tmp_path)
 
 
 def test_reward_models_are_evaluated_on_what_the_first_holds_out():
