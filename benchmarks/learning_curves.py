@@ -1,0 +1,85 @@
+"""Curves of live stages: what was followed while they trained, over the responses drawn so far, and their picture."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+FIGURES = ("reward/mean", "kl/reference", "entropy", "responses/length")
+HELD_OUT = "validation/reward/mean"
+POINTS = 32  # of a curve, at most: each is a mean over neighbouring steps
+Curve = dict[str, list[float]]  # samples, value
+
+
+def followed(path: Path, responses_per_sample: float) -> dict[str, Curve]:
+    """The curves of one metrics.jsonl.
+
+    Args:
+        responses_per_sample: drawn for each prompt of a step; less than a prompt has where several passes go over it.
+    """
+    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    steps = [line for line in lines if "samples" in line]
+    curves = {}
+    for name in FIGURES:
+        points = [(line["samples"] * responses_per_sample, line[name]) for line in steps if name in line]
+        size = -(-len(points) // POINTS)
+        parts = [points[at : at + size] for at in range(0, len(points), size or 1)]
+        curves[name] = {
+            "samples": [round(part[-1][0]) for part in parts],
+            "value": [round(statistics.fmean(value for _, value in part), 5) for part in parts],
+        }
+    by_step = {0: 0.0} | {line["step"]: line["samples"] * responses_per_sample for line in steps}
+    held_out = [line for line in lines if HELD_OUT in line and line["step"] in by_step]
+    curves[HELD_OUT] = {
+        "samples": [round(by_step[line["step"]]) for line in held_out],
+        "value": [round(line[HELD_OUT], 5) for line in held_out],
+    }
+    return curves
+
+
+def mean(per_seed: Sequence[Mapping[str, Curve]]) -> dict[str, Any]:
+    """Mean, lowest and highest over the seeds at each point; the seeds have the same points."""
+    together: dict[str, dict[str, list[float]]] = {}
+    for name in per_seed[0]:
+        values: dict[float, list[float]] = defaultdict(list)
+        for curves in per_seed:
+            for at, value in zip(curves[name]["samples"], curves[name]["value"], strict=True):
+                values[at].append(value)
+        together[name] = {
+            "samples": list(values),
+            "mean": [round(statistics.fmean(each), 5) for each in values.values()],
+            "lowest": [min(each) for each in values.values()],
+            "highest": [max(each) for each in values.values()],
+        }
+    return together
+
+
+def draw(arms: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str], picture: Path) -> None:
+    """One axis for each figure, a line for each arm that was followed, with the range of its seeds.
+
+    Args:
+        arms: each with its `curves`.
+        figures: name -> label of its axis.
+    """
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = picture.stem  # the same picture from the same figures
+    from matplotlib import pyplot
+
+    drawing, axes = pyplot.subplots(1, len(figures), figsize=(4.8 * len(figures), 3.8))
+    for axis, (name, label) in zip(axes, figures.items(), strict=True):
+        for arm, found in arms.items():
+            if curve := found["curves"].get(name):
+                [line] = axis.plot(curve["samples"], curve["mean"], label=arm, linewidth=1.6)
+                bounds = (curve["lowest"], curve["highest"])
+                axis.fill_between(curve["samples"], *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
+        axis.set(xlabel="responses drawn", ylabel=label)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].legend(fontsize=8, frameon=False)
+    drawing.tight_layout()
+    drawing.savefig(picture, metadata={"Date": None}, bbox_inches="tight")

@@ -1,0 +1,260 @@
+"""Do models learn from their own judged responses while they train? From SFT models stopped half-way, per seed: policy
+gradients at equal samples, online DPO, and a reward that can be hacked. Writes results/policy_learning.json and the
+pictures docs/images/policy_optimisation.svg, online_dpo.svg and reward_hacking.svg.
+
+    python benchmarks/policy_learning.py [--parts policy_gradients online_dpo hacking] [--seeds 0 1 2] [overrides ...]
+
+All arms of a seed share the SFT model, which the store holds, and draw equally many responses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import claims
+import learning_curves
+import machine
+from half_way import DRAWN, EXACT, HALF_WAY, KL, HeldOut, changes, lines_of_table, read, run, shown, spreads
+
+NAME = "policy_learning"
+IMAGES = machine.REPOSITORY / "docs" / "images"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to learn: a stage of a recipe, and what is said of it on the command line."""
+
+    recipe: str
+    stage: str
+    words: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Arms that stand in one table, and what the table shows of them."""
+
+    arms: Mapping[str, Arm]
+    columns: Mapping[str, str]  # figure -> head of a column
+    curves: Mapping[str, str]  # figure of metrics.jsonl -> label of an axis
+    picture: str
+    judged: Any = field(repr=False)  # arms' changes -> claims
+
+
+def policy_gradient(objective: str, *words: str, judge: str = "exact_answer") -> Arm:
+    """The stage `rlhf` with another objective and judge."""
+    chosen = (f"objective@stages.rlhf.objective={objective}", f"judge@stages.rlhf.judge={judge}")
+    return Arm("policy_gradients", "rlhf", (*chosen, *words))
+
+
+def online_dpo(judge: str) -> Arm:
+    """Online DPO right after SFT, as its stage has it and without online merging."""
+    asked = ("stages.online.judged_by=[reward_model]",) if judge == "reward_model" else ()
+    words = ("+stage@stages.online=online_dpo", "stages.online.starts_from=sft", f"judge@stages.online.judge={judge}")
+    figures = ("stages.online.examples=2000", "stages.online.context=1024", "stages.online.lr.peak=5e-5")
+    return Arm("reward_model", "online", (*words, *figures, *asked))
+
+
+def own_answers(per_prompt: int, prompts: int) -> Arm:
+    """SFT on the first of the same prompts' own answers: nobody has selected among them."""
+    words = (f"stages.sample.per_prompt={per_prompt}", f"stages.sample.prompts={prompts}")
+    return Arm("rejection_sampling", "rejection", ("stages.best.rule=first", "stages.best.minimum_score=null", *words))
+
+
+# ---- what is owed ----
+
+
+def of_policy_gradients(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mirror descent against its aim, and against the controls."""
+    gain = change["mirror descent"][EXACT]
+    controls = ("mirror descent, random reward", "own answers, not selected")
+    best_control = max(change[name][EXACT]["mean"] for name in controls)
+    values = {"values": gain["values"]}
+    says = "Mirror descent raises held-out exact match"
+    return [
+        claims.claim(f"{says}, mean over seeds", gain["mean"], values, at_least=0.05),
+        claims.claim(f"{says}, worst seed", min(gain["values"]), values, above=0.0),
+        claims.claim("It gains more than the better of two controls", gain["mean"] - best_control, above=0.0),
+    ]
+
+
+def of_online_dpo(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The held-out reward that is learnt from rises, and exact match is not what pays for it."""
+    found = []
+    for arm, reward in (("reward model", "reward/reward_model"), ("exact answer", DRAWN)):
+        gain, exact = change[arm][reward], change[arm][EXACT]
+        found += [
+            claims.claim(
+                f"Online DPO ({arm}) raises the held-out mean reward, worst seed",
+                min(gain["values"]), {"values": gain["values"]}, above=0.0,
+            ),
+            claims.claim(
+                f"It costs exact match at most .02 ({arm}; mean change over seeds)",
+                exact["mean"], {"values": exact["values"]}, at_least=-0.02,
+            ),
+        ]  # fmt: skip
+    return found
+
+
+def of_hacking(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A reward that can be hacked is, and is not where the KL or a verifier stands against it."""
+    hacked = change["substring"]
+    found = [
+        claims.claim("The substring reward rises", hacked["reward/substring"]["mean"], above=0.0),
+        claims.claim("What is right falls", hacked[EXACT]["mean"], below=0.0),
+    ]
+    for arm in ("substring, more KL", "substring and exact answer"):
+        found.append(claims.claim(f"Not with {arm}: the change of exact match", change[arm][EXACT]["mean"], above=0.0))
+    return found
+
+
+PROMPTS, PER_PROMPT = 1000, 8  # of a policy gradient
+BASIC = {EXACT: "exact match", DRAWN: "right when drawn", KL: "KL to SFT, nats"}
+CURVES = {"reward/mean": "mean reward of what is drawn", "kl/reference": "KL to the SFT model, nats per response"}
+PARTS = {
+    "policy_gradients": Part(
+        {
+            "mirror descent": policy_gradient("mdpo"),
+            "PPO, token ratios": policy_gradient("ppo"),
+            "PPO, sequence ratios": policy_gradient("ppo", "stages.rlhf.objective.ratio=sequence"),
+            "RLOO": policy_gradient("rloo"),
+            "GRPO": policy_gradient("grpo"),
+            "DAPO": policy_gradient("dapo"),
+            "mirror descent, random reward": policy_gradient("mdpo", judge="random"),
+            "own answers, not selected": own_answers(PER_PROMPT, PROMPTS),
+        },
+        BASIC,
+        CURVES,
+        "policy_optimisation.svg",
+        of_policy_gradients,
+    ),
+    "online_dpo": Part(
+        {
+            "reward model": online_dpo("reward_model"),
+            "exact answer": online_dpo("exact_answer"),
+            "random reward": online_dpo("random"),
+            "own answers, not selected": own_answers(4, 2000),
+        },
+        {EXACT: "exact match", "reward/reward_model": "reward model's score", DRAWN: "right when drawn", KL: BASIC[KL]},
+        CURVES,
+        "online_dpo.svg",
+        of_online_dpo,
+    ),
+    "hacking": Part(
+        {
+            "substring": policy_gradient("mdpo", "stages.rlhf.objective.beta=0", judge="substring"),
+            "substring, more KL": policy_gradient("mdpo", "stages.rlhf.objective.beta=0.5", judge="substring"),
+            "substring and exact answer": policy_gradient(
+                "mdpo",
+                "stages.rlhf.objective.beta=0",
+                "~stages.rlhf.judge.parts.form",
+                "~stages.rlhf.judge.parts.length",
+                "+judge@stages.rlhf.judge.parts.anywhere.judge=substring",
+                judge="weighted",
+            ),
+        },
+        {EXACT: "exact match", "reward/substring": "substring reward", KL: BASIC[KL], "responses/length": "tokens"},
+        CURVES | {"responses/length": "tokens of a response"},
+        "reward_hacking.svg",
+        of_hacking,
+    ),
+}
+
+
+def train(arm: Arm, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+    """One model: figures of it and of the SFT model it comes from, seconds, and what was followed on the way."""
+    words = (f"recipe={arm.recipe}", f"seed={seed}", f"until={arm.stage}", *HALF_WAY, *arm.words)
+    folder = run(*words, f"stages.{arm.stage}.evaluate=false", *overrides)
+    measured, artifact = HeldOut(folder), folder / "artifacts" / arm.stage
+    found = {
+        "before": measured.figures("sft"),
+        "after": measured.figures(arm.stage),
+        "seconds": {"total": seconds_of(folder, arm)},
+        "curves": {},
+    }
+    settings = read(artifact / "stage.json")["settings"]
+    if rollout := settings.get("rollout"):
+        each = rollout["per_prompt"] / rollout["epochs"]
+        found["curves"] = learning_curves.followed(artifact / "metrics.jsonl", each)
+    return found
+
+
+def seconds_of(folder: Path, arm: Arm) -> float:
+    """Of all stages that come after the SFT model (and the reward model)."""
+    names = ("sample", "score", "best", arm.stage) if arm.stage == "rejection" else (arm.stage,)
+    return sum(read(folder / "artifacts" / name / "stage.json")["seconds"]["total"] for name in names)
+
+
+def summarise(part: Part, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """A part of the result: figures before and after with their spread, changes within seeds, claims, curves."""
+    before = spreads([each["before"] for each in next(iter(found.values()))])
+    arms = {}
+    for arm, runs in found.items():
+        after = spreads([each["after"] for each in runs])
+        own = spreads([each["before"] for each in runs])
+        arms[arm] = {
+            "words": list(part.arms[arm].words),
+            "after": after,
+            "change": changes(own, after),
+            "seconds": spreads([each["seconds"] for each in runs])["total"],
+            "curves": learning_curves.mean([each["curves"] for each in runs]),
+        }
+    judged = part.judged({arm: each["change"] for arm, each in arms.items()})
+    return {"claims": judged, "before": before, "arms": arms}
+
+
+def table(part: str, result: Mapping[str, Any]) -> list[str]:
+    """Lines of a part's table: mean and standard deviation over the seeds; changes are within a seed."""
+    columns = PARTS[part].columns
+    head = ["", *columns.values(), "change of exact match", "by seed", "seconds"]
+    rows = [["SFT, half-way", *(shown(result["before"].get(name)) for name in columns), "", "", ""]]
+    for arm, found in result["arms"].items():
+        change = found["change"][EXACT]
+        rows.append(
+            [
+                arm,
+                *(shown(found["after"].get(name)) for name in columns),
+                shown(change, signed=True),
+                " ".join(f"{value:+.3f}" for value in change["values"]),
+                f"{found['seconds']['mean']:.0f}",
+            ]
+        )
+    return lines_of_table(head, rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--arms", nargs="+", help="only these, and nothing is written down")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
+    arguments = parser.parse_args()
+
+    verdicts = []
+    for name in arguments.parts:
+        part = PARTS[name]
+        chosen = {arm: part.arms[arm] for arm in arguments.arms or part.arms}
+        found = {
+            arm: [train(each, seed, arguments.overrides) for seed in arguments.seeds] for arm, each in chosen.items()
+        }
+        if arguments.arms:
+            for arm, runs in found.items():
+                print(arm, [(round(each["before"][EXACT], 3), round(each["after"][EXACT], 3)) for each in runs])
+            continue
+        result = {
+            "seeds": arguments.seeds,
+            "overrides": [*HALF_WAY, *arguments.overrides],
+            "machine": machine.describe(),
+            **summarise(part, found),
+        }
+        print("\n".join(table(name, result)))
+        verdicts.append(claims.write_part(NAME, name, result))
+        learning_curves.draw(result["arms"], part.curves, IMAGES / part.picture)
+    claims.finish(verdicts)
+
+
+if __name__ == "__main__":
+    main()

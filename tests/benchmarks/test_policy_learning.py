@@ -1,0 +1,82 @@
+"""Learning from one's own responses: every arm is a plan, curves are means, and pages say what the results say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lightning_llm import compose, plan
+
+pytestmark = pytest.mark.usefixtures("benchmarks")
+METHODS = Path(__file__).resolve().parents[2] / "docs" / "methods"
+PAGES = {"policy_gradients": "policy_optimisation.md", "online_dpo": "online_dpo.md", "hacking": "reward_hacking.md"}
+
+
+def test_every_arm_draws_equally_many_responses_from_the_same_model():
+    import policy_learning  # pyright: ignore[reportMissingImports]
+    from half_way import HALF_WAY  # pyright: ignore[reportMissingImports]
+
+    for part in policy_learning.PARTS.values():
+        drawn, begun = set(), set()
+        for arm in part.arms.values():
+            nodes = {node.name: node for node in plan(compose(arm.recipe, overrides=[*HALF_WAY, *arm.words])).nodes}
+            begun.add((nodes["sft"].settings.tokens, nodes[arm.stage].inputs["starts_from"]))
+            if arm.stage == "rejection":
+                sampled = nodes["sample"].settings
+                drawn.add((sampled.prompts, sampled.per_prompt))
+            else:
+                settings = nodes[arm.stage].settings
+                examples = settings.tokens / settings.data.tokens_per_example / settings.rollout.epochs
+                drawn.add((round(examples), settings.rollout.per_prompt))
+        assert len(drawn) == len(begun) == 1
+
+
+def journal(folder, *lines):
+    path = folder / "metrics.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_curves_of_seeds_are_laid_over_one_another(tmp_path):
+    import learning_curves  # pyright: ignore[reportMissingImports]
+
+    both = []
+    for shift in (0.0, 0.2):
+        steps = [{"step": n, "samples": 4 * n, "reward/mean": n / 10 + shift, "kl/reference": 0.0} for n in (1, 2)]
+        held_out = [{"step": n, learning_curves.HELD_OUT: n / 2} for n in (0, 2)]
+        both.append(learning_curves.followed(journal(tmp_path, held_out[0], *steps, held_out[1]), 8))
+    assert both[0]["reward/mean"] == {"samples": [32, 64], "value": [0.1, 0.2]}
+    assert both[0][learning_curves.HELD_OUT] == {"samples": [0, 64], "value": [0.0, 1.0]}
+    together = learning_curves.mean(both)["reward/mean"]
+    assert together["mean"] == pytest.approx([0.2, 0.3])
+    assert (together["lowest"], together["highest"]) == ([0.1, 0.2], [pytest.approx(0.3), pytest.approx(0.4)])
+
+
+def test_long_curves_are_means_of_neighbours(tmp_path):
+    import learning_curves  # pyright: ignore[reportMissingImports]
+
+    steps = [{"step": n, "samples": n, "reward/mean": float(n)} for n in range(1, 101)]
+    curve = learning_curves.followed(journal(tmp_path, *steps), 1)["reward/mean"]
+    assert len(curve["samples"]) <= learning_curves.POINTS
+    assert (curve["samples"][0], curve["value"][0]) == (4, 2.5)  # steps 1 to 4
+
+
+@pytest.mark.parametrize("part", PAGES)
+def test_pages_have_the_tables_of_the_results(part):
+    import claims  # pyright: ignore[reportMissingImports]
+    import policy_learning  # pyright: ignore[reportMissingImports]
+
+    result = json.loads((claims.RESULTS / "policy_learning.json").read_text())[part]
+    assert "\n".join(policy_learning.table(part, result)) in (METHODS / PAGES[part]).read_text("utf-8")
+    assert len(result["seeds"]) >= 3
+    assert set(result["arms"]) == set(policy_learning.PARTS[part].arms)
+    assert (policy_learning.IMAGES / policy_learning.PARTS[part].picture).is_file()
+
+
+def test_a_change_is_within_a_seed():
+    from half_way import changes, spreads  # pyright: ignore[reportMissingImports]
+
+    before, after = spreads([{"x": 0.5}, {"x": 0.7}]), spreads([{"x": 0.6, "y": 1}, {"x": 0.6, "y": 1}])
+    found = changes(before, after)
+    assert set(found) == {"x"}
+    assert found["x"]["values"] == pytest.approx([0.1, -0.1])
