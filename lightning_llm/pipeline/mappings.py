@@ -11,8 +11,7 @@ from lightning_llm.models.config import ROPE_KEYS, ModelConfig
 
 STRETCH = sorted({"rope_type"}.union(*(needed + optional for needed, optional in ROPE_KEYS.values())))
 ROLES = ("policy", "teacher")  # of scale.shapes: of a stage's own model if others learn from it, teacher
-PHASES = ("pretrain", "masks", "lengthen", "anneal", "sft", "selected", "preference", "reward", "online")
-PHASES += ("policy_gradient",)
+PHASES = ("pretrain", "masks", "lengthen", "anneal", "sft", "selected", "preference", "reward", "online", "rlhf")
 NEEDLE = tuple(f.name for f in dataclasses.fields(NeedleConfig))
 CLOSED = {
     "scale.evaluation.needle": NEEDLE,
