@@ -58,10 +58,15 @@ def online_dpo(judge: str) -> Arm:
     return Arm("reward_model", "online", (*words, *figures, *asked))
 
 
+def rejection(per_prompt: int, prompts: int, *words: str) -> Arm:
+    """SFT on what is kept of the model's answers: by default a right one of each prompt that has one."""
+    drawn = (f"stages.sample.per_prompt={per_prompt}", f"stages.sample.prompts={prompts}")
+    return Arm("rejection_sampling", "rejection", (*drawn, *words))
+
+
 def own_answers(per_prompt: int, prompts: int) -> Arm:
-    """SFT on the first of the same prompts' own answers: nobody has selected among them."""
-    words = (f"stages.sample.per_prompt={per_prompt}", f"stages.sample.prompts={prompts}")
-    return Arm("rejection_sampling", "rejection", ("stages.best.rule=first", "stages.best.minimum_score=null", *words))
+    """SFT on the first answer to each of the same prompts: nobody has selected among them."""
+    return rejection(per_prompt, prompts, "stages.best.rule=first", "stages.best.minimum_score=null")
 
 
 # ---- what is owed ----
@@ -123,6 +128,7 @@ PARTS = {
             "RLOO": policy_gradient("rloo"),
             "GRPO": policy_gradient("grpo"),
             "DAPO": policy_gradient("dapo"),
+            "rejection sampling": rejection(PER_PROMPT, PROMPTS),
             "mirror descent, random reward": policy_gradient("mdpo", judge="random"),
             "own answers, not selected": own_answers(PER_PROMPT, PROMPTS),
         },
@@ -136,7 +142,7 @@ PARTS = {
             "reward model": online_dpo("reward_model"),
             "exact answer": online_dpo("exact_answer"),
             "random reward": online_dpo("random"),
-            "own answers, not selected": own_answers(4, 2000),
+            "own answers, not selected": own_answers(PER_PROMPT, PROMPTS),
         },
         {EXACT: "exact match", "reward/reward_model": "reward model's score", DRAWN: "right when drawn", KL: BASIC[KL]},
         CURVES,

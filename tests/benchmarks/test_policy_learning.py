@@ -20,9 +20,11 @@ def test_every_arm_draws_equally_many_responses_of_the_same_model():
             learns, samples = stages[arm.stage], stages.get("sample")
             assert learns.starts_from == "sft"
             assert stages["sft"].examples == 17_500
-            asked = (samples.prompts, samples.per_prompt) if arm.stage == "rejection" else None
-            drawn.add(asked or (learns.examples, learns.rollout.per_prompt))
-        assert len(drawn) == 1
+            if arm.stage == "rejection":
+                drawn.add(samples.prompts * samples.per_prompt)
+            else:
+                drawn.add(learns.examples * learns.rollout.per_prompt)
+        assert drawn == {8000}
 
 
 def journal(folder, *lines):
