@@ -19,7 +19,7 @@ from learning import spread
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
-from lightning_llm.evaluation.config import ExactAnswerConfig, JudgeConfig, RewardModelJudgeConfig, SubstringConfig
+from lightning_llm.evaluation.config import ExactAnswerConfig, SubstringConfig
 from lightning_llm.evaluation.judges import JudgeContext, Response
 from lightning_llm.evaluation.preference import kl_to_reference, response_logps
 from lightning_llm.evaluation.tasks import respond, sample_questions, task_metrics
@@ -65,11 +65,10 @@ class HeldOut:
         tasks/*               exact match of greedy answers
         reward/exact_answer   mean score of an answer drawn at temperature 1: right or not
         reward/substring      the right answer stands somewhere in it
-        reward/reward_model   by the run's reward model, if there is one
         kl/sft                KL divergence from the SFT model, nats per response
         responses/length      tokens of a drawn answer
         """
-        roles = (stage, "sft", "reward_model", "evaluation.prepare")
+        roles = (stage, "sft", "evaluation.prepare")
         keys = [(self.artifacts / role).resolve().name for role in roles if (self.artifacts / role).exists()]
         kept = MEASURED / f"{hashlib.blake2b(' '.join(keys).encode(), digest_size=8).hexdigest()}.json"
         if not kept.exists():
@@ -82,22 +81,13 @@ class HeldOut:
         policy = self._model(stage)
         greedy, drawn = self._respond(policy, 0.0), self._respond(policy, 1.0)
         found = task_metrics(self.questions, greedy)
-        for name, config, models in self._judges():
-            judge = config.build(JudgeContext(models, max_tokens=MAX_TOKENS))
-            found[f"reward/{name}"] = statistics.fmean(verdict.score for verdict in judge(self.questions, drawn))
+        for config in (ExactAnswerConfig(), SubstringConfig()):
+            verdicts = config.build(JudgeContext())(self.questions, drawn)
+            found[f"reward/{config.name}"] = statistics.fmean(verdict.score for verdict in verdicts)
         found["responses/length"] = statistics.fmean(len(response.ids) for response in drawn)
         prompts, ids = [question.prompt_ids for question in self.questions], [[response.ids] for response in drawn]
         both = [response_logps(model, prompts, ids, MAX_TOKENS)[:, 0] for model in (policy, self._model("sft"))]
         return found | {KL: kl_to_reference(*both)}
-
-    def _judges(self) -> list[tuple[str, JudgeConfig, list[Path]]]:
-        found: list[tuple[str, JudgeConfig, list[Path]]] = [
-            ("exact_answer", ExactAnswerConfig(), []),
-            ("substring", SubstringConfig(), []),
-        ]
-        if (model := self.artifacts / "reward_model" / "model").is_dir():
-            found.append(("reward_model", RewardModelJudgeConfig(), [model]))
-        return found
 
     @cached_property
     def questions(self) -> list[Any]:
