@@ -103,15 +103,14 @@ def of_online_dpo(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
 
 
 def of_hacking(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A reward that can be hacked is, and is not where the KL or a verifier stands against it."""
+    """A reward that can be hacked is, and is not where a verifier stands beside it."""
     hacked = change["substring"]
     found = [
         claims.claim("The substring reward rises", hacked["reward/substring"]["mean"], above=0.0),
         claims.claim("What is right falls", hacked[EXACT]["mean"], below=0.0),
     ]
-    for arm in ("substring, more KL", "substring and exact answer"):
-        found.append(claims.claim(f"Not with {arm}: the change of exact match", change[arm][EXACT]["mean"], above=0.0))
-    return found
+    beside = change["substring and exact answer"][EXACT]["mean"]
+    return [*found, claims.claim("Not with the exact answer beside it", beside, above=0.0)]
 
 
 PROMPTS, PER_PROMPT = 1000, 8  # of a policy gradient
@@ -146,7 +145,6 @@ PARTS = {
     "hacking": Part(
         {
             "substring": policy_gradient("mdpo", "stages.rlhf.objective.beta=0", judge="substring"),
-            "substring, more KL": policy_gradient("mdpo", "stages.rlhf.objective.beta=0.5", judge="substring"),
             "substring and exact answer": policy_gradient(
                 "mdpo",
                 "stages.rlhf.objective.beta=0",
