@@ -86,6 +86,12 @@ def in_hydras_words(error: BaseException, loader: Any, overrides: Sequence[str])
             otherwise = "" if override.key_or_group == "recipe" else ", or leave it out"
             what = f"{override.key_or_group} cannot be {given}: it chooses a file"
             return UserError(COMMAND_LINE, what, f"Choose one of {options}{otherwise}")
+    if str(error) == "Unexpected type for root: NoneType":  # a setting of what is null
+        keys = [override.key_or_group.split(".") for override in _parsed(overrides)]
+        stages = list(dict.fromkeys(f"stages.{key[1]}" for key in keys if key[0] == "stages" and len(key) > 2))
+        if stages:
+            what = f"a setting is given of a stage that the recipe leaves out, {' or '.join(stages)}"
+            return UserError(COMMAND_LINE, what, "Leave it out, too")
     return UserError(COMMAND_LINE, _first_line(error), "See --help")
 
 

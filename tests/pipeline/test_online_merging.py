@@ -71,7 +71,8 @@ def test_a_run_by_the_command_line(beside, tmp_path, monkeypatch, capsys):
         assert cli.command(["run", *given, *more]) == 0
         folder = Path(capsys.readouterr().out.splitlines()[-1])
         stages = json.loads((folder / "run.json").read_text())["stages"]
-        assert [name for name, stage in stages.items() if not stage["reused"]] == ["dpo", "dpo.evaluate"]
+        made = [name for name, stage in stages.items() if not stage["reused"]]
+        assert made == ["dpo", "dpo.evaluate", "online_dpo", "online_dpo.evaluate"]
         losses[alpha] = stages["dpo"]["metrics"]["validation/loss"]
         inputs = json.loads((folder / "artifacts" / "dpo" / "stage.json").read_text())["inputs"]
         assert inputs["merging_base"]["key"] == stages["long_context"]["key"]

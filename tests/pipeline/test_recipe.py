@@ -182,6 +182,8 @@ def test_a_stage_of_null_is_left_out(mine):
     """So a recipe takes from one that it extends what it wants."""
     assert list(compose("shorter", config_dir=mine).stages) == ["base"]
     assert list(compose("pair", overrides=["stages.last=null"], config_dir=mine).stages) == ["base"]
+    with pytest.raises(UserError, match=r"a stage that the recipe leaves out, stages\.last\. Leave it out"):
+        compose("shorter", overrides=["stages.last.examples=5"], config_dir=mine)
 
 
 FILES = {
