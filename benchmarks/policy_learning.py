@@ -207,8 +207,8 @@ def summarise(part: Part, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
 def table(part: str, result: Mapping[str, Any]) -> list[str]:
     """Lines of a part's table: mean and standard deviation over the seeds; changes are within a seed."""
     columns = PARTS[part].columns
-    head = ["", *columns.values(), "change of exact match", "by seed", "seconds"]
-    rows = [["SFT, half-way", *(shown(result["before"].get(name)) for name in columns), "", "", ""]]
+    head = ["", *columns.values(), "change of exact match", "by seed"]
+    rows = [["SFT, half-way", *(shown(result["before"].get(name)) for name in columns), "", ""]]
     for arm, found in result["arms"].items():
         change = found["change"][EXACT]
         rows.append(
@@ -217,7 +217,6 @@ def table(part: str, result: Mapping[str, Any]) -> list[str]:
                 *(shown(found["after"].get(name)) for name in columns),
                 shown(change, signed=True),
                 " ".join(f"{value:+.3f}" for value in change["values"]),
-                f"{found['seconds']['mean']:.0f}",
             ]
         )
     return lines_of_table(head, rows)

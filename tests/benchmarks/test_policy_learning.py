@@ -1,12 +1,16 @@
-"""Learning from one's own responses: every arm draws as much as the others, curves are means."""
+"""Learning from one's own responses: every arm draws as much as the others, curves are means, and pages
+say what the results say."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from lightning_llm import compose, plan
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
+METHODS = Path(__file__).resolve().parents[2] / "docs" / "methods"
+PAGES = {"policy_gradients": "policy_optimisation.md", "online_dpo": "online_dpo.md"}
 
 
 def test_every_arm_draws_equally_many_responses_of_the_same_model():
@@ -55,6 +59,18 @@ def test_long_curves_are_means_of_neighbours(tmp_path):
     curve = learning_curves.followed(journal(tmp_path, *steps), 1)["reward/mean"]
     assert len(curve["samples"]) <= learning_curves.POINTS
     assert (curve["samples"][0], curve["value"][0]) == (4, 2.5)  # steps 1 to 4
+
+
+@pytest.mark.parametrize("part", PAGES)
+def test_pages_have_the_tables_of_the_results(part):
+    import claims  # pyright: ignore[reportMissingImports]
+    import policy_learning  # pyright: ignore[reportMissingImports]
+
+    result = json.loads((claims.RESULTS / "policy_learning.json").read_text())[part]
+    assert "\n".join(policy_learning.table(part, result)) in (METHODS / PAGES[part]).read_text("utf-8")
+    assert len(result["seeds"]) >= 3
+    assert set(result["arms"]) == set(policy_learning.PARTS[part].arms)
+    assert (policy_learning.IMAGES / policy_learning.PARTS[part].picture).is_file()
 
 
 def test_a_change_is_within_a_seed():
