@@ -11,8 +11,6 @@ from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.feed_forward import FeedForward
 from lightning_llm.models.transformer import Transformer
 
-REINITIALISED = ("entries", "units")
-
 
 @torch.no_grad()
 def upcycle(
