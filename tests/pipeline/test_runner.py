@@ -200,7 +200,7 @@ def test_a_model_of_elsewhere(place):
         place.run(place.changed("dpo", starts_from=str(place.folder / "runs")))
     shutil.copytree(place.artifact("prepare-tokenizer") / "tokenizer", place.folder / "tokenizer")
     template = place.folder / "tokenizer" / "chat_template.jinja"
-    template.write_text(template.read_text() + " ")
+    template.write_text(template.read_text() + "{# another #}")
     other = replace(place.recipe.model, tokenizer=str(place.folder / "tokenizer"))
     mixed = place.changed("dpo", starts_from=str(path))
     mixed = replace(mixed, model=other, pinned=mixed.pinned | {"model.tokenizer"})
