@@ -145,13 +145,14 @@ def _check_report(context: StageContext, settings: PrepareSettings, name: str, r
             f"{'its one row is' if total == 1 else f'all its {total} rows are'} held out by hash",
             "Split it into more rows, or set data.validation=0",
         )
-    for length, long in report.dropped.items():
-        if data.on_long == "drop" and long["rows"] == total:
-            raise UserError(
-                f"data.sources.{name}",
-                f"all its {total:,} rows are longer than the context of {length}, the first: {long['first']}",
-                "Raise the context, or set data.on_long=truncate_left",
-            )
+    longest = str(max(settings.contexts, default=0))
+    long = report.dropped.get(longest, {"rows": 0})
+    if "train" in settings.splits and data.on_long == "drop" and total and long["rows"] == total:
+        raise UserError(
+            f"data.sources.{name}",
+            f"all its {total:,} rows are longer than the context of {longest}, the first: {long['first']}",
+            "Raise the context, or set data.on_long=truncate_left",
+        )
     if "validation" in empty and data.validation:
         context.console.note(f"{name} has no held-out row among {total}: no validation loss of it")
     shortest = min(report.dropped.items(), key=lambda entry: int(entry[0]), default=None)
