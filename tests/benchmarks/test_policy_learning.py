@@ -10,7 +10,11 @@ from lightning_llm import compose, plan
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
 METHODS = Path(__file__).resolve().parents[2] / "docs" / "methods"
-PAGES = {"policy_gradients": "policy_optimisation.md", "online_dpo": "online_dpo.md"}
+PAGES = {
+    "policy_gradients": "policy_optimisation.md",
+    "online_dpo": "online_dpo.md",
+    "hacking": "reward_hacking.md",
+}
 
 
 def test_every_arm_draws_equally_many_responses_of_the_same_model():
