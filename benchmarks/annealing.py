@@ -132,15 +132,17 @@ def verdicts(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(part: str, seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
+def measure(part: str, seeds: Sequence[int], overrides: Sequence[str], jobs: int = 1) -> dict[str, Any]:
     """All figures of a part."""
     if part in AVERAGES:
-        ways = AVERAGES[part].items()
-        return averaged({name: [anneal(seed, words, overrides) for seed in seeds] for name, words in ways})
+        ways = AVERAGES[part]
+        calls = [(seed, words, overrides) for words in ways.values() for seed in seeds]
+        annealed = iter(machine.side_by_side(anneal, calls, jobs))
+        return averaged({name: [next(annealed) for _ in seeds] for name in ways})
     with tempfile.TemporaryDirectory() as folder:
         source = f"stages.candidate.data.sources.candidate.path={scrambled(Path(folder) / 'scrambled.jsonl')}"
         candidates = {INSTRUCTIONS: [], SCRAMBLED: [source]}
-        of_seeds = [judge(seed, candidates, overrides) for seed in seeds]
+        of_seeds = machine.side_by_side(judge, [(seed, candidates, overrides) for seed in seeds], jobs)
     order = ["half-trained", DEFAULT, *candidates]
     return judged({name: [found[name] for found in of_seeds] for name in order})
 
@@ -233,13 +235,14 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--result", type=Path, default=RESULT)
+    machine.add_jobs(parser)
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
     arguments = parser.parse_args()
 
     result: dict[str, Any] = json.loads(arguments.result.read_text()) if arguments.result.is_file() else {}
     verdict = []
     for part in arguments.parts:
-        found = measure(part, arguments.seeds, arguments.overrides)
+        found = measure(part, arguments.seeds, arguments.overrides, arguments.jobs)
         about = {"seeds": arguments.seeds, "machine": machine.describe(), "claims": verdicts(part, found)}
         result[part] = about | {"found": found}
         arguments.result.parent.mkdir(parents=True, exist_ok=True)

@@ -57,19 +57,17 @@ SIZED = {"student": "held_out", "teacher": "teacher"}  # who -> where its figure
 
 
 def sweep(
-    targets: str, weights: Sequence[float], teachers: dict[int, list[str]], overrides: Sequence[str], folder: Path
+    seed: int, targets: str, weights: Sequence[float], teacher: Sequence[str], overrides: Sequence[str], folder: Path
 ) -> list[dict[str, Any]]:
-    """One multirun over weights for each seed: what each student has learnt.
+    """One multirun over weights: what each student has learnt.
 
     Args:
-        teachers: seed -> words that name its teacher; none: it is trained.
+        teacher: words that name it; none: it is trained.
     """
-    runs = folder / targets
-    for seed, teacher in teachers.items():
-        words = [f"seed={seed}", *teacher, f"{STUDENT}.teacher_weight={','.join(map(str, weights))}"]
-        launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", f"runs={runs}", *overrides)
-    found = [read_student(path.parent) for path in runs.glob("distillation/*/run.json")]
-    return sorted(found, key=lambda each: (each["weight"], each["seed"]))
+    runs = folder / targets / str(seed)
+    words = [f"seed={seed}", *teacher, f"{STUDENT}.teacher_weight={','.join(map(str, weights))}"]
+    launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", f"runs={runs}", *overrides)
+    return [read_student(path.parent) for path in runs.glob("distillation/*/run.json")]
 
 
 def launch(*words: str) -> None:
@@ -122,14 +120,29 @@ def measure(artifact: Path, run: Path) -> dict[str, float]:
     return {"nats": statistics.fmean(nats), "right": statistics.fmean(right), "parameters": size}
 
 
-def students(teachers: dict[int, list[str]], overrides: Sequence[str]) -> dict[str, Any]:
-    """Every weight of every kind of target, and what decides the claims: differences at equal seeds."""
+def students(teachers: dict[int, list[str]], overrides: Sequence[str], jobs: int) -> dict[str, Any]:
+    """Every weight of every kind of target, and what decides the claims: differences at equal seeds.
+
+    Args:
+        teachers: seed -> words that name its teacher.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        found = {"top1": sweep("top1", WEIGHTS, teachers, overrides, Path(folder))}
-        from_scratch = [
-            each for each in found["top1"] if not each["weight"]
-        ]  # the teacher is not heard, whatever is kept
-        found["top_k"] = from_scratch + sweep("top_k", WEIGHTS[1:], teachers, overrides, Path(folder))
+        swept = {"top1": WEIGHTS, "top_k": WEIGHTS[1:]}
+        calls = [
+            (seed, targets, weights, teacher, overrides, Path(folder))
+            for targets, weights in swept.items()
+            for seed, teacher in teachers.items()
+        ]
+        sweeps = iter(machine.side_by_side(sweep, calls, jobs))
+        found = {
+            targets: sorted(
+                (student for _ in teachers for student in next(sweeps)),
+                key=lambda each: (each["weight"], each["seed"]),
+            )
+            for targets in swept
+        }
+        # without a weight the teacher is not heard, whatever is kept
+        found["top_k"] = [each for each in found["top1"] if not each["weight"]] + found["top_k"]
         table = {
             targets: {
                 str(weight): {
@@ -196,7 +209,7 @@ def differences(larger: dict[str, Any], smaller: dict[str, Any]) -> list[float]:
 @torch.no_grad()
 def measure_kept(folder: Path, found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """KL of a teacher and its student on held-out text, from what is kept of the teacher against the whole."""
-    run = next((folder / "top_k").glob("distillation/*/run.json")).parent
+    run = next((folder / "top_k").glob("*/distillation/*/run.json")).parent
     one = next(each for each in found["top_k"] if each["weight"] == 1)
     teacher, student = (
         Transformer.from_pretrained(model_directory(Path(one["artifacts"][who]))).eval()
@@ -380,6 +393,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--teachers", nargs="+", default=[], help="folders of models, one for each seed")
+    machine.add_jobs(parser)
     parser.add_argument("words", nargs="*", help=f"parts ({', '.join(PARTS)}; all if none), and overrides")
     arguments = parser.parse_args()
     parts = [word for word in arguments.words if word in PARTS] or PARTS
@@ -389,7 +403,7 @@ def main() -> None:
         teachers[seed] = [f"stages.student.learns_from={Path(folder).resolve()}"]
     verdicts = []
     if "students" in parts:
-        found = students(teachers, overrides)
+        found = students(teachers, overrides, arguments.jobs)
         verdicts.append(claims.write_part("distillation", "students", found))
         print("\n".join([*student_table(found), "", *kept_table(found)]))
         draw(found)

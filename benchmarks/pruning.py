@@ -150,16 +150,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--result", type=Path, default=RESULT)
+    machine.add_jobs(parser)
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
     arguments = parser.parse_args()
 
-    runs: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ARMS}
-    for seed in arguments.seeds:
-        for arm in ARMS:
-            found = read(train(seed, arm, arguments.overrides))
-            runs[arm].append(found)
-            ends = [f"{name} {stage['curve'][-1][1]:.3f}" for name, stage in found.items() if stage["curve"]]
-            print(f"seed {seed}, {arm}: {', '.join(ends)}", flush=True)
+    calls = [(seed, arm, arguments.overrides) for seed in arguments.seeds for arm in ARMS]
+    folders = dict(zip([call[:2] for call in calls], machine.side_by_side(train, calls, arguments.jobs), strict=True))
+    runs = {arm: [read(folders[seed, arm]) for seed in arguments.seeds] for arm in ARMS}
     result = {
         "recipe": "pruning",
         "scale": "nano",

@@ -183,10 +183,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--result", type=Path, default=RESULT)
+    machine.add_jobs(parser)
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
     arguments = parser.parse_args()
 
-    found = {loss: [train(seed, loss, arguments.overrides) for seed in arguments.seeds] for loss in LOSSES}
+    calls = [(seed, loss, arguments.overrides) for loss in LOSSES for seed in arguments.seeds]
+    trained = iter(machine.side_by_side(train, calls, arguments.jobs))
+    found = {loss: [next(trained) for _ in arguments.seeds] for loss in LOSSES}
     losses = summarise(found)
     result = {
         "seeds": arguments.seeds,

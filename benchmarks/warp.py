@@ -181,10 +181,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--result", type=Path, default=RESULT)
+    machine.add_jobs(parser)
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
     arguments = parser.parse_args()
 
-    found = [measure(seed, arguments.overrides) for seed in arguments.seeds]
+    calls = [(seed, arguments.overrides) for seed in arguments.seeds]
+    found = machine.side_by_side(measure, calls, arguments.jobs)
     points = {
         name: {figure: spread([seed["points"][name][figure] for seed in found]) for figure in ("reward", "kl")}
         for name in found[0]["points"]
