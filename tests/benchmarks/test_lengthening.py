@@ -1,0 +1,99 @@
+"""Contexts that grow in steps: what claims take from the stages of runs, also where a gate has stopped one."""
+
+import json
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("benchmarks")
+
+
+def stage(context, web, code, *, gain=None, rise=None, needles=None):
+    found = {
+        "context": context,
+        "tokens": 1000,
+        "seconds": 2.0,
+        "metrics": {"perplexity/web": web, "perplexity/code": code},
+    }
+    if gain is not None:
+        found["metrics"] |= {"late_loss/gain": gain}
+    if rise is not None:
+        found["short_context"] = rise
+    if needles is not None:
+        grid = {"lengths": [128, 256], "depths": [0.0, 1.0], "trials": 10, "answer": "likelihood", "chance": 0.1}
+        found["needles"] = grid | {"found": needles}
+        found["metrics"] |= {"needle/128": sum(needles[0]) / 2, "needle/256": sum(needles[1]) / 2}
+    return found
+
+
+def stages(*rises, gain=0.02):
+    steps = {
+        f"lengthen{place}.step": stage(128 << place, 60, 50, gain=gain, rise=rise, needles=[[0.1, 0.2], [0.0, 0.4]])
+        for place, rise in enumerate(rises, start=1)
+    }
+    return {"pretrain": stage(128, 60, 50), **steps}
+
+
+def test_claims_are_judged_on_the_worst_step_and_seed():
+    import lengthening  # pyright: ignore[reportMissingImports]
+
+    both = {0: stages(0.01, 0.03, gain=0.01), 1: stages(-0.01, 0.02, gain=-0.002)}
+    for found in both.values():
+        found["anneal"] = stage(512, 50, 40, rise=-0.2)
+    found = lengthening.summarise(both, 0.05)
+    short, late = found["claims"]
+    assert (short["value"], short["worst"], short["holds"]) == (0.03, "lengthen2.step, seed 0", True)
+    assert (late["value"], late["holds"]) == (-0.002, False)
+    assert "with 128 tokens" in late["claim"]
+    assert found["reached"] == {"0": "anneal", "1": "anneal"}
+    assert found["needles"]["after"] == "lengthen2.step"
+
+
+def test_a_seed_that_was_stopped_fails_both_claims():
+    import lengthening  # pyright: ignore[reportMissingImports]
+
+    found = lengthening.summarise({0: stages(0.01, 0.02), 1: stages(0.07)}, 0.05)
+    assert [claim["holds"] for claim in found["claims"]] == [False, False]
+    assert found["claims"][0]["worst"] == "lengthen1.step, seed 1"
+    assert found["claims"][1]["seeds_without"] == 1
+    assert found["reached"] == {"0": "lengthen2.step", "1": "lengthen1.step"}
+    assert found["stages"]["lengthen1.step"]["short_context"]["values"] == [0.01, 0.07]
+    rows = lengthening.table(found)
+    assert "| lengthen2.step (1 of 2 seeds) | 512 | 60.0 | 50.0 | +2.0% | +0.020 | 18% | 2 |" in rows
+
+
+def test_a_gate_that_stops_every_seed_leaves_what_there_is():
+    import lengthening  # pyright: ignore[reportMissingImports]
+
+    found = lengthening.summarise({0: stages(0.07, gain=None)}, 0.05)
+    assert found["claims"][1]["value"] is None
+    assert not found["claims"][1]["holds"]
+
+
+def test_maps_of_seeds_are_averaged_cell_by_cell():
+    import lengthening  # pyright: ignore[reportMissingImports]
+
+    one, other = ({"lengths": [8], "depths": [0, 1], "trials": 10, "answer": "likelihood", "chance": 0.1} for _ in "ab")
+    found = lengthening.mean_map([one | {"found": [[0.0, 1.0]]}, other | {"found": [[0.5, 0.0]]}])
+    assert found["found"] == [[0.25, 0.5]]
+    assert found["trials"] == 20
+
+
+def test_a_run_that_its_gate_has_stopped_is_known_by_what_it_made_last(tmp_path):
+    import lengthening  # pyright: ignore[reportMissingImports]
+
+    names = ["pretrain", "pretrain.evaluate", "lengthen1.step", "lengthen1.step.evaluate"]
+    for made, stopped in ((names, True), (names[:3], False), ([*names, "lengthen1.step.gate"], False), ([], False)):
+        (tmp_path / "run.json").write_text(json.dumps({"stages": dict.fromkeys(made)}))
+        assert lengthening.was_stopped([tmp_path]) is stopped
+    assert not lengthening.was_stopped([])
+
+
+def test_the_picture_shows_changes_and_needles(tmp_path, monkeypatch):
+    import lengthening  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(lengthening, "PICTURE", tmp_path / "picture.svg")
+    lengthening.draw(lengthening.summarise({0: stages(0.01, 0.02), 1: stages(0.03, 0.02)}, 0.05))
+    drawn = lengthening.PICTURE.read_text()
+    for text in ("the gate: 5%", "needles found after lengthen2.step; by chance 0.1", "40%"):
+        assert f"<!-- {text} -->" in drawn
+    assert lengthening.gate() == 0.05
