@@ -1,7 +1,7 @@
 """Does a context that grows in steps cost short texts anything, are needles found, and is it worth something on long
 ones? Recipe lengthening to its end, per seed. Writes results/lengthening.json and docs/images/context_lengthening.svg.
 
-    python benchmarks/lengthening.py [--seeds 0 1 2] [overrides ...]
+    python benchmarks/lengthening.py [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
 A run that its gate stops is read up to there. With stages.lengthen.stages.step.gate.short_context=1 it goes on to its
 end; what is claimed is judged by the scale's own gate all the same.
@@ -238,8 +238,12 @@ def _draw_needles(axes: Any, grid: Mapping[str, Any]) -> None:
 
 def main() -> None:
     arguments = trials.arguments_of(__doc__, RESULT).parse_args()
-    found = {seed: measure(seed, arguments.overrides) for seed in arguments.seeds}
-    result = {**trials.conditions(arguments.seeds, arguments.overrides), **summarise(found, gate())}
+    calls = [(seed, arguments.overrides) for seed in arguments.seeds]
+    found = machine.side_by_side(measure, calls, arguments.jobs)
+    result = {
+        **trials.conditions(arguments.seeds, arguments.overrides),
+        **summarise(dict(zip(arguments.seeds, found, strict=True)), gate()),
+    }
     trials.write(result, arguments.result)
     print("\n".join(table(result)))
     if arguments.result == RESULT:

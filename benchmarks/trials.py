@@ -62,6 +62,7 @@ def arguments_of(about: str | None, result: Path) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--result", type=Path, default=result)
+    machine.add_jobs(parser)
     parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
     return parser
 

@@ -2,7 +2,7 @@
 after the dense model, per seed: expert slices with half of them drawn anew, slices as they are, whole copies, the dense
 model trained on, and a mixture from scratch. Writes results/upcycling.json and docs/images/upcycling.svg.
 
-    python benchmarks/upcycling.py [--seeds 0 1 2] [overrides ...]
+    python benchmarks/upcycling.py [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
 All arms of a seed share data and dense model, which the store holds.
 """
@@ -15,6 +15,7 @@ from typing import Any
 
 import claims
 import figures
+import machine
 import trials
 
 from lightning_llm.models.families import read_config
@@ -119,10 +120,9 @@ def draw(result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     arguments = trials.arguments_of(__doc__, RESULT).parse_args()
-    found: dict[str, list[Any]] = {arm: [] for arm in ARMS}
-    for seed in arguments.seeds:
-        for arm in ARMS:
-            found[arm].append(measure(seed, arm, arguments.overrides))
+    calls = [(seed, arm, arguments.overrides) for arm in ARMS for seed in arguments.seeds]
+    measured = iter(machine.side_by_side(measure, calls, arguments.jobs))
+    found = {arm: [next(measured) for _ in arguments.seeds] for arm in ARMS}
     result = {**trials.conditions(arguments.seeds, arguments.overrides), **summarise(found)}
     trials.write(result, arguments.result)
     print("\n".join(table(result)))
