@@ -1,7 +1,7 @@
 """Is the average of an annealing better than its last weights, and does annealing tell a good data set from a bad one?
 Writes results/annealing.json and docs/images/annealing.svg.
 
-    python benchmarks/annealing.py [--parts averages constant_rate data] [--seeds 0 1 2] [overrides ...]
+    python benchmarks/annealing.py [--parts averages constant_rate data] [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
 A part's figures replace those that are there. All anneals of a seed start from one model, which the store holds after
 the first: long_context of recipe qwen2, and the half-trained one of recipe judge_data.
@@ -9,25 +9,25 @@ the first: long_context of recipe qwen2, and the half-trained one of recipe judg
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import random
 import statistics
 import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import claims
-import machine
-from learning import spread
-from reward_models import read, run
+import figures
+import trials
+from trials import differences, read, run, spread
 
 from lightning_llm.data.embedded.text import READERS
 
-RESULT = Path(__file__).resolve().parent / "results" / "annealing.json"
-PICTURE = machine.REPOSITORY / "docs" / "images" / "annealing.svg"
+RESULT = claims.RESULTS / "annealing.json"
+PICTURE = figures.IMAGES / "annealing.svg"
 ANNEAL = ["+stage@stages.anneal=anneal", "stages.anneal.starts_from=long_context"]
 AVERAGES = {  # part -> what is averaged on the way -> settings of the stage
     "averages": {
@@ -89,8 +89,7 @@ def averaged(found: Figures) -> dict[str, Any]:
     summary = {}
     for name, runs in found.items():
         last, mean = ([log_perplexity(metrics, prefix) for metrics in runs] for prefix in ("last/", ""))
-        gain = [a - b for a, b in zip(last, mean, strict=True)]
-        summary[name] = {"last": spread(last), "average": spread(mean), "gain": spread(gain)}
+        summary[name] = {"last": spread(last), "average": spread(mean), "gain": spread(differences(last, mean))}
     return summary
 
 
@@ -118,31 +117,32 @@ def judged(found: Figures) -> dict[str, Any]:
 
 def verdicts(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """What the papers say, on the worst of the seeds."""
-
-    def worst(values: list[float], says: str, **bounds: float) -> dict[str, Any]:
-        return claims.claim(f"{says}, worst seed", min(values), {"values": values}, **bounds)
-
     if part in AVERAGES:
         says = "The average of an annealing predicts held-out text better than its last weights (nats)"
-        return [worst(each["gain"]["values"], f"{says}: {name}", above=0.0) for name, each in found.items()]
+        return [claims.worst(f"{says}: {name}", each["gain"]["values"], above=0.0) for name, each in found.items()]
     right = "Annealing on demonstrations raises exact match (change against the default mix)"
     return [
-        worst(found[INSTRUCTIONS]["right_change"]["values"], right, above=0.0),
-        worst(found[SCRAMBLED]["change"]["values"], "Scrambled text raises the loss (nats)", above=0.0),
+        claims.worst(right, found[INSTRUCTIONS]["right_change"]["values"], above=0.0),
+        claims.worst("Scrambled text raises the loss (nats)", found[SCRAMBLED]["change"]["values"], above=0.0),
     ]
 
 
-def measure(part: str, seeds: Sequence[int], overrides: Sequence[str], jobs: int = 1) -> dict[str, Any]:
+def measure(part: str, arguments: Namespace) -> trials.Result:
+    """A part of the result."""
+    found = measured(part, arguments)
+    return {"claims": verdicts(part, found), "found": found}
+
+
+def measured(part: str, arguments: Namespace) -> dict[str, Any]:
     """All figures of a part."""
     if part in AVERAGES:
         ways = AVERAGES[part]
-        calls = [(seed, words, overrides) for words in ways.values() for seed in seeds]
-        annealed = iter(machine.side_by_side(anneal, calls, jobs))
-        return averaged({name: [next(annealed) for _ in seeds] for name in ways})
+        return averaged(trials.of_arms(lambda seed, name, words: anneal(seed, ways[name], words), ways, arguments))
     with tempfile.TemporaryDirectory() as folder:
         source = f"stages.candidate.data.sources.candidate.path={scrambled(Path(folder) / 'scrambled.jsonl')}"
         candidates = {INSTRUCTIONS: [], SCRAMBLED: [source]}
-        of_seeds = machine.side_by_side(judge, [(seed, candidates, overrides) for seed in seeds], jobs)
+        calls = [(seed, candidates, arguments.overrides) for seed in arguments.seeds]
+        of_seeds = trials.side_by_side(judge, calls, arguments.jobs)
     order = ["half-trained", DEFAULT, *candidates]
     return judged({name: [found[name] for found in of_seeds] for name in order})
 
@@ -158,10 +158,15 @@ def all_averages(result: dict[str, Any]) -> dict[str, Any]:
 def average_table(result: dict[str, Any]) -> list[str]:
     """Lines of the table of averages: nats per token, mean over domains, and the gain of each seed."""
     rows = [
-        [name, f"{found['last']['mean']:.4f}", f"{found['average']['mean']:.4f}", _signed(found["gain"])]
+        [
+            name,
+            f"{found['last']['mean']:.4f}",
+            f"{found['average']['mean']:.4f}",
+            figures.by_seed(found["gain"], "+.4f", ", "),
+        ]
         for name, found in all_averages(result).items()
     ]
-    return _table(["annealing", "last weights", "average", "gain, by seed"], rows)
+    return figures.lines_of_table(["annealing", "last weights", "average", "gain, by seed"], rows)
 
 
 def data_table(result: dict[str, Any]) -> list[str]:
@@ -169,44 +174,33 @@ def data_table(result: dict[str, Any]) -> list[str]:
     if "data" not in result:
         return []
     rows = [
-        [name, f"{found['nats']['mean']:.4f}", _signed(found["change"]), f"{found['right']['mean']:.3f}",
-         _signed(found["right_change"], 3)]
+        [name, f"{found['nats']['mean']:.4f}", figures.by_seed(found["change"], "+.4f", ", "),
+         f"{found['right']['mean']:.3f}", figures.by_seed(found["right_change"], "+.3f", ", ")]
         for name, found in result["data"]["found"].items()
     ]  # fmt: skip
-    return _table(["30 % of", "nats", "against the default, by seed", "exact match", "against the default"], rows)
+    head = ["30 % of", "nats", "against the default, by seed", "exact match", "against the default"]
+    return figures.lines_of_table(head, rows)
 
 
-def _signed(figure: dict[str, Any], digits: int = 4) -> str:
-    return ", ".join(f"{value:+.{digits}f}" for value in figure["values"])
+def table(part: str, found: dict[str, Any]) -> list[str]:
+    """Lines of a part's table."""
+    return (average_table if part in AVERAGES else data_table)({part: found})
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def draw(result: dict[str, Any]) -> None:
-    """The gain of each average with a dot a seed, and what each data set changes in every domain."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "annealing"  # the same picture from the same figures
-    from matplotlib import pyplot
-
+def draw(part: str, result: dict[str, Any]) -> None:
+    """The gain of each average with a dot a seed, and what each data set changes in every domain: one picture of all
+    parts."""
     count = 1 + ("data" in result)
-    figure, panels = pyplot.subplots(1, count, figsize=(1.5 + 5 * count, 3.4), squeeze=False)
-    _draw_gains(panels[0][0], all_averages(result))
-    if "data" in result:
-        _draw_domains(panels[0][1], result["data"]["found"])
-    for axes in panels[0]:
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
+    with figures.drawing(PICTURE, columns=count, size=(1.5 + 5 * count, 3.4)) as panels:
+        _draw_gains(panels[0], all_averages(result))
+        if "data" in result:
+            _draw_domains(panels[1], result["data"]["found"])
 
 
 def _draw_gains(axes: Any, averages: dict[str, Any]) -> None:
     for place, found in enumerate(averages.values()):
         axes.barh(place, found["gain"]["mean"], height=0.6, alpha=0.6)
-        axes.plot(found["gain"]["values"], [place] * len(found["gain"]["values"]), "o", color="black", markersize=3)
+        figures.dots(axes, found["gain"]["values"], place)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(averages)), [name.partition(" (")[0] for name in averages])
     axes.invert_yaxis()
@@ -222,7 +216,7 @@ def _draw_domains(axes: Any, data: dict[str, Any]) -> None:
             values = found["domains"][domain]["values"]
             x = index + (place - (len(shown) - 1) / 2) * width
             bar = axes.bar(x, statistics.fmean(values), width, color=f"C{place}", alpha=0.6)
-            axes.plot([x] * len(values), values, "o", color="black", markersize=3)
+            figures.dots(axes, x, values)
             bar.set_label(name if not index else "")
     axes.axhline(0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(domains)), domains)
@@ -230,31 +224,6 @@ def _draw_domains(axes: Any, data: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--result", type=Path, default=RESULT)
-    machine.add_jobs(parser)
-    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
-    arguments = parser.parse_args()
-
-    result: dict[str, Any] = json.loads(arguments.result.read_text()) if arguments.result.is_file() else {}
-    verdict = []
-    for part in arguments.parts:
-        found = measure(part, arguments.seeds, arguments.overrides, arguments.jobs)
-        about = {"seeds": arguments.seeds, "machine": machine.describe(), "claims": verdicts(part, found)}
-        result[part] = about | {"found": found}
-        arguments.result.parent.mkdir(parents=True, exist_ok=True)
-        arguments.result.write_text(json.dumps(result, indent=2) + "\n")
-        verdict += about["claims"]
-    print("\n".join([*average_table(result), "", *data_table(result)]))
-    if arguments.result == RESULT:
-        draw(result)
-    for entry in verdict:
-        print(f"{'holds' if entry['holds'] else 'FAILS'}  {entry['claim']}: {entry['value']:.4g}")
-    claims.finish([entry["holds"] for entry in verdict])
-
-
 if __name__ == "__main__":
-    main()
+    typed = trials.parser(__doc__, RESULT, parts=PARTS).parse_args()
+    trials.publish_parts(typed, RESULT, measure, table, draw)

@@ -1,6 +1,7 @@
 """What is a teacher worth at equal tokens, what does keeping a part of it lose, and what does it cost?
 
-    python benchmarks/distillation.py [students] [speed] [overrides ...] [--seeds 0 1 2] [--teachers FOLDER ...]
+    python benchmarks/distillation.py [--parts students speed] [--seeds 0 1 2] [--jobs 4] [--teachers FOLDER ...]
+        [overrides ...]
 
 Writes results/distillation.json and docs/images/distillation.svg. `students` sweeps the mixture of label and teacher
 over the recipe `distillation`, a Hydra multirun for each kind of target and seed; a teacher is asked once. Of the first
@@ -10,23 +11,24 @@ is there, one for each seed, the recipe trains them.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import claims
+import figures
 import machine
 import torch
+import trials
 from interleave import quartiles
-from learning import spread
+from trials import read, spread
 
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import DataConfig, SourceConfig
@@ -44,7 +46,8 @@ from lightning_llm.stages.context import model_directory
 
 PARTS = ("students", "speed")
 RUN = ["recipe=distillation", "until=student", "stages.larger.evaluate=false", "stages.student.evaluate=false"]
-PICTURE = machine.REPOSITORY / "docs" / "images" / "distillation.svg"
+RESULT = claims.RESULTS / "distillation.json"
+PICTURE = figures.IMAGES / "distillation.svg"
 WEIGHTS = (0.0, 0.3, 0.6, 0.9, 1.0)
 TARGETS = {"top1": "the teacher's favourite (AFM)", "top_k": "64 kept ids and their tail (Gemma 2)"}
 HELD_OUT = 12_000  # tokens of each domain
@@ -78,8 +81,8 @@ def launch(*words: str) -> None:
 
 def read_student(run: Path) -> dict[str, Any]:
     """A student's figures on held-out text, and where its artifacts lie."""
-    record = json.loads((run / "artifacts" / "student" / "stage.json").read_text())
-    asked = json.loads((run / "artifacts" / "student.teacher" / "stage.json").read_text())
+    record = read(run / "artifacts" / "student" / "stage.json")
+    asked = read(run / "artifacts" / "student.teacher" / "stage.json")
     artifacts = {
         "student": (run / "artifacts" / "student").resolve(),
         "teacher": Path(asked["inputs"]["model"]["path"]),
@@ -133,7 +136,7 @@ def students(teachers: dict[int, list[str]], overrides: Sequence[str], jobs: int
             for targets, weights in swept.items()
             for seed, teacher in teachers.items()
         ]
-        sweeps = iter(machine.side_by_side(sweep, calls, jobs))
+        sweeps = iter(trials.side_by_side(sweep, calls, jobs))
         found = {
             targets: sorted(
                 (student for _ in teachers for student in next(sweeps)),
@@ -158,36 +161,22 @@ def students(teachers: dict[int, list[str]], overrides: Sequence[str], jobs: int
             for figure in ("nats", "right")
         }
         kept = measure_kept(Path(folder), found)
-    gains = {
-        (targets, weight): differences(table[targets]["0.0"]["nats"], table[targets][str(weight)]["nats"])
-        for targets in TARGETS
-        for weight in WEIGHTS[1:]
-    }
-    right = differences(table["top1"]["0.9"]["right"], table["top1"]["0.0"]["right"])
+    scratch = table["top1"]["0.0"]
+    likelier = differences(table["top1"]["0.9"]["right"], scratch["right"])
     judged = [
-        claims.claim(
-            "A student of the kept distribution against the same from scratch at equal tokens: nats less, worst seed",
-            min(gains["top_k", 1.0]),
-            {"values": gains["top_k", 1.0]},
+        claims.worst(
+            "A student of the kept distribution against the same from scratch at equal tokens: nats less",
+            differences(scratch["nats"], table["top_k"]["1.0"]["nats"]),
             above=0.0,
         ),
-        claims.claim(
-            "A student of label and favourite at AFM's weight against the same from scratch: nats less, worst seed",
-            min(gains["top1", 0.9]),
-            {"values": gains["top1", 0.9]},
+        claims.worst(
+            "A student of label and favourite at AFM's weight against the same from scratch: nats less",
+            differences(scratch["nats"], table["top1"]["0.9"]["nats"]),
             above=0.0,
         ),
-        claims.claim(
-            "The same by what it finds likeliest: share of tokens right above scratch, worst seed",
-            min(right),
-            {"values": right},
-            above=0.0,
-        ),
+        claims.worst("The same by what it finds likeliest: share of tokens right above scratch", likelier, above=0.0),
     ]
     return {
-        "machine": machine.describe(),
-        "seeds": list(teachers),
-        "overrides": [word for word in overrides if not word.startswith("store.")],
         "parameters": {who: found["top_k"][-1][name]["parameters"] for who, name in SIZED.items()},
         "claims": judged,
         "students": table,
@@ -199,8 +188,8 @@ def students(teachers: dict[int, list[str]], overrides: Sequence[str], jobs: int
 
 
 def differences(larger: dict[str, Any], smaller: dict[str, Any]) -> list[float]:
-    """Seed by seed."""
-    return [round(one - other, 5) for one, other in zip(larger["values"], smaller["values"], strict=True)]
+    """Seed by seed, of two spreads."""
+    return [round(gain, 5) for gain in trials.differences(larger["values"], smaller["values"])]
 
 
 # ---- what keeping k ids loses ----
@@ -268,12 +257,12 @@ def speed(teacher: Sequence[str], overrides: Sequence[str], steps: int = 60) -> 
             found[str(k)] = ratios(next(runs.glob("distillation/*/run.json")).parent, k, steps)
     ratio = found["64"]["ratio"]["median"]
     judged = [claims.claim("CPU-seconds of a step from 64 kept ids over those of plain training", ratio, at_most=1.15)]
-    return {"machine": machine.describe(), "claims": judged, "kept": found}
+    return {"claims": judged, "kept": found}
 
 
 def ratios(run: Path, k: int, steps: int) -> dict[str, Any]:
     """Of one k: the two kinds of step in turns."""
-    settings = json.loads((run / "artifacts" / "student" / "stage.json").read_text())["settings"]
+    settings = read(run / "artifacts" / "student" / "stage.json")["settings"]
     sources = {name: SourceConfig(weight=source["weight"]) for name, source in settings["data"]["sources"].items()}
     data_config = DataConfig(form="text", sources=sources, max_epochs=1e9)
     options = {
@@ -321,6 +310,16 @@ def ratios(run: Path, k: int, steps: int) -> dict[str, Any]:
     }
 
 
+def measure_part(part: str, arguments: Namespace) -> trials.Result:
+    """A part of the result."""
+    teachers: dict[int, list[str]] = {seed: [] for seed in arguments.seeds}
+    for seed, folder in zip(arguments.seeds, arguments.teachers, strict=bool(arguments.teachers)):
+        teachers[seed] = [f"stages.student.learns_from={Path(folder).resolve()}"]
+    if part == "students":
+        return students(teachers, arguments.overrides, arguments.jobs)
+    return speed(teachers[arguments.seeds[0]], arguments.overrides)
+
+
 # ---- what docs/methods/distillation.md shows ----
 
 
@@ -330,10 +329,10 @@ def student_table(found: dict[str, Any]) -> list[str]:
     rows = [[f"{weight:g}"] for weight in WEIGHTS] + [["the teacher itself"]]
     for row, weight in zip(rows, WEIGHTS, strict=False):
         row += [
-            _with_deviation(found["students"][t][str(weight)][figure]) for t in TARGETS for figure in ("nats", "right")
+            figures.shown(found["students"][t][str(weight)][figure]) for t in TARGETS for figure in ("nats", "right")
         ]
-    rows[-1] += [_with_deviation(found["teacher"][figure]) for _ in TARGETS for figure in ("nats", "right")]
-    return _lines(head, rows)
+    rows[-1] += [figures.shown(found["teacher"][figure]) for _ in TARGETS for figure in ("nats", "right")]
+    return figures.lines_of_table(head, rows)
 
 
 def kept_table(found: dict[str, Any]) -> list[str]:
@@ -349,68 +348,34 @@ def kept_table(found: dict[str, Any]) -> list[str]:
         ]
         for name, each in found["kept"]["kept"].items()
     ]
-    return _lines(head, [*rows, ["all", "1", f"{found['kept']['whole']:.4f}", "", ""]])
+    return figures.lines_of_table(head, [*rows, ["all", "1", f"{found['kept']['whole']:.4f}", "", ""]])
 
 
-def _with_deviation(figure: dict[str, Any]) -> str:
-    deviation = figure["standard_deviation"]
-    return f"{figure['mean']:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+def table(part: str, found: dict[str, Any]) -> list[str]:
+    """Lines of a part's tables; of speed there is none."""
+    return [*student_table(found), "", *kept_table(found)] if part == "students" else []
 
 
-def _lines(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-
-
-def draw(found: dict[str, Any]) -> None:
+def draw(part: str, result: dict[str, Any]) -> None:
     """Held-out loss and share of tokens right over the teacher's weight, a dot for each seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "distillation"  # the same picture from the same figures
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9.5, 3.6))
+    if part != "students":
+        return
+    found = result["students"]
     labels = {"nats": "held-out loss, nats per token", "right": "held-out tokens found likeliest"}
-    for panel, (name, label) in zip(axes, labels.items(), strict=True):
-        for targets, says in TARGETS.items():
-            table = found["students"][targets]
-            means = [table[str(weight)][name]["mean"] for weight in WEIGHTS]
-            [line] = panel.plot(WEIGHTS, means, label=says)
-            for weight in WEIGHTS:
-                values = table[str(weight)][name]["values"]
-                dots = {"linestyle": "", "marker": "o", "markersize": 3, "color": line.get_color()}
-                panel.plot([weight] * len(values), values, **dots)
-        mean = found["teacher"][name]["mean"]
-        panel.axhline(mean, color="black", linewidth=0.8, linestyle=":", label="the teacher itself")
-        panel.set(xlabel="weight of the teacher", ylabel=label)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--teachers", nargs="+", default=[], help="folders of models, one for each seed")
-    machine.add_jobs(parser)
-    parser.add_argument("words", nargs="*", help=f"parts ({', '.join(PARTS)}; all if none), and overrides")
-    arguments = parser.parse_args()
-    parts = [word for word in arguments.words if word in PARTS] or PARTS
-    overrides = [word for word in arguments.words if word not in PARTS]
-    teachers: dict[int, list[str]] = {seed: [] for seed in arguments.seeds}
-    for seed, folder in zip(arguments.seeds, arguments.teachers, strict=bool(arguments.teachers)):
-        teachers[seed] = [f"stages.student.learns_from={Path(folder).resolve()}"]
-    verdicts = []
-    if "students" in parts:
-        found = students(teachers, overrides, arguments.jobs)
-        verdicts.append(claims.write_part("distillation", "students", found))
-        print("\n".join([*student_table(found), "", *kept_table(found)]))
-        draw(found)
-    if "speed" in parts:
-        verdicts.append(claims.write_part("distillation", "speed", speed(teachers[arguments.seeds[0]], overrides)))
-    claims.finish(verdicts)
+    with figures.drawing(PICTURE, columns=2, size=(9.5, 3.6)) as axes:
+        for panel, (name, label) in zip(axes, labels.items(), strict=True):
+            for targets, says in TARGETS.items():
+                each = found["students"][targets]
+                [line] = panel.plot(WEIGHTS, [each[str(weight)][name]["mean"] for weight in WEIGHTS], label=says)
+                for weight in WEIGHTS:
+                    figures.dots(panel, weight, each[str(weight)][name]["values"], line.get_color())
+            mean = found["teacher"][name]["mean"]
+            panel.axhline(mean, color="black", linewidth=0.8, linestyle=":", label="the teacher itself")
+            panel.set(xlabel="weight of the teacher", ylabel=label)
+        axes[0].legend(fontsize=8)
 
 
 if __name__ == "__main__":
-    main()
+    words = trials.parser(__doc__, RESULT, parts=PARTS)
+    words.add_argument("--teachers", nargs="+", default=[], help="folders of models, one for each seed")
+    trials.publish_parts(words.parse_args(), RESULT, measure_part, table, draw)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import numpy as np
 
 IMAGES = machine.REPOSITORY / "docs" / "images"
 
@@ -20,6 +21,11 @@ def shown(found: Mapping[str, Any] | None, digits: int = 3, *, signed: bool = Fa
     text = f"{found['mean']:{'+' if signed else ''}.{digits}f}"
     deviation = found["standard_deviation"]
     return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+def by_seed(found: Mapping[str, Any], form: str = "+.3f", between: str = " ") -> str:
+    """The values of a spread, one after another."""
+    return between.join(f"{value:{form}}" for value in found["values"])
 
 
 def lines_of_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -46,6 +52,23 @@ def drawing(picture: Path, *, columns: int = 1, size: tuple[float, float]) -> It
     pyplot.close(figure)
 
 
-def dots(axes: Any, x: float, values: Sequence[float], colour: str = "black") -> None:
-    """A dot for each seed, one above the other."""
-    axes.plot([x] * len(values), values, linestyle="", marker="o", markersize=3, color=colour)
+def dots(axes: Any, x: Any, y: Any, colour: str = "black") -> None:
+    """A dot for each seed; x or y is the same for all of them."""
+    axes.plot(*np.broadcast_arrays(x, y), linestyle="", marker="o", markersize=3, color=colour)
+
+
+def draw_curves(axes: Any, arms: Mapping[str, Any]) -> None:
+    """The mean loss of every arm over its tokens, with a dot for each seed at its end. What lies above all that comes
+    after a stage's first steps, as random weights do, is outside.
+
+    Args:
+        arms: each with `tokens`, `curve` and the spread `after`.
+    """
+    inside: list[float] = []
+    for place, (arm, found) in enumerate(arms.items()):
+        label = f"{arm}: {found['after']['mean']:.3f}"
+        axes.plot(found["tokens"], found["curve"], color=f"C{place}", linewidth=1.6, label=label)
+        dots(axes, found["tokens"][-1], found["after"]["values"], f"C{place}")
+        inside += [*found["after"]["values"], *found["curve"][1:]]
+    margin = 0.05 * (max(inside) - min(inside))
+    axes.set_ylim(min(inside) - margin, max(inside) + margin)

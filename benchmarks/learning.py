@@ -1,34 +1,33 @@
 """Does the recipe learn? Runs qwen2 up to DPO once per seed and writes each claim with its figures to
 results/learning.json.
 
-    python benchmarks/learning.py [--seeds 0 1 2 3 4 5] [--scale nano] [overrides ...]
+    python benchmarks/learning.py [--seeds 0 1 2 3 4 5] [--jobs 4] [overrides ...]
 
 A run that the store already holds costs seconds; the figures come from the run folders alone.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import claims
-import machine
 import torch
+import trials
+from trials import read, spread
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.evaluation.perplexity import mean_loss, sample_text
 from lightning_llm.models import Transformer
 from lightning_llm.models.families import read_config
 
-RESULT = Path(__file__).resolve().parent / "results" / "learning.json"
+RESULT = claims.RESULTS / "learning.json"
+SEEDS = (0, 1, 2, 3, 4, 5)
 STAGES = ("pretrain", "long_context", "sft", "dpo")
 Metrics = Mapping[str, Mapping[str, float]]  # stage -> metric -> value; stage "start" is the untrained model
 
@@ -122,26 +121,21 @@ CLAIMS = [
 ]
 
 
-def train(seed: int, scale: str, overrides: list[str]) -> Path:
-    """Run the recipe in a process of its own; its last line is the run's folder."""
-    line = machine.command("run", "recipe=qwen2", f"scale={scale}", f"seed={seed}", f"until={STAGES[-1]}", *overrides)
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        last = ""
-        for text in process.stdout:
-            print(f"seed {seed}: {text}", end="", flush=True)
-            last = text.strip() or last
-    if process.returncode:
-        sys.exit(f"the run with seed {seed} failed with exit code {process.returncode}")
-    return Path(last)
+def measure(arguments: Namespace) -> trials.Result:
+    """The result."""
+    calls = [("recipe=qwen2", f"seed={seed}", f"until={STAGES[-1]}", *arguments.overrides) for seed in arguments.seeds]
+    runs = trials.side_by_side(trials.run, calls, arguments.jobs)
+    found = summarise([read_metrics(run) | {"start": untrained_perplexities(run)} for run in runs])
+    scale = read(runs[0] / "run.json")["scale"]
+    return {"recipe": "qwen2", "scale": scale, "trained_at": trained_at(runs), **found}
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, float]]:
     """Metrics of each stage of a run."""
-    record = json.loads((run / "run.json").read_text())
+    record = read(run / "run.json")
     metrics: dict[str, dict[str, float]] = {}
     for stage in STAGES:
-        artifact = json.loads((run / "artifacts" / stage / "stage.json").read_text())
+        artifact = read(run / "artifacts" / stage / "stage.json")
         metrics[stage] = {**record["stages"][stage]["metrics"], "tokens": artifact["settings"]["tokens"]}
     return metrics
 
@@ -151,19 +145,16 @@ def trained_at(runs: list[Path]) -> dict[str, list[str]]:
     commits: dict[str, set[str]] = {stage: set() for stage in STAGES}
     for run in runs:
         for stage, found in commits.items():
-            made = json.loads((run / "artifacts" / stage / "stage.json").read_text())["git"]
+            made = read(run / "artifacts" / stage / "stage.json")["git"]
             found.add((made.get("commit") or "unknown") + (" and changes" if made.get("dirty") else ""))
     return {stage: sorted(found) for stage, found in commits.items()}
 
 
 def untrained_perplexities(run: Path) -> dict[str, float]:
     """What the first stage's evaluation would say of the random weights that it starts from."""
-    first, artifact = (
-        run / "artifacts" / "pretrain",
-        json.loads((run / "artifacts/pretrain.evaluate/stage.json").read_text()),
-    )
+    first, artifact = run / "artifacts" / "pretrain", read(run / "artifacts" / "pretrain.evaluate" / "stage.json")
     model = Transformer(read_config(first / "model"))
-    model.reset_parameters(json.loads((first / "stage.json").read_text())["settings"]["seed"])
+    model.reset_parameters(read(first / "stage.json")["settings"]["seed"])
     context, tokens = artifact["settings"]["context"], artifact["settings"]["evaluation"]["text_tokens"]
     found = {}
     with torch.inference_mode():
@@ -171,12 +162,6 @@ def untrained_perplexities(run: Path) -> dict[str, float]:
             documents = sample_text(TokenStore.open(folder / "validation"), tokens)
             found[f"perplexity/{folder.name}"] = math.exp(mean_loss(model, documents, context, 4096).compute())
     return found
-
-
-def spread(values: list[float]) -> dict[str, Any]:
-    """Values, mean and sample standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else None
-    return {"values": values, "mean": statistics.fmean(values), "standard_deviation": deviation}
 
 
 def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
@@ -193,33 +178,5 @@ def summarise(per_seed: list[Metrics]) -> dict[str, Any]:
     return {"claims": judged, "stages": stages}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
-    parser.add_argument("--scale", default="nano")
-    parser.add_argument("--result", type=Path, default=RESULT)
-    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
-    arguments = parser.parse_args()
-
-    runs = [train(seed, arguments.scale, arguments.overrides) for seed in arguments.seeds]
-    result = {
-        "recipe": "qwen2",
-        "scale": arguments.scale,
-        "overrides": arguments.overrides,
-        "seeds": arguments.seeds,
-        "machine": machine.describe(),
-        "trained_at": trained_at(runs),
-        **summarise([read_metrics(run) | {"start": untrained_perplexities(run)} for run in runs]),
-    }
-    arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
-    for claim in result["claims"]:
-        values = " ".join(f"{value:.4g}" for value in claim["values"])
-        print(f"{'holds' if claim['holds'] else 'FAILS'}  {claim['claim']}: {values}")
-    print(arguments.result)
-    if not all(claim["holds"] for claim in result["claims"]):
-        sys.exit(1)
-
-
 if __name__ == "__main__":
-    main()
+    trials.publish(__doc__, RESULT, measure, seeds=SEEDS)

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ LATE = ("late_loss/full", "late_loss/short", "late_loss/gain", "late_loss/gain_e
 Stages = dict[str, dict[str, Any]]  # stage -> what `read_stage` says, in the order in which they were trained
 
 
-def measure(seed: int, overrides: Sequence[str]) -> Stages:
+def train(seed: int, overrides: Sequence[str]) -> Stages:
     """All stages of a seed that came to be; fewer than the recipe has where a gate stopped the run."""
     with tempfile.TemporaryDirectory() as runs:
         words = (f"recipe={RECIPE}", f"seed={seed}", *overrides, f"runs={runs}")
@@ -102,11 +103,18 @@ def chance(settings: Mapping[str, Any]) -> float:
 # ---- several seeds ----
 
 
+def measure(arguments: Namespace) -> trials.Result:
+    """The result."""
+    calls = [(seed, arguments.overrides) for seed in arguments.seeds]
+    found = trials.side_by_side(train, calls, arguments.jobs)
+    return summarise(dict(zip(arguments.seeds, found, strict=True)), gate())
+
+
 def summarise(per_seed: Mapping[int, Stages], bound: float) -> dict[str, Any]:
     """Every stage with the spread of its figures over the seeds that reached it, needles after the last step, claims.
 
     Args:
-        per_seed: seed -> what `measure` found.
+        per_seed: seed -> what `train` found.
         bound: share by which a gate lets perplexity rise in one step.
     """
     longest = max(per_seed.values(), key=len)
@@ -187,9 +195,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
                 name if seeds == len(result["reached"]) else f"{name} ({seeds} of {len(result['reached'])} seeds)",
                 str(found["context"]),
                 *(figures.shown(found["perplexity"].get(domain), 1) for domain in domains),
-                ", ".join(f"{value:+.1%}" for value in found["short_context"]["values"])
-                if "short_context" in found
-                else "",
+                figures.by_seed(found["short_context"], "+.1%") if "short_context" in found else "",
                 figures.shown(found.get("late_loss/gain"), signed=True),
                 f"{statistics.fmean(each['mean'] for each in found['needle'].values()):.0%}" if found["needle"] else "",
                 f"{found['seconds']['mean']:.0f}",
@@ -236,20 +242,5 @@ def _draw_needles(axes: Any, grid: Mapping[str, Any]) -> None:
     axes.figure.colorbar(image, ax=axes)
 
 
-def main() -> None:
-    arguments = trials.arguments_of(__doc__, RESULT).parse_args()
-    calls = [(seed, arguments.overrides) for seed in arguments.seeds]
-    found = machine.side_by_side(measure, calls, arguments.jobs)
-    result = {
-        **trials.conditions(arguments.seeds, arguments.overrides),
-        **summarise(dict(zip(arguments.seeds, found, strict=True)), gate()),
-    }
-    trials.write(result, arguments.result)
-    print("\n".join(table(result)))
-    if arguments.result == RESULT:
-        draw(result)
-    trials.finish(result["claims"])
-
-
 if __name__ == "__main__":
-    main()
+    trials.publish(__doc__, RESULT, measure, table, draw)

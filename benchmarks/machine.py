@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,17 +36,6 @@ def describe() -> dict[str, Any]:
 def command(*arguments: str) -> list[str]:
     """`lightning-llm <arguments>`, in this interpreter: what the console script does, installed or not."""
     return [sys.executable, "-c", "import sys; from lightning_llm.cli import main; sys.exit(main())", *arguments]
-
-
-def add_jobs(parser: argparse.ArgumentParser) -> None:
-    """The option that says how many runs go on side by side; those that need the same artifact wait for one another."""
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; give each compute.threads=1")
-
-
-def side_by_side(work: Callable[..., Any], calls: Iterable[tuple[Any, ...]], jobs: int) -> list[Any]:
-    """What `work` finds for each call, in their order, `jobs` at a time: it is other processes that work."""
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda call: work(*call), calls))
 
 
 def _processor() -> str:

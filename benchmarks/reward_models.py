@@ -1,28 +1,25 @@
 """How often is a reward model right on held-out comparisons, and as sure as it may be? After SFT, per loss and seed.
 Writes results/reward_models.json and docs/images/reward_models.svg.
 
-    python benchmarks/reward_models.py [--seeds 0 1 2] [overrides ...]
+    python benchmarks/reward_models.py [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
 All losses start from the SFT model of their seed, which is trained once.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
+from argparse import Namespace
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import claims
-import machine
-from learning import spread
+import figures
+import trials
+from trials import read, run, spread, spreads
 
-RESULT = Path(__file__).resolve().parent / "results" / "reward_models.json"
-PICTURE = machine.REPOSITORY / "docs" / "images" / "reward_models.svg"
+RESULT = claims.RESULTS / "reward_models.json"
+PICTURE = figures.IMAGES / "reward_models.svg"
 OBJECTIVE = "stages.reward_model.objective"
 LOSSES = {
     "Bradley-Terry (Llama 3)": [],
@@ -42,16 +39,6 @@ COLUMNS = {
 }  # metric -> head of a column
 
 
-def run(*words: str) -> Path:
-    """The folder of a run."""
-    with subprocess.Popen(machine.command("run", *words), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = [line.strip() for line in process.stdout]
-    if process.returncode:
-        sys.exit(f"{' '.join(words)}: exit code {process.returncode}")
-    return Path(lines[-1])
-
-
 def train(seed: int, loss: str, overrides: Sequence[str]) -> dict[str, Any]:
     """One reward model: its metrics and calibration, seconds of its training, and what the SFT model could do."""
     artifacts = run("recipe=qwen2", f"seed={seed}", "until=reward_model", *LOSSES[loss], *overrides) / "artifacts"
@@ -65,19 +52,18 @@ def train(seed: int, loss: str, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
+def measure(arguments: Namespace) -> trials.Result:
+    """The result."""
+    found = trials.of_arms(train, LOSSES, arguments)
+    losses = summarise(found)
+    return {"claims": judge(losses), "sft": spread([run["sft"] for run in found[MAIN]]), "losses": losses}
 
 
 def summarise(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Every loss with the spread of its figures over the seeds, and its calibration over all of them together."""
     return {
         loss: {
-            "metrics": {
-                name: spread([run["metrics"][name] for run in runs])
-                for name in runs[0]["metrics"]
-                if all(name in run["metrics"] for run in runs)
-            },
+            "metrics": spreads([run["metrics"] for run in runs]),
             "seconds": spread([run["seconds"] for run in runs]),
             "tokens": runs[0]["tokens"],
             "calibration": [pooled(entries) for entries in zip(*(run["calibration"] for run in runs), strict=True)],
@@ -109,12 +95,8 @@ def pooled(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def judge(losses: dict[str, Any]) -> list[dict[str, Any]]:
     """What is owed: more than four of five held-out comparisons, in the mean and on the worst of the seeds."""
     found = losses[MAIN]["metrics"][ACCURACY]
-    values = {"values": found["values"]}
     says = "Reward model: accuracy on held-out comparisons"
-    return [
-        claims.claim(f"{says}, mean over seeds", found["mean"], values, above=0.8),
-        claims.claim(f"{says}, worst seed", min(found["values"]), values, above=0.8),
-    ]
+    return [claims.mean(says, found["values"], above=0.8), claims.worst(says, found["values"], above=0.8)]
 
 
 # ---- what docs/methods/reward_models.md shows ----
@@ -123,10 +105,8 @@ def judge(losses: dict[str, Any]) -> list[dict[str, Any]]:
 def metric_table(losses: dict[str, Any]) -> list[str]:
     """Lines of the table of losses: mean and standard deviation over the seeds."""
     head = ["loss", *COLUMNS.values()]
-    rows = [
-        [loss, *(_mean_and_deviation(found["metrics"].get(name)) for name in COLUMNS)] for loss, found in losses.items()
-    ]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    rows = [[loss, *(figures.shown(found["metrics"].get(name)) for name in COLUMNS)] for loss, found in losses.items()]
+    return figures.lines_of_table(head, rows)
 
 
 def calibration_table(losses: dict[str, Any]) -> list[str]:
@@ -137,76 +117,36 @@ def calibration_table(losses: dict[str, Any]) -> list[str]:
         [loss, *(f"{entry['predicted']:.2f}, {entry['accuracy']:.2f}" for entry in found["calibration"])]
         for loss, found in losses.items()
     ]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    return figures.lines_of_table(head, rows)
 
 
-def _mean_and_deviation(figure: dict[str, Any] | None) -> str:
-    if figure is None:
-        return "-"
-    deviation = figure["standard_deviation"]
-    return f"{figure['mean']:.3f}" + (f" ± {deviation:.3f}" if deviation is not None else "")
+def tables(result: trials.Result) -> list[str]:
+    """Lines of both."""
+    return [*metric_table(result["losses"]), "", *calibration_table(result["losses"])]
 
 
-def draw(losses: dict[str, Any]) -> None:
+def draw(result: trials.Result) -> None:
     """Frequency over predicted probability, and accuracy by strength with a dot for each seed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "reward_models"  # the same picture from the same figures
-    from matplotlib import pyplot
-
-    figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(9.5, 3.8))
-    curves.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.8, linestyle=":")
-    strengths = [entry["strength"] for entry in losses[MAIN]["calibration"][1:]]
-    width = 0.8 / len(losses)
-    for place, (loss, found) in enumerate(losses.items()):
-        bins = [each for each in found["calibration"][0]["bins"] if each["pairs"] >= 20]
-        points = [[each[name] for each in bins] for name in ("predicted", "frequency")]
-        [line] = curves.plot(*points, marker="o", markersize=4, label=loss)
-        for index, strength in enumerate(strengths):
-            values = found["metrics"][f"{ACCURACY}_{strength}"]["values"]
-            x = index + (place - (len(losses) - 1) / 2) * width
-            bars.bar(x, statistics.fmean(values), width, color=line.get_color(), alpha=0.6)
-            bars.plot([x] * len(values), values, linestyle="", marker="o", markersize=3, color=line.get_color())
-    curves.set(xlabel="predicted probability of the preferred order", ylabel="frequency", ylim=(0.4, 1.02))
-    curves.legend(fontsize=8)
-    bars.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
-    bars.set_xticks(range(len(strengths)), [f"{strength}\nbetter" for strength in strengths])
-    bars.set(ylabel="held-out comparisons that are right", ylim=(0, 1.02))
-    for axes in (curves, bars):
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--result", type=Path, default=RESULT)
-    machine.add_jobs(parser)
-    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
-    arguments = parser.parse_args()
-
-    calls = [(seed, loss, arguments.overrides) for loss in LOSSES for seed in arguments.seeds]
-    trained = iter(machine.side_by_side(train, calls, arguments.jobs))
-    found = {loss: [next(trained) for _ in arguments.seeds] for loss in LOSSES}
-    losses = summarise(found)
-    result = {
-        "seeds": arguments.seeds,
-        "machine": machine.describe(),
-        "claims": judge(losses),
-        "sft": spread([run["sft"] for run in found[MAIN]]),
-        "losses": losses,
-    }
-    arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
-    print("\n".join([*metric_table(losses), "", *calibration_table(losses)]))
-    if arguments.result == RESULT:
-        draw(losses)
-    for entry in result["claims"]:
-        print(f"{'holds' if entry['holds'] else 'FAILS'}  {entry['claim']}: {entry['value']:.4g}")
-    claims.finish([entry["holds"] for entry in result["claims"]])
+    losses = result["losses"]
+    with figures.drawing(PICTURE, columns=2, size=(9.5, 3.8)) as [curves, bars]:
+        curves.plot([0.5, 1], [0.5, 1], color="black", linewidth=0.8, linestyle=":")
+        strengths = [entry["strength"] for entry in losses[MAIN]["calibration"][1:]]
+        width = 0.8 / len(losses)
+        for place, (loss, found) in enumerate(losses.items()):
+            bins = [each for each in found["calibration"][0]["bins"] if each["pairs"] >= 20]
+            points = [[each[name] for each in bins] for name in ("predicted", "frequency")]
+            [line] = curves.plot(*points, marker="o", markersize=4, label=loss)
+            for index, strength in enumerate(strengths):
+                values = found["metrics"][f"{ACCURACY}_{strength}"]["values"]
+                x = index + (place - (len(losses) - 1) / 2) * width
+                bars.bar(x, statistics.fmean(values), width, color=line.get_color(), alpha=0.6)
+                figures.dots(bars, x, values, line.get_color())
+        curves.set(xlabel="predicted probability of the preferred order", ylabel="frequency", ylim=(0.4, 1.02))
+        curves.legend(fontsize=8)
+        bars.axhline(0.5, color="black", linewidth=0.8, linestyle=":")
+        bars.set_xticks(range(len(strengths)), [f"{strength}\nbetter" for strength in strengths])
+        bars.set(ylabel="held-out comparisons that are right", ylim=(0, 1.02))
 
 
 if __name__ == "__main__":
-    main()
+    trials.publish(__doc__, RESULT, measure, tables, draw)

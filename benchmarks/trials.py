@@ -1,5 +1,5 @@
-"""Runs of recipes that a benchmark learns from, seed by seed: started, read, gathered, and written down with what was
-claimed of them."""
+"""Runs of recipes that a benchmark learns from, seed by seed: started, read and gathered; and the script around them,
+which measures, writes down, shows and says what holds."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import claims
 import machine
 
+SEEDS = (0, 1, 2)
 ELSEWHERE = ("store.", "runs=")  # overrides that say where things lie, not what is done
+Found = TypeVar("Found")
+Result = dict[str, Any]
 
 
 def run(*words: str) -> Path:
@@ -28,15 +32,41 @@ def run(*words: str) -> Path:
     return Path(lines[-1])
 
 
+def side_by_side(work: Callable[..., Found], calls: Iterable[tuple[Any, ...]], jobs: int) -> list[Found]:
+    """What `work` finds for each call, in their order, `jobs` at a time: it is other processes that work, and they wait
+    for one another where they need the same artifact."""
+    with ThreadPoolExecutor(jobs) as pool:
+        return list(pool.map(lambda call: work(*call), calls))
+
+
+def of_arms(
+    work: Callable[[int, str, Sequence[str]], Found], arms: Iterable[str], arguments: argparse.Namespace
+) -> dict[str, list[Found]]:
+    """arm -> what `work` finds of each seed.
+
+    Args:
+        work: seed, arm, overrides -> figures.
+    """
+    names = list(arms)
+    calls = [(seed, arm, arguments.overrides) for arm in names for seed in arguments.seeds]
+    found = iter(side_by_side(work, calls, arguments.jobs))
+    return {arm: [next(found) for _ in arguments.seeds] for arm in names}
+
+
 def read(path: Path) -> Any:
     """The content of a JSON file."""
     return json.loads(path.read_text("utf-8"))
 
 
+def journal(artifact: Path) -> list[dict[str, Any]]:
+    """What a stage has written down on its way, line by line; nothing of one that does not train."""
+    path = artifact / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+
+
 def validation_curve(artifact: Path) -> list[tuple[float, float]]:
     """Held-out loss on the way of a stage: (tokens, nats per token)."""
-    lines = map(json.loads, (artifact / "metrics.jsonl").read_text("utf-8").splitlines())
-    return [(line["tokens"], line["validation/loss"]) for line in lines if "validation/loss" in line]
+    return [(line["tokens"], line["validation/loss"]) for line in journal(artifact) if "validation/loss" in line]
 
 
 # ---- several seeds ----
@@ -54,37 +84,104 @@ def spreads(per_seed: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     return {name: spread([figures[name] for figures in per_seed]) for name in names}
 
 
-# ---- a script ----
+def differences(one: Sequence[float], other: Sequence[float]) -> list[float]:
+    """By how much each of `one` lies above the same seed's of `other`."""
+    return [a - b for a, b in zip(one, other, strict=True)]
 
 
-def arguments_of(about: str | None, result: Path) -> argparse.ArgumentParser:
-    """What every benchmark of learning may be told."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--result", type=Path, default=result)
-    machine.add_jobs(parser)
-    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
-    return parser
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The spread of what each figure has changed within its seed, from spreads of the two."""
+    return {
+        name: spread(differences(found["values"], before[name]["values"]))
+        for name, found in after.items()
+        if name in before
+    }
 
 
-def conditions(seeds: Sequence[int], overrides: Sequence[str]) -> dict[str, Any]:
+def mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> dict[str, list[float]]:
+    """`tokens` of the first curve, `curve`: the mean of all at each of them, where they have their points alike."""
+    means = [statistics.fmean(value for _, value in points) for points in zip(*curves, strict=True)]
+    return {"tokens": [tokens for tokens, _ in curves[0]], "curve": means}
+
+
+# ---- a script: what is typed, what is written, what is said ----
+
+
+def parser(
+    about: str | None, result: Path, *, parts: Sequence[str] = (), seeds: Sequence[int] = SEEDS
+) -> argparse.ArgumentParser:
+    """What every benchmark of learning may be told.
+
+    Args:
+        about: the script's docstring.
+        result: where its figures are kept.
+        parts: of the result, if each may be measured by itself.
+        seeds: if none are given.
+    """
+    words = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if parts:
+        words.add_argument("--parts", nargs="+", choices=parts, default=list(parts))
+    words.add_argument("--seeds", type=int, nargs="+", default=list(seeds))
+    words.add_argument("--result", type=Path, default=result)
+    words.add_argument("--jobs", type=int, default=1, help="runs at a time; give each compute.threads=1")
+    words.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
+    return words
+
+
+def conditions(arguments: argparse.Namespace) -> Result:
     """What stands in front of all figures: how they were made."""
     return {
-        "seeds": list(seeds),
-        "overrides": [word for word in overrides if not word.startswith(ELSEWHERE)],
+        "seeds": arguments.seeds,
+        "overrides": [word for word in arguments.overrides if not word.startswith(ELSEWHERE)],
         "machine": machine.describe(),
     }
 
 
-def write(result: Mapping[str, Any], path: Path) -> None:
-    """A result as a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+def publish(
+    about: str | None,
+    result: Path,
+    measure: Callable[[argparse.Namespace], Result],
+    table: Callable[[Result], list[str]] | None = None,
+    draw: Callable[[Result], None] | None = None,
+    *,
+    seeds: Sequence[int] = SEEDS,
+) -> None:
+    """The script of one result: measured, written, its table printed, drawn if it is where pages look for it, judged.
+
+    Args:
+        measure: what is typed (seeds, overrides, jobs) -> `claims` and figures.
+        table, draw: none, if the page that shows them is made by another script.
+    """
+    arguments = parser(about, result, seeds=seeds).parse_args()
+    found = {**conditions(arguments), **measure(arguments)}
+    claims.write(arguments.result, found)
+    if table:
+        print("\n".join(table(found)))
+    if draw and arguments.result == result:
+        draw(found)
+    claims.finish([claims.say(found["claims"])])
 
 
-def finish(judged: Sequence[Mapping[str, Any]]) -> None:
-    """Say of each claim whether it holds; exit code 1 where one does not."""
-    for entry in judged:
-        value = "no figure" if entry["value"] is None else f"{entry['value']:.4g}"
-        print(f"{'holds' if entry['holds'] else 'FAILS'}  {entry['claim']}: {value}")
-    claims.finish([entry["holds"] for entry in judged])
+def publish_parts(
+    arguments: argparse.Namespace,
+    result: Path,
+    measure: Callable[[str, argparse.Namespace], Result],
+    table: Callable[[str, Result], list[str]],
+    draw: Callable[[str, Result], None],
+) -> None:
+    """The script of a result in parts: those that are asked for take the places of those that were there.
+
+    Args:
+        arguments: of `parser`, with parts.
+        measure: part, what is typed -> its `claims` and figures.
+        table: part, its figures -> lines.
+        draw: part, the whole result -> pictures that show it.
+    """
+    verdicts = []
+    for part in arguments.parts:
+        found = {**conditions(arguments), **measure(part, arguments)}
+        print("\n".join(table(part, found)))
+        verdicts.append(claims.write_part(arguments.result, part, found))
+        if arguments.result == result:
+            draw(part, read(result))
+    claims.finish(verdicts)

@@ -9,13 +9,12 @@ All arms of a seed share data and dense model, which the store holds.
 
 from __future__ import annotations
 
-import statistics
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import claims
 import figures
-import machine
 import trials
 
 from lightning_llm.models.families import read_config
@@ -36,7 +35,7 @@ BASELINE, UPCYCLED = "from scratch", "slices, half drawn anew"
 BESIDE = (f"stages.{STAGE}.evaluate=false", "stages.upcycle.evaluate=false", "stages.pretrain.evaluate=false")
 
 
-def measure(seed: int, arm: str, overrides: Sequence[str]) -> dict[str, Any]:
+def train(seed: int, arm: str, overrides: Sequence[str]) -> dict[str, Any]:
     """One arm's held-out loss on its way, parameters and seconds; and where the dense model has ended."""
     words = ("recipe=upcycling", f"seed={seed}", f"until={STAGE}", *BESIDE)
     artifacts = trials.run(*words, *ARMS[arm], *overrides) / "artifacts"
@@ -53,29 +52,31 @@ def measure(seed: int, arm: str, overrides: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def measure(arguments: Namespace) -> trials.Result:
+    """The result."""
+    return summarise(trials.of_arms(train, ARMS, arguments))
+
+
 def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Losses of all arms with their spread, what each gains over the baseline within its seed, and what is claimed.
 
     Args:
-        found: arm -> what `measure` says of each seed.
+        found: arm -> what `train` says of each seed.
     """
     ends = {arm: [run["curve"][-1][1] for run in runs] for arm, runs in found.items()}
     arms = {}
     for arm, runs in found.items():
-        losses = zip(*([loss for _, loss in run["curve"]] for run in runs), strict=True)
         arms[arm] = {
-            "tokens": [tokens for tokens, _ in runs[0]["curve"]],
-            "curve": [statistics.fmean(at) for at in losses],
+            **trials.mean_curve([run["curve"] for run in runs]),
             "before": trials.spread([run["curve"][0][1] for run in runs]),
             "after": trials.spread(ends[arm]),
-            "gain": trials.spread([there - here for there, here in zip(ends[BASELINE], ends[arm], strict=True)]),
+            "gain": trials.spread(trials.differences(ends[BASELINE], ends[arm])),
             "parameters": runs[0]["parameters"],
             "seconds": trials.spread([run["seconds"] for run in runs]),
         }
-    gain = arms[UPCYCLED]["gain"]["values"]
-    says = "An upcycled mixture is below one from random weights at equal tokens (held-out nats per token), worst seed"
+    says = "An upcycled mixture is below one from random weights at equal tokens (held-out nats per token)"
     return {
-        "claims": [claims.claim(says, min(gain), {"values": gain}, above=0.0)],
+        "claims": [claims.worst(says, arms[UPCYCLED]["gain"]["values"], above=0.0)],
         "dense": trials.spread([run["dense"] for run in found[UPCYCLED]]),
         "arms": arms,
     }
@@ -94,7 +95,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
             figures.shown(found["before"]),
             figures.shown(found["after"]),
             figures.shown(found["gain"], signed=True) if arm != BASELINE else "",
-            " ".join(f"{value:+.3f}" for value in found["gain"]["values"]) if arm != BASELINE else "",
+            figures.by_seed(found["gain"]) if arm != BASELINE else "",
         ]
         for arm, found in result["arms"].items()
     ]
@@ -104,32 +105,12 @@ def table(result: Mapping[str, Any]) -> list[str]:
 def draw(result: Mapping[str, Any]) -> None:
     """Held-out loss over the tokens that every arm sees, the mean of the seeds, with a dot a seed at its end."""
     with figures.drawing(PICTURE, size=(7.5, 4)) as [axes]:
-        shown = []  # random weights begin where nothing else could be told apart
-        for place, (arm, found) in enumerate(result["arms"].items()):
-            ends = found["after"]["values"]
-            axes.plot(found["tokens"], found["curve"], color=f"C{place}", label=f"{arm}: {found['after']['mean']:.3f}")
-            figures.dots(axes, found["tokens"][-1], ends, f"C{place}")
-            shown += [*ends, *(found["curve"] if arm != BASELINE else found["curve"][2:])]
+        figures.draw_curves(axes, result["arms"])
         dense = result["dense"]["mean"]
         axes.axhline(dense, color="black", linewidth=0.8, linestyle=":", label=f"the dense model before: {dense:.3f}")
-        margin = 0.05 * (max(shown) - min(shown))
         axes.set(xlabel="tokens after the dense model", ylabel="held-out loss, nats per token")
-        axes.set_ylim(min(shown) - margin, max(shown) + margin)
         axes.legend(fontsize=8)
 
 
-def main() -> None:
-    arguments = trials.arguments_of(__doc__, RESULT).parse_args()
-    calls = [(seed, arm, arguments.overrides) for arm in ARMS for seed in arguments.seeds]
-    measured = iter(machine.side_by_side(measure, calls, arguments.jobs))
-    found = {arm: [next(measured) for _ in arguments.seeds] for arm in ARMS}
-    result = {**trials.conditions(arguments.seeds, arguments.overrides), **summarise(found)}
-    trials.write(result, arguments.result)
-    print("\n".join(table(result)))
-    if arguments.result == RESULT:
-        draw(result)
-    trials.finish(result["claims"])
-
-
 if __name__ == "__main__":
-    main()
+    trials.publish(__doc__, RESULT, measure, table, draw)

@@ -1,7 +1,7 @@
 """Do merged policies earn more reward for their KL than single ones? WARP after one and two rounds, per seed.
 Writes results/warp.json and docs/images/warp.svg.
 
-    python benchmarks/warp.py [--seeds 0 1 2] [overrides ...]
+    python benchmarks/warp.py [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
 The reward is the exact answer to held-out questions, sampled at temperature 1; KL is to the SFT model, in nats per
 response. A single policy is trained as many steps as two rounds, with the SFT model as its anchor all the time.
@@ -9,19 +9,17 @@ response. A single policy is trained as many steps as two rounds, with the SFT m
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import claims
-import machine
+import figures
 import torch
-from learning import spread
-from reward_models import run
+import trials
 from torch import Tensor
 
 from lightning_llm.data.token_store import TokenStore
@@ -32,8 +30,8 @@ from lightning_llm.evaluation.tasks import respond, sample_questions
 from lightning_llm.merging.averaging import linear, liti
 from lightning_llm.models import Transformer
 
-RESULT = Path(__file__).resolve().parent / "results" / "warp.json"
-PICTURE = machine.REPOSITORY / "docs" / "images" / "warp.svg"
+RESULT = claims.RESULTS / "warp.json"
+PICTURE = figures.IMAGES / "warp.svg"
 QUESTIONS, TOKENS = 1000, 4096  # held out; of a pass
 PROMPTS = 2000  # of a policy's training: 32 steps of 64
 SINGLE = [  # at nano, as the policies are there; for as many steps as one of them in two rounds
@@ -84,11 +82,23 @@ class Plane:
         return {"reward": statistics.fmean(right), "kl": kl_to_reference(policy, reference)}
 
 
-def measure(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(arguments: Namespace) -> trials.Result:
+    """The result."""
+    calls = [(seed, arguments.overrides) for seed in arguments.seeds]
+    found = trials.side_by_side(points_of, calls, arguments.jobs)
+    points = {
+        name: {figure: trials.spread([seed["points"][name][figure] for seed in found]) for figure in ("reward", "kl")}
+        for name in found[0]["points"]
+    }
+    angle, fronts = trials.spread([seed["angle"] for seed in found]), [seed["fronts"] for seed in found]
+    return {"claims": judge(found), "points": points, "angle": angle, "fronts": fronts}
+
+
+def points_of(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     """All points of one seed."""
     words = [*WORDS, *overrides]
-    folder = run("recipe=warp", f"seed={seed}", "until=warp2.merged", *words)
-    single = run("recipe=warp", f"seed={seed}", "until=single", *SINGLE, *words)
+    folder = trials.run("recipe=warp", f"seed={seed}", "until=warp2.merged", *words)
+    single = trials.run("recipe=warp", f"seed={seed}", "until=single", *SINGLE, *words)
     plane = Plane(folder / "artifacts", seed)
     start = plane.state("sft")
     states = {name: plane.state(name) for name in ("warp1.one", "warp1.two", "warp1.merged", "warp2.merged")}
@@ -99,8 +109,8 @@ def measure(seed: int, overrides: Sequence[str]) -> dict[str, Any]:
         title: [points["sft"], *(plane.point(liti(start, states[name], eta)) for eta in ETAS)]
         for title, name in FRONTS.items()
     }
-    angle = json.loads((folder / "artifacts" / "warp1.merged" / "stage.json").read_text())["metrics"]
-    return {"points": points, "fronts": fronts, "angle": angle["task_vectors/angle"]}
+    merged = trials.read(folder / "artifacts" / "warp1.merged" / "stage.json")["metrics"]
+    return {"points": points, "fronts": fronts, "angle": merged["task_vectors/angle"]}
 
 
 def reward_at(front: Sequence[Mapping[str, float]], kl: float) -> float:
@@ -128,86 +138,39 @@ def judge(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     parents = [max(one, two) for one, two in zip(rewards["warp1.one"], rewards["warp1.two"], strict=True)]
     single, first, second = FRONTS
     values = {
-        "SLERP of two policies earns more than the better one of them (reward)": [
-            merged - parent for merged, parent in zip(rewards["warp1.merged"], parents, strict=True)
-        ],
-        "SLERP earns more than LERP (reward)": [
-            arc - line for arc, line in zip(rewards["warp1.merged"], rewards["warp1.lerp"], strict=True)
-        ],
+        "SLERP of two policies earns more than the better one of them (reward)": trials.differences(
+            rewards["warp1.merged"], parents
+        ),
+        "SLERP earns more than LERP (reward)": trials.differences(rewards["warp1.merged"], rewards["warp1.lerp"]),
         "Merged policies earn more than a single one at the same KL (reward)": advantages(found, first, single),
         "A second round earns more than the first at the same KL (reward)": advantages(found, second, first),
     }
-    return [
-        claims.claim(f"{says}, mean over seeds", statistics.fmean(each), {"values": each}, above=0.0)
-        for says, each in values.items()
-    ]
+    return [claims.mean(says, each, above=0.0) for says, each in values.items()]
 
 
-def table(points: Mapping[str, Any]) -> list[str]:
+def table(result: Mapping[str, Any]) -> list[str]:
     """Lines of the table of points: reward and KL of each seed."""
     rows = [
-        [name, ", ".join(f"{value:.3f}" for value in found["reward"]["values"]),
-         ", ".join(f"{value:.2f}" for value in found["kl"]["values"])]
-        for name, found in points.items()
-    ]  # fmt: skip
-    head = ["model", "reward, by seed", "KL to the SFT model, nats"]
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+        [name, figures.by_seed(found["reward"], ".3f", ", "), figures.by_seed(found["kl"], ".2f", ", ")]
+        for name, found in result["points"].items()
+    ]
+    return figures.lines_of_table(["model", "reward, by seed", "KL to the SFT model, nats"], rows)
 
 
-def draw(found: Sequence[Mapping[str, Any]]) -> None:
+def draw(result: Mapping[str, Any]) -> None:
     """The fronts of every seed, and the policies as crosses."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "warp"  # the same picture from the same figures
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(found), figsize=(3.8 * len(found), 3.4), squeeze=False)
-    for axes, seed in zip(panels[0], found, strict=True):
-        for title, front in seed["fronts"].items():
-            axes.plot([p["kl"] for p in front], [p["reward"] for p in front], marker="o", markersize=4, label=title)
-        for name in ("warp1.one", "warp1.two", "warp1.lerp"):
-            point = seed["points"][name]
-            axes.plot(point["kl"], point["reward"], "x", color="black")
-            axes.annotate(name.partition(".")[2], (point["kl"], point["reward"]), fontsize=7)
-        axes.set(xlabel="KL to the SFT model, nats", ylabel="reward")
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(PICTURE, metadata={"Date": None}, bbox_inches="tight")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--result", type=Path, default=RESULT)
-    machine.add_jobs(parser)
-    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
-    arguments = parser.parse_args()
-
-    calls = [(seed, arguments.overrides) for seed in arguments.seeds]
-    found = machine.side_by_side(measure, calls, arguments.jobs)
-    points = {
-        name: {figure: spread([seed["points"][name][figure] for seed in found]) for figure in ("reward", "kl")}
-        for name in found[0]["points"]
-    }
-    result = {
-        "seeds": arguments.seeds,
-        "machine": machine.describe(),
-        "claims": judge(found),
-        "points": points,
-        "angle": spread([seed["angle"] for seed in found]),
-        "fronts": [seed["fronts"] for seed in found],
-    }
-    arguments.result.parent.mkdir(parents=True, exist_ok=True)
-    arguments.result.write_text(json.dumps(result, indent=2) + "\n")
-    print("\n".join(table(points)))
-    if arguments.result == RESULT:
-        draw(found)
-    for entry in result["claims"]:
-        print(f"{'holds' if entry['holds'] else 'FAILS'}  {entry['claim']}: {entry['value']:.4g}")
-    claims.finish([entry["holds"] for entry in result["claims"]])
+    count = len(result["fronts"])
+    with figures.drawing(PICTURE, columns=count, size=(3.8 * count, 3.4)) as panels:
+        for place, (axes, fronts) in enumerate(zip(panels, result["fronts"], strict=True)):
+            for title, front in fronts.items():
+                axes.plot([p["kl"] for p in front], [p["reward"] for p in front], marker="o", markersize=4, label=title)
+            for name in ("warp1.one", "warp1.two", "warp1.lerp"):
+                kl, reward = (result["points"][name][figure]["values"][place] for figure in ("kl", "reward"))
+                axes.plot(kl, reward, "x", color="black")
+                axes.annotate(name.partition(".")[2], (kl, reward), fontsize=7)
+            axes.set(xlabel="KL to the SFT model, nats", ylabel="reward")
+        panels[0].legend(fontsize=7)
 
 
 if __name__ == "__main__":
-    main()
+    trials.publish(__doc__, RESULT, measure, table, draw)

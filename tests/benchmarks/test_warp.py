@@ -14,3 +14,17 @@ def test_fronts_are_compared_where_both_reach(benchmarks):
     seeds = [{"fronts": {"a": high, "b": low}}]
     assert warp.advantages(seeds, "a", "b") == pytest.approx([0.5 - 0.4])  # both at a KL of 1
     assert warp.advantages(seeds, "b", "a") == pytest.approx([-0.1])
+
+
+def test_the_picture_has_a_panel_of_fronts_for_each_seed(benchmarks, tmp_path, monkeypatch):
+    import warp  # pyright: ignore[reportMissingImports]
+
+    monkeypatch.setattr(warp, "PICTURE", tmp_path / "warp.svg")
+    spread = {"values": [0.1, 0.2]}
+    points = {name: {"reward": spread, "kl": spread} for name in ("warp1.one", "warp1.two", "warp1.lerp")}
+    front = [{"kl": 0.0, "reward": 0.2}, {"kl": 1.0, "reward": 0.4}]
+    warp.draw({"points": points, "fronts": [dict.fromkeys(warp.FRONTS, front)] * 2})
+    drawn = warp.PICTURE.read_text()
+    assert all(f"<!-- {name} -->" in drawn for name in warp.FRONTS)
+    assert drawn.count("<!-- lerp -->") == drawn.count("<!-- reward -->") == 2
+    assert warp.table({"points": points})[2] == "| warp1.one | 0.100, 0.200 | 0.10, 0.20 |"

@@ -1,0 +1,30 @@
+"""What the page on distillation is to show of students and teacher, from figures written by hand."""
+
+
+def spread(*values):
+    return {"values": list(values), "mean": sum(values) / len(values), "standard_deviation": 0.1}
+
+
+def test_a_row_for_each_weight_and_dots_for_each_seed(benchmarks, tmp_path, monkeypatch):
+    import distillation  # pyright: ignore[reportMissingImports]
+
+    students = {
+        targets: {str(w): {"nats": spread(4 - w, 4.2 - w), "right": spread(0.2, 0.3)} for w in distillation.WEIGHTS}
+        for targets in distillation.TARGETS
+    }
+    found = {
+        "students": students,
+        "teacher": {"nats": spread(2.5), "right": spread(0.5)},
+        "kept": {
+            "whole": 0.5,
+            "kept": {"64 uint8": {"mass": 0.9, "kl": 0.45, "missing_share": 0.1, "error_per_token": 0.01}},
+        },
+    }
+    lines = distillation.table("students", found)
+    assert lines[2] == "| 0 | 4.100 ± 0.100 | 0.250 ± 0.100 | 4.100 ± 0.100 | 0.250 ± 0.100 |"
+    assert lines[-2] == "| 64 uint8 | 0.900 | 0.4500 | 10.0% | 0.0100 |"
+    monkeypatch.setattr(distillation, "PICTURE", tmp_path / "distillation.svg")
+    distillation.draw("students", {"students": found})
+    drawn = distillation.PICTURE.read_text()
+    assert all(f"<!-- {says} -->" in drawn for says in (*distillation.TARGETS.values(), "the teacher itself"))
+    assert distillation.differences(spread(1.0, 2.0), spread(0.75, 2.5)) == [0.25, -0.5]
