@@ -9,6 +9,7 @@ end; what is claimed is judged by the scale's own gate all the same.
 
 from __future__ import annotations
 
+import math
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,8 @@ RESULT = claims.RESULTS / "lengthening.json"
 PICTURE = figures.IMAGES / "context_lengthening.svg"
 RECIPE = "lengthening"
 FIRST, LAST = "pretrain", "anneal"  # the steps are between them
-LATE = ("late_loss/full", "late_loss/short", "late_loss/gain", "late_loss/gain_error")
+GAIN = "late_loss/gain"
+LATE = ("late_loss/full", "late_loss/short", GAIN, "late_loss/gain_error")
 Stages = dict[str, dict[str, Any]]  # stage -> what `read_stage` says, in the order in which they were trained
 
 
@@ -155,7 +157,7 @@ def mean_map(maps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def judge(per_seed: Mapping[int, Stages], last: str, bound: float) -> list[dict[str, Any]]:
-    """What the report asks of each step, and what a long context is for."""
+    """What the report asks of each step, and what a long context is for; neither holds where a seed was stopped."""
     rises = {
         f"{name}, seed {seed}": found["short_context"]
         for seed, stages in per_seed.items()
@@ -163,20 +165,23 @@ def judge(per_seed: Mapping[int, Stages], last: str, bound: float) -> list[dict[
         if name not in (FIRST, LAST)
     }
     worst = max(rises, key=lambda step: rises[step])
-    gains = [found[last]["metrics"].get("late_loss/gain") for found in per_seed.values() if last in found]
-    gains = [gain for gain in gains if gain is not None]
     short = next(iter(per_seed.values()))[FIRST]["context"]
+    ended = {seed: stages for seed, stages in per_seed.items() if LAST in stages}
+    gains = [stages[last]["metrics"].get(GAIN) for stages in ended.values()]
+    gains = [gain for gain in gains if gain is not None]  # no document may be as long as the context
+    rise = claims.claim(
+        "A step raises perplexity at the first context by no more than its gate lets pass (share), worst step",
+        rises[worst],
+        {"worst": worst},
+        at_most=bound,
+    )
     says = f"After the last step late tokens are predicted better with all of the context than with {short} tokens"
-    entry = claims.claim(f"{says} (nats), worst seed", min(gains, default=0.0), {"values": gains}, above=0.0)
-    if len(gains) < len(per_seed):  # a seed that was stopped has no figure, or no document is so long
-        entry |= {"value": min(gains, default=None), "holds": False, "seeds_without": len(per_seed) - len(gains)}
-    return [
-        claims.claim(
-            "A step raises perplexity at the first context by no more than its gate lets pass (share), worst step",
-            rises[worst], {"worst": worst}, at_most=bound,
-        ),
-        entry,
-    ]  # fmt: skip
+    gain = claims.worst(f"{says} (nats)", gains or [math.nan], above=0.0) | {"values": gains}
+    if not gains:
+        gain["value"] = None
+    if stopped := [seed for seed in per_seed if seed not in ended]:
+        rise, gain = ({**entry, "holds": False, "stopped": stopped} for entry in (rise, gain))
+    return [rise, gain]
 
 
 # ---- what docs/methods/context_lengthening.md shows ----
@@ -196,7 +201,7 @@ def table(result: Mapping[str, Any]) -> list[str]:
                 str(found["context"]),
                 *(figures.shown(found["perplexity"].get(domain), 1) for domain in domains),
                 figures.by_seed(found["short_context"], "+.1%") if "short_context" in found else "",
-                figures.shown(found.get("late_loss/gain"), signed=True),
+                figures.shown(found.get(GAIN), signed=True),
                 f"{statistics.fmean(each['mean'] for each in found['needle'].values()):.0%}" if found["needle"] else "",
                 f"{found['seconds']['mean']:.0f}",
             ]

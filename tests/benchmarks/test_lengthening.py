@@ -51,22 +51,25 @@ def test_claims_are_judged_on_the_worst_step_and_seed():
 def test_a_seed_that_was_stopped_fails_both_claims():
     import lengthening  # pyright: ignore[reportMissingImports]
 
-    found = lengthening.summarise({0: stages(0.01, 0.02), 1: stages(0.07)}, 0.05)
+    whole = stages(0.01, 0.02) | {"anneal": stage(512, 50, 40, rise=-0.2)}
+    found = lengthening.summarise({0: whole, 1: stages(0.03)}, 0.05)
     assert [claim["holds"] for claim in found["claims"]] == [False, False]
+    assert [claim["stopped"] for claim in found["claims"]] == [[1], [1]]
+    assert [claim["value"] for claim in found["claims"]] == [0.03, 0.02]
     assert found["claims"][0]["worst"] == "lengthen1.step, seed 1"
-    assert found["claims"][1]["seeds_without"] == 1
-    assert found["reached"] == {"0": "lengthen2.step", "1": "lengthen1.step"}
-    assert found["stages"]["lengthen1.step"]["short_context"]["values"] == [0.01, 0.07]
+    assert found["reached"] == {"0": "anneal", "1": "lengthen1.step"}
+    assert found["stages"]["lengthen1.step"]["short_context"]["values"] == [0.01, 0.03]
     rows = lengthening.table(found)
     assert "| lengthen2.step (1 of 2 seeds) | 512 | 60.0 | 50.0 | +2.0% | +0.020 | 18% | 2 |" in rows
 
 
-def test_a_gate_that_stops_every_seed_leaves_what_there_is():
+def test_without_a_document_as_long_as_the_context_there_is_no_figure():
     import lengthening  # pyright: ignore[reportMissingImports]
 
-    found = lengthening.summarise({0: stages(0.07, gain=None)}, 0.05)
-    assert found["claims"][1]["value"] is None
-    assert not found["claims"][1]["holds"]
+    whole = stages(0.01, gain=None) | {"anneal": stage(256, 50, 40, rise=-0.2)}
+    short, late = lengthening.summarise({0: whole}, 0.05)["claims"]
+    assert short["holds"]
+    assert (late["value"], late["values"], late["holds"]) == (None, [], False)
 
 
 def test_maps_of_seeds_are_averaged_cell_by_cell():
