@@ -87,7 +87,7 @@ def summarise(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any
 
 def table(result: Mapping[str, Any]) -> list[str]:
     """Lines of the table of arms: held-out nats before and after, mean and standard deviation over the seeds."""
-    head = ["mixture", "parameters", "active", "nats before", "nats after", f"below `{BASELINE}`", "by seed"]
+    head = ["model", "parameters", "active", "nats before", "nats after", f"below `{BASELINE}`", "by seed"]
     rows = [
         [
             arm,
