@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,13 +26,16 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     install(prefix=str(tmp_path / "kernels"))  # this interpreter's kernel, whatever others the machine has
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "kernels" / "share" / "jupyter"))
     monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
-    shutil.copy(path, tmp_path)
     notebook = nbformat.read(path, as_version=4)
     shown = plans(notebook)
     assert shown
-    NotebookClient(
+    client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    )
+    try:
+        client.execute()
+    finally:
+        nbformat.write(notebook, tmp_path / path.name)  # to be read where it fails, and to be committed
     assert plans(notebook) == shown  # what is committed is what this code prints
 
 
