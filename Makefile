@@ -6,6 +6,7 @@ PIP_FLAGS ?=
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := $(VENV)/bin
+PARALLEL ?= --numprocesses logical --maxprocesses 4 --dist worksteal
 INSTALL := $(BIN)/python -m pip install --quiet $(PIP_FLAGS) --editable
 
 .DEFAULT_GOAL := help
@@ -18,10 +19,10 @@ demo: $(BIN)/.demo ## train Qwen 2's first four stages at nano scale: minutes on
 	$(BIN)/lightning-llm run recipe=qwen2 scale=nano until=dpo
 
 test: $(BIN)/.dev ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(BIN)/.dev ## the tests that take less than some ten seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-gpu: $(BIN)/.dev ## the tests that need an NVIDIA GPU: every attention kernel that is installed
 	$(BIN)/python -m pytest -m gpu

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`make test`): a core and a thread each,
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for what the tests start
 
 TINY = [  # overrides of qwen2 at nano
     "scale.pretraining_tokens=40_000",

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from pathlib import Path
@@ -91,7 +91,24 @@ def register_schemas() -> None:
         ConfigStore.instance().store(group=f"schema/{group}", name=name, node=schema)
 
 
-def build_loader(config_dir: str | Path | None = None) -> ConfigLoaderImpl:
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader, which also looks up what the files say of some keys, before it applies the overrides to them."""
+
+    asked: frozenset[str] = frozenset()  # dotted keys
+    answers: dict[str, Any]  # what the files of the tree composed last say for them
+
+    def ask(self, verb: str, overrides: list[str]) -> None:
+        """Ask for keys that the overrides set and a scale has to know; of an experiment's there is no telling yet."""
+        keys = () if _chooses_experiment(overrides) else _user_keys(verb, overrides, self)
+        self.asked, self.answers = frozenset(filter(RELATED.match, keys)), {}
+
+    def _compose_config_from_defaults_list(self, defaults: list[Any], repo: Any) -> DictConfig:
+        config = super()._compose_config_from_defaults_list(defaults, repo)
+        self.answers = _selected(config, self.asked)
+        return config
+
+
+def build_loader(config_dir: str | Path | None = None) -> Loader:
     """Hydra's loader for our conf/ and the user's folder, beside whatever else Hydra does in this process.
 
     Raises:
@@ -107,7 +124,7 @@ def build_loader(config_dir: str | Path | None = None) -> ConfigLoaderImpl:
                 "--config-dir", f"there is no folder {config_dir}", "Name the folder of your own YAML files"
             )
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
-    return ConfigLoaderImpl(config_search_path=search_path)
+    return Loader(config_search_path=search_path)
 
 
 def compose_tree(
@@ -129,6 +146,8 @@ def compose_tree(
     overrides = list(overrides)
     loader = loader or build_loader(config_dir)
     try:
+        if isinstance(loader, Loader):
+            loader.ask(verb, overrides)
         config = loader.load_configuration(verb, overrides, run_mode=RunMode.RUN, from_shell=False)
     except Exception as error:
         if mistake := as_user_error(error, verb, loader, overrides):
@@ -193,7 +212,9 @@ def _with_origins(composition: Composition, loader: ConfigLoaderImpl) -> Composi
     verb, overrides, composition.loader = composition.verb, composition.overrides, loader
     composition.pinned = frozenset(_user_keys(verb, overrides, loader))
     related = {key for key in composition.pinned if RELATED.match(key)}
-    if related:
+    if isinstance(loader, Loader) and related <= loader.answers.keys():
+        composition.published = {key: loader.answers[key] for key in related}
+    elif related:
         composition.published = _published(verb, overrides, loader, related)
     return composition
 
@@ -221,8 +242,12 @@ def _leaves(value: Any, key: str) -> Iterator[str]:
         yield from _leaves(part, f"{key}.{name}" if key else str(name))
 
 
+def _chooses_experiment(overrides: list[str]) -> bool:
+    return any(override.lstrip("+").startswith("experiment") for override in overrides)
+
+
 def _experiment_files(verb: str, overrides: list[str], loader: ConfigLoaderImpl) -> list[Any]:
-    if not any(override.lstrip("+").startswith("experiment") for override in overrides):
+    if not _chooses_experiment(overrides):
         return []
     defaults = loader.compute_defaults_list(verb, overrides, RunMode.RUN).defaults
     return [default for default in defaults if (default.config_path or "").startswith("experiment/")]
@@ -235,9 +260,12 @@ def _published(verb: str, overrides: list[str], loader: ConfigLoaderImpl, keys: 
     """
     defaults, repository = loader.compute_defaults_list(verb, overrides, RunMode.RUN).defaults, loader.repository
     files = [default for default in defaults if not (default.config_path or "").startswith("experiment/")]
-    config = loader._compose_config_from_defaults_list(files, repository)
-    published = {}
-    for key in keys:
-        value = OmegaConf.select(config, key, default=None)
-        published[key] = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
-    return published
+    return _selected(loader._compose_config_from_defaults_list(files, repository), keys)
+
+
+def _selected(config: DictConfig, keys: Iterable[str]) -> dict[str, Any]:
+    """Key -> its value, or None where there is none."""
+    values = {key: OmegaConf.select(config, key, default=None) for key in keys}
+    return {
+        key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value for key, value in values.items()
+    }

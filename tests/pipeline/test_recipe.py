@@ -7,11 +7,13 @@ import shlex
 from dataclasses import replace
 
 import pytest
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from lightning_llm import compose
 from lightning_llm.data.config import DataConfig, SourceConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.pipeline.checks import check
+from lightning_llm.pipeline.composition import build_loader, compose_tree
 from lightning_llm.pipeline.order import ancestors, order_of_stages
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import GenerateStage, JudgeStage, SelectStage, TrainStage
@@ -268,6 +270,16 @@ def test_what_the_user_sets_is_known(mine):
     assert recipe.published.keys() == {"stages.base.tokens", "stages.base.lr.peak"}
     assert (recipe.name, recipe.seed, recipe.stages["base"].lr.peak) == ("pair", 3, 0.5)
     assert recipe.stages["last"].objective.name == "ipo"
+
+
+def test_a_jobs_loader_finds_what_ours_finds_in_one_go(mine):
+    """Hydra's own loader, which a command line has, merges the files once more to see what they say."""
+    words = ["recipe=pair", "stages.last.tokens=5", "stages.base.context=64", "model.hidden_size=8", "seed=3"]
+    ours = compose_tree("run", words, mine)
+    theirs = compose_tree("run", words, loader=ConfigLoaderImpl(build_loader(mine).config_search_path))
+    assert ours.published == theirs.published
+    assert ours.published.keys() == {"stages.last.tokens", "stages.base.context", "model.hidden_size"}
+    assert (ours.pinned, ours.config) == (theirs.pinned, theirs.config)
 
 
 def test_a_length_of_the_users_takes_the_place_of_the_recipes(mine):
