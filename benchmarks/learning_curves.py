@@ -1,4 +1,5 @@
-"""Curves of live stages: what was followed while they trained, over the responses drawn so far, and their picture."""
+"""Pictures of models that learn from their own responses: curves of what was followed over the responses drawn so far,
+and what each arm has changed of its seed's model."""
 
 from __future__ import annotations
 
@@ -65,12 +66,7 @@ def draw(arms: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str], pict
         arms: each with its `curves`.
         figures: name -> label of its axis.
     """
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = picture.stem  # the same picture from the same figures
-    from matplotlib import pyplot
-
+    pyplot = _pyplot(picture)
     drawing, axes = pyplot.subplots(1, len(figures), figsize=(4.8 * len(figures), 3.8))
     for axis, (name, label) in zip(axes, figures.items(), strict=True):
         for arm, found in arms.items():
@@ -81,5 +77,42 @@ def draw(arms: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str], pict
         axis.set(xlabel="responses drawn", ylabel=label)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(fontsize=8, frameon=False)
+    _save(drawing, picture)
+
+
+def draw_changes(arms: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str], picture: Path) -> None:
+    """One axis for each figure: a bar of its mean change for each arm, and a dot for each seed.
+
+    Args:
+        arms: each with its `change`.
+        figures: name -> label of its axis.
+    """
+    drawing, axes = _pyplot(picture).subplots(
+        1, len(figures), figsize=(1.5 + 3.6 * len(figures), 0.9 + 0.45 * len(arms))
+    )
+    for axis, (name, label) in zip(axes, figures.items(), strict=True):
+        for place, found in enumerate(arms.values()):
+            change = found["change"][name]
+            axis.barh(place, change["mean"], height=0.6, alpha=0.6)
+            axis.plot(change["values"], [place] * len(change["values"]), "o", color="black", markersize=3)
+        axis.axvline(0, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(arms)), list(arms) if axis is axes[0] else [""] * len(arms))
+        axis.invert_yaxis()
+        axis.set(xlabel=f"change of {label}")
+        axis.spines[["top", "right"]].set_visible(False)
+    _save(drawing, picture)
+
+
+def _pyplot(picture: Path) -> Any:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = picture.stem  # the same picture from the same figures
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(drawing: Any, picture: Path) -> None:
     drawing.tight_layout()
     drawing.savefig(picture, metadata={"Date": None}, bbox_inches="tight")

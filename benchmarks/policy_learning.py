@@ -1,8 +1,9 @@
 """Do models learn from their own judged responses while they train? From SFT models stopped half-way, per seed: policy
-gradients at equal samples, online DPO, and a reward that can be hacked. Writes results/policy_learning.json and the
-pictures docs/images/policy_optimisation.svg, online_dpo.svg and reward_hacking.svg.
+gradients and rejection sampling at equal samples, online DPO, and a reward that can be hacked. Writes
+results/policy_learning.json and a picture for each part.
 
-    python benchmarks/policy_learning.py [--parts policy_gradients online_dpo hacking] [--seeds 0 1 2] [overrides ...]
+    python benchmarks/policy_learning.py [--parts policy_gradients rejection_sampling online_dpo hacking]
+        [--seeds 0 1 2] [overrides ...]
 
 All arms of a seed share the SFT model, which the store holds, and draw equally many responses.
 """
@@ -39,7 +40,7 @@ class Part:
 
     arms: Mapping[str, Arm]
     columns: Mapping[str, str]  # figure -> head of a column
-    curves: Mapping[str, str]  # figure of metrics.jsonl -> label of an axis
+    curves: Mapping[str, str]  # figure of metrics.jsonl -> label of an axis; none: changes are drawn
     picture: str
     judged: Any = field(repr=False)  # arms' changes -> claims
 
@@ -66,6 +67,11 @@ def rejection(per_prompt: int, prompts: int, *words: str) -> Arm:
 def own_answers(per_prompt: int, prompts: int) -> Arm:
     """SFT on the first answer to each of the same prompts: nobody has selected among them."""
     return rejection(per_prompt, prompts, "stages.best.rule=first", "stages.best.minimum_score=null")
+
+
+def randomly_chosen(per_prompt: int, prompts: int) -> Arm:
+    """SFT on that answer to each of the same prompts which a number that has nothing to do with it prefers."""
+    return rejection(per_prompt, prompts, "judge@stages.score.judge=random", "stages.best.minimum_score=null")
 
 
 # ---- what is owed ----
@@ -113,6 +119,19 @@ def of_hacking(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [*found, claims.claim("Not with the exact answer beside it", beside, above=0.0)]
 
 
+def of_rejection_sampling(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Right answers against their aim, and against the controls."""
+    gain = change["right answers"][EXACT]
+    best_control = max(change[name][EXACT]["mean"] for name in ("random reward", "own answers, not selected"))
+    values = {"values": gain["values"]}
+    says = "Rejection sampling raises held-out exact match"
+    return [
+        claims.claim(f"{says}, mean over seeds", gain["mean"], values, at_least=0.05),
+        claims.claim(f"{says}, worst seed", min(gain["values"]), values, above=0.0),
+        claims.claim("It gains more than the better of two controls", gain["mean"] - best_control, above=0.0),
+    ]
+
+
 PROMPTS, PER_PROMPT = 1000, 8  # of a policy gradient
 BASIC = {EXACT: "exact match", DRAWN: "right when drawn", KL: "KL to SFT, nats"}
 CURVES = {"reward/mean": "mean reward of what is drawn", "kl/reference": "KL to the SFT model, nats per response"}
@@ -122,6 +141,8 @@ PARTS = {
             "mirror descent": policy_gradient("mdpo"),
             "PPO, token ratios": policy_gradient("ppo"),
             "RLOO": policy_gradient("rloo"),
+            "GRPO": policy_gradient("grpo"),
+            "DAPO": policy_gradient("dapo"),
             "rejection sampling": rejection(PER_PROMPT, PROMPTS),
             "mirror descent, random reward": policy_gradient("mdpo", judge="random"),
             "own answers, not selected": own_answers(PER_PROMPT, PROMPTS),
@@ -130,6 +151,17 @@ PARTS = {
         CURVES,
         "policy_optimisation.svg",
         of_policy_gradients,
+    ),
+    "rejection_sampling": Part(
+        {
+            "right answers": rejection(PER_PROMPT, PROMPTS),
+            "random reward": randomly_chosen(PER_PROMPT, PROMPTS),
+            "own answers, not selected": own_answers(PER_PROMPT, PROMPTS),
+        },
+        BASIC,
+        {},
+        "rejection_sampling.svg",
+        of_rejection_sampling,
     ),
     "online_dpo": Part(
         {
@@ -145,6 +177,7 @@ PARTS = {
     "hacking": Part(
         {
             "substring": policy_gradient("mdpo", "stages.rlhf.objective.beta=0", judge="substring"),
+            "substring, with the KL term": policy_gradient("mdpo", "stages.rlhf.objective.beta=0.1", judge="substring"),
             "substring and exact answer": policy_gradient(
                 "mdpo",
                 "stages.rlhf.objective.beta=0",
@@ -222,6 +255,14 @@ def table(part: str, result: Mapping[str, Any]) -> list[str]:
     return lines_of_table(head, rows)
 
 
+def draw(part: Part, result: Mapping[str, Any]) -> None:
+    """A part's picture."""
+    if part.curves:
+        learning_curves.draw(result["arms"], part.curves, IMAGES / part.picture)
+    else:
+        learning_curves.draw_changes(result["arms"], {EXACT: BASIC[EXACT], DRAWN: BASIC[DRAWN]}, IMAGES / part.picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
@@ -249,7 +290,7 @@ def main() -> None:
         }
         print("\n".join(table(name, result)))
         verdicts.append(claims.write_part(NAME, name, result))
-        learning_curves.draw(result["arms"], part.curves, IMAGES / part.picture)
+        draw(part, result)
     claims.finish(verdicts)
 
 
