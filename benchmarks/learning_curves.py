@@ -12,32 +12,34 @@ from typing import Any
 
 FIGURES = ("reward/mean", "kl/reference", "entropy", "responses/length")
 HELD_OUT = "validation/reward/mean"
+REWARDS = ("reward/mean", HELD_OUT)
 POINTS = 32  # of a curve, at most: each is a mean over neighbouring steps
 Curve = dict[str, list[float]]  # samples, value
 
 
-def followed(path: Path, responses_per_sample: float) -> dict[str, Curve]:
+def followed(path: Path, responses_per_sample: float, most: float = 1.0) -> dict[str, Curve]:
     """The curves of one metrics.jsonl.
 
     Args:
         responses_per_sample: drawn for each prompt of a step; less than a prompt has where several passes go over it.
+        most: a response can earn; rewards are given as shares of it.
     """
     lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     steps = [line for line in lines if "samples" in line]
     curves = {}
     for name in FIGURES:
         points = [(line["samples"] * responses_per_sample, line[name]) for line in steps if name in line]
-        size = -(-len(points) // POINTS)
+        size, scale = -(-len(points) // POINTS), most if name in REWARDS else 1.0
         parts = [points[at : at + size] for at in range(0, len(points), size or 1)]
         curves[name] = {
             "samples": [round(part[-1][0]) for part in parts],
-            "value": [round(statistics.fmean(value for _, value in part), 5) for part in parts],
+            "value": [round(statistics.fmean(value for _, value in part) / scale, 5) for part in parts],
         }
     by_step = {0: 0.0} | {line["step"]: line["samples"] * responses_per_sample for line in steps}
     held_out = [line for line in lines if HELD_OUT in line and line["step"] in by_step]
     curves[HELD_OUT] = {
         "samples": [round(by_step[line["step"]]) for line in held_out],
-        "value": [round(line[HELD_OUT], 5) for line in held_out],
+        "value": [round(line[HELD_OUT] / most, 5) for line in held_out],
     }
     return curves
 

@@ -32,6 +32,7 @@ class Arm:
     recipe: str
     stage: str
     words: Sequence[str] = ()
+    most: float = 1.0  # reward of a response: curves show the share of it that is earned
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,10 @@ class Part:
     judged: Any = field(repr=False)  # arms' changes -> claims
 
 
-def policy_gradient(objective: str, *words: str, judge: str = "exact_answer") -> Arm:
+def policy_gradient(objective: str, *words: str, judge: str = "exact_answer", most: float = 1.0) -> Arm:
     """The stage `rlhf` with another objective and judge."""
     chosen = (f"objective@stages.rlhf.objective={objective}", f"judge@stages.rlhf.judge={judge}")
-    return Arm("policy_gradients", "rlhf", (*chosen, *words))
+    return Arm("policy_gradients", "rlhf", (*chosen, *words), most)
 
 
 def online_dpo(judge: str) -> Arm:
@@ -113,10 +114,12 @@ def of_hacking(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     hacked = change["substring"]
     found = [
         claims.claim("The substring reward rises", hacked["reward/substring"]["mean"], above=0.0),
-        claims.claim("What is right falls", hacked[EXACT]["mean"], below=0.0),
+        claims.claim("Greedy answers are right less often", hacked[EXACT]["mean"], below=0.0),
     ]
-    beside = change["substring and exact answer"][EXACT]["mean"]
-    return [*found, claims.claim("Not with the exact answer beside it", beside, above=0.0)]
+    held = {"the KL term": "substring, with the KL term", "the exact answer beside it": "substring and exact answer"}
+    return found + [
+        claims.claim(f"Not with {what}", change[arm][EXACT]["mean"], above=0.0) for what, arm in held.items()
+    ]
 
 
 def of_rejection_sampling(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -185,10 +188,11 @@ PARTS = {
                 "~stages.rlhf.judge.parts.length",
                 "+judge@stages.rlhf.judge.parts.anywhere.judge=substring",
                 judge="weighted",
+                most=2.0,
             ),
         },
-        {EXACT: "exact match", "reward/substring": "substring reward", KL: BASIC[KL], "responses/length": "tokens"},
-        CURVES | {"responses/length": "tokens of a response"},
+        {"reward/substring": "substring reward", **BASIC, "responses/length": "tokens"},
+        CURVES | {"reward/mean": "mean reward, share of the most", "responses/length": "tokens of a response"},
         "reward_hacking.svg",
         of_hacking,
     ),
@@ -209,7 +213,7 @@ def train(arm: Arm, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     settings = read(artifact / "stage.json")["settings"]
     if rollout := settings.get("rollout"):
         each = rollout["per_prompt"] / rollout["epochs"]
-        found["curves"] = learning_curves.followed(artifact / "metrics.jsonl", each)
+        found["curves"] = learning_curves.followed(artifact / "metrics.jsonl", each, arm.most)
     return found
 
 
