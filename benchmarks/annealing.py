@@ -192,19 +192,11 @@ def draw(part: str, result: dict[str, Any]) -> None:
     parts."""
     count = 1 + ("data" in result)
     with figures.drawing(PICTURE, columns=count, size=(1.5 + 5 * count, 3.4)) as panels:
-        _draw_gains(panels[0], all_averages(result))
+        gains = {name.partition(" (")[0]: found["gain"] for name, found in all_averages(result).items()}
+        figures.draw_bars(panels[0], gains)
+        panels[0].set(xlabel="nats per token that the average gains over the last weights")
         if "data" in result:
             _draw_domains(panels[1], result["data"]["found"])
-
-
-def _draw_gains(axes: Any, averages: dict[str, Any]) -> None:
-    for place, found in enumerate(averages.values()):
-        axes.barh(place, found["gain"]["mean"], height=0.6, alpha=0.6)
-        figures.dots(axes, found["gain"]["values"], place)
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(averages)), [name.partition(" (")[0] for name in averages])
-    axes.invert_yaxis()
-    axes.set(xlabel="nats per token that the average gains over the last weights")
 
 
 def _draw_domains(axes: Any, data: dict[str, Any]) -> None:

@@ -69,7 +69,7 @@ def sweep(
     """
     runs = folder / targets / str(seed)
     words = [f"seed={seed}", *teacher, f"{STUDENT}.teacher_weight={','.join(map(str, weights))}"]
-    launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", f"runs={runs}", *overrides)
+    launch("-m", *RUN, *words, f"{STUDENT}.targets={targets}", *overrides, f"runs={runs}")
     return [read_student(path.parent) for path in runs.glob("distillation/*/run.json")]
 
 
@@ -252,8 +252,8 @@ def speed(teacher: Sequence[str], overrides: Sequence[str], steps: int = 60) -> 
         found = {}
         for k in (1, 8, 64):
             runs = Path(folder) / str(k)
-            words = [f"{STUDENT}.targets=top_k", f"{STUDENT}.k={k}", f"runs={runs}"]
-            launch(*RUN, "seed=0", *teacher, *words, *overrides)
+            words = [f"{STUDENT}.targets=top_k", f"{STUDENT}.k={k}"]
+            launch(*RUN, "seed=0", *teacher, *words, *overrides, f"runs={runs}")
             found[str(k)] = ratios(next(runs.glob("distillation/*/run.json")).parent, k, steps)
     ratio = found["64"]["ratio"]["median"]
     judged = [claims.claim("CPU-seconds of a step from 64 kept ids over those of plain training", ratio, at_most=1.15)]

@@ -57,6 +57,20 @@ def dots(axes: Any, x: Any, y: Any, colour: str = "black") -> None:
     axes.plot(*np.broadcast_arrays(x, y), linestyle="", marker="o", markersize=3, color=colour)
 
 
+def draw_bars(axes: Any, changes: Mapping[str, Any]) -> None:
+    """A bar of its mean for each change, from above, and a dot for each seed.
+
+    Args:
+        changes: what it says at the left -> spread.
+    """
+    for place, change in enumerate(changes.values()):
+        axes.barh(place, change["mean"], height=0.6, alpha=0.6)
+        dots(axes, change["values"], place)
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(changes)), list(changes))
+    axes.invert_yaxis()
+
+
 def draw_curves(axes: Any, arms: Mapping[str, Any]) -> None:
     """The mean loss of every arm over its tokens, with a dot for each seed at its end. What lies above all that comes
     after a stage's first steps, as random weights do, is outside.

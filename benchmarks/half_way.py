@@ -1,21 +1,18 @@
-"""An SFT model stopped half-way, which can still learn from its own answers; runs that go on from it, and what is
-measured of them: held-out questions, answered greedily and drawn at temperature 1."""
+"""An SFT model stopped half-way, which can still learn from its own answers, and what is measured of it and of models
+that come from it: held-out questions, answered greedily and drawn at temperature 1."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import statistics
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import machine
 import torch
-from learning import spread
+from trials import read
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
@@ -34,20 +31,6 @@ HALF_WAY = [
 EXACT, DRAWN, KL = "tasks/exact_match", "reward/exact_answer", "kl/sft"
 MAX_NEW_TOKENS, MAX_TOKENS = 48, 4096  # of a response; of a pass
 MEASURED = machine.REPOSITORY / "build" / "measured"  # figures of models that were measured before
-
-
-def run(*words: str) -> Path:
-    """The folder of a run; what the store holds is not made again."""
-    with subprocess.Popen(machine.command("run", *words), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = [line.strip() for line in process.stdout]
-    if process.returncode:
-        sys.exit(f"{' '.join(words)}: exit code {process.returncode}")
-    return Path(lines[-1])
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text("utf-8"))
 
 
 # ---- one model ----
@@ -112,35 +95,3 @@ class HeldOut:
             max_tokens=MAX_TOKENS,
             temperature=temperature,
         )
-
-
-# ---- several seeds ----
-
-
-def spreads(per_seed: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """The spread of each figure that every seed has."""
-    names = [name for name in per_seed[0] if all(name in figures for figures in per_seed)]
-    return {name: spread([figures[name] for figures in per_seed]) for name in names}
-
-
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
-    """The spread of what each figure has changed within its seed, from spreads of the two."""
-    return {
-        name: spread([new - old for old, new in zip(before[name]["values"], found["values"], strict=True)])
-        for name, found in after.items()
-        if name in before
-    }
-
-
-def shown(found: Mapping[str, Any] | None, digits: int = 3, *, signed: bool = False) -> str:
-    """Mean and standard deviation of a spread, as tables have them."""
-    if found is None:
-        return "-"
-    text = f"{found['mean']:{'+' if signed else ''}.{digits}f}"
-    deviation = found["standard_deviation"]
-    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
-
-
-def lines_of_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table's lines."""
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]

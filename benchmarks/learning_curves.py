@@ -3,12 +3,14 @@ and what each arm has changed of its seed's model."""
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from figures import draw_bars, drawing
+from trials import journal
 
 FIGURES = ("reward/mean", "kl/reference", "entropy", "responses/length")
 HELD_OUT = "validation/reward/mean"
@@ -17,14 +19,14 @@ POINTS = 32  # of a curve, at most: each is a mean over neighbouring steps
 Curve = dict[str, list[float]]  # samples, value
 
 
-def followed(path: Path, responses_per_sample: float, most: float = 1.0) -> dict[str, Curve]:
-    """The curves of one metrics.jsonl.
+def followed(artifact: Path, responses_per_sample: float, most: float = 1.0) -> dict[str, Curve]:
+    """The curves of one stage.
 
     Args:
         responses_per_sample: drawn for each prompt of a step; less than a prompt has where several passes go over it.
         most: a response can earn; rewards are given as shares of it.
     """
-    lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    lines = journal(artifact)
     steps = [line for line in lines if "samples" in line]
     curves = {}
     for name in FIGURES:
@@ -68,18 +70,15 @@ def draw(arms: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str], pict
         arms: each with its `curves`.
         figures: name -> label of its axis.
     """
-    pyplot = _pyplot(picture)
-    drawing, axes = pyplot.subplots(1, len(figures), figsize=(4.8 * len(figures), 3.8))
-    for axis, (name, label) in zip(axes, figures.items(), strict=True):
-        for arm, found in arms.items():
-            if curve := found["curves"].get(name):
-                [line] = axis.plot(curve["samples"], curve["mean"], label=arm, linewidth=1.6)
-                bounds = (curve["lowest"], curve["highest"])
-                axis.fill_between(curve["samples"], *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
-        axis.set(xlabel="responses drawn", ylabel=label)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(fontsize=8, frameon=False)
-    _save(drawing, picture)
+    with drawing(picture, columns=len(figures), size=(4.8 * len(figures), 3.8)) as axes:
+        for axis, (name, label) in zip(axes, figures.items(), strict=True):
+            for arm, found in arms.items():
+                if curve := found["curves"].get(name):
+                    [line] = axis.plot(curve["samples"], curve["mean"], label=arm, linewidth=1.6)
+                    bounds = (curve["lowest"], curve["highest"])
+                    axis.fill_between(curve["samples"], *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
+            axis.set(xlabel="responses drawn", ylabel=label)
+        axes[-1].legend(fontsize=8, frameon=False)
 
 
 def draw_changes(arms: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str], picture: Path) -> None:
@@ -89,32 +88,10 @@ def draw_changes(arms: Mapping[str, Mapping[str, Any]], figures: Mapping[str, st
         arms: each with its `change`.
         figures: name -> label of its axis.
     """
-    drawing, axes = _pyplot(picture).subplots(
-        1, len(figures), figsize=(1.5 + 3.6 * len(figures), 0.9 + 0.45 * len(arms))
-    )
-    for axis, (name, label) in zip(axes, figures.items(), strict=True):
-        for place, found in enumerate(arms.values()):
-            change = found["change"][name]
-            axis.barh(place, change["mean"], height=0.6, alpha=0.6)
-            axis.plot(change["values"], [place] * len(change["values"]), "o", color="black", markersize=3)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(arms)), list(arms) if axis is axes[0] else [""] * len(arms))
-        axis.invert_yaxis()
-        axis.set(xlabel=f"change of {label}")
-        axis.spines[["top", "right"]].set_visible(False)
-    _save(drawing, picture)
-
-
-def _pyplot(picture: Path) -> Any:
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = picture.stem  # the same picture from the same figures
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(drawing: Any, picture: Path) -> None:
-    drawing.tight_layout()
-    drawing.savefig(picture, metadata={"Date": None}, bbox_inches="tight")
+    size = (1.5 + 3.6 * len(figures), 0.9 + 0.45 * len(arms))
+    with drawing(picture, columns=len(figures), size=size) as axes:
+        for axis, (name, label) in zip(axes, figures.items(), strict=True):
+            draw_bars(axis, {arm: found["change"][name] for arm, found in arms.items()})
+            axis.set(xlabel=f"change of {label}")
+            if axis is not axes[0]:
+                axis.set_yticklabels([])

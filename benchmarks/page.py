@@ -6,11 +6,11 @@ python benchmarks/page.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 import machine
 from claims import RESULTS
+from figures import lines_of_table
 
 DOCS = machine.REPOSITORY / "docs"
 NAMES = {
@@ -79,24 +79,22 @@ def page(results: Results) -> str:
             "## Figures\n",
             "Rate: useful tokens (or pairs) per CPU-second, ours over the peer's, and CPU-seconds of a call: medians",
             "with their quartiles. Memory: our peak over the peer's.\n",
-            *table(["", "peer", "rate", "quartiles", "memory", "ours, CPU-s", "peer's, CPU-s"], figure_rows(results)),
+            *lines_of_table(
+                ["", "peer", "rate", "quartiles", "memory", "ours, CPU-s", "peer's, CPU-s"], figure_rows(results)
+            ),
             *vocabulary_section(results.get("vocabulary", {})),
             *gpu_section(results.get("gpu", {})),
             "\n## What falls short\n",
             *fallen_short(claims),
             "\n## All claims\n",
-            *table(["claim", "value", "bound", "holds"], [claim_row(entry) for entry in claims]),
+            *lines_of_table(["claim", "value", "bound", "holds"], [claim_row(entry) for entry in claims]),
             "\n## Where it was measured\n",
-            *table(["", "processor", "commit", "date"], machines(results)),
+            *lines_of_table(["", "processor", "commit", "date"], machines(results)),
             "",
             *versions(results),
             "",
         ]
     )
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def figure_rows(results: Results) -> list[list[str]]:
@@ -130,7 +128,7 @@ def vocabulary_section(sizes: dict[str, Any]) -> list[str]:
         "\n## The vocabulary's loss\n",
         "Time and memory of the loss and its gradients on 2,048 hidden states of width 256.\n",
         "![Time and memory by vocabulary](images/vocabulary.svg)\n",
-        *table(["V", "way", "CPU-s", "times ours", "peak MiB"], vocabulary_rows(sizes)),
+        *lines_of_table(["V", "way", "CPU-s", "times ours", "peak MiB"], vocabulary_rows(sizes)),
         *refusals(sizes),
     ]
 
@@ -166,7 +164,7 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         lines += [
             f"\nAttention of one layer forward and backward, {attention['tokens']:,} tokens, {heads} heads of {width}",
             f"with {key_heads} for keys and values: milliseconds (TFLOP/s over the pairs that are seen).\n",
-            *table(["batch", *BACKENDS], [attention_row(*item) for item in attention["batches"].items()]),
+            *lines_of_table(["batch", *BACKENDS], [attention_row(*item) for item in attention["batches"].items()]),
         ]
     if vocabulary := parts.get("vocabulary"):
         tokens, width, size = vocabulary["shape"]
@@ -176,7 +174,7 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         ]
         lines += [
             f"\nThe vocabulary's loss and its gradients: {tokens:,} tokens of width {width:,}, V = {size:,}.\n",
-            *table(["way", "ms", "peak MiB"], rows),
+            *lines_of_table(["way", "ms", "peak MiB"], rows),
             *refusals({"": vocabulary}),
         ]
         if untried := [name for name in GPU_VOCABULARY if name not in {**vocabulary["found"], **vocabulary["refused"]}]:
@@ -189,7 +187,7 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         ]
         lines += [
             f"\nA training step, {training['model']}, weights in fp32 and products in bf16.\n",
-            *table(["batch", "way", "ms", "tokens a second"], rows),
+            *lines_of_table(["batch", "way", "ms", "tokens a second"], rows),
         ]
     if generation := parts.get("generation"):
         count, length, new = generation["prompts"]
@@ -200,7 +198,7 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         lines += [
             f"\nSampling {count} responses of {new} tokens to prompts of {length}, {generation['model']}:",
             "tokens a second.\n",
-            *table(["", "ours", "transformers"], rows),
+            *lines_of_table(["", "ours", "transformers"], rows),
         ]
     return lines
 

@@ -3,26 +3,28 @@ gradients and rejection sampling at equal samples, online DPO, and a reward that
 results/policy_learning.json and a picture for each part.
 
     python benchmarks/policy_learning.py [--parts policy_gradients rejection_sampling online_dpo hacking]
-        [--seeds 0 1 2] [overrides ...]
+        [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
 All arms of a seed share the SFT model, which the store holds, and draw equally many responses.
 """
 
 from __future__ import annotations
 
-import argparse
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import claims
+import figures
 import learning_curves
-import machine
-from half_way import DRAWN, EXACT, HALF_WAY, KL, HeldOut, changes, lines_of_table, read, run, shown, spreads
+import trials
+from figures import shown
+from half_way import DRAWN, EXACT, HALF_WAY, KL, HeldOut
+from trials import changes, read, spreads
 
-NAME = "policy_learning"
-IMAGES = machine.REPOSITORY / "docs" / "images"
+RESULT = claims.RESULTS / "policy_learning.json"
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,10 @@ def of_policy_gradients(change: Mapping[str, Mapping[str, Any]]) -> list[dict[st
     gain = change["mirror descent"][EXACT]
     controls = ("mirror descent, random reward", "own answers, not selected")
     best_control = max(change[name][EXACT]["mean"] for name in controls)
-    values = {"values": gain["values"]}
     says = "Mirror descent raises held-out exact match"
     return [
-        claims.claim(f"{says}, mean over seeds", gain["mean"], values, at_least=0.05),
-        claims.claim(f"{says}, worst seed", min(gain["values"]), values, above=0.0),
+        claims.mean(says, gain["values"], at_least=0.05),
+        claims.worst(says, gain["values"], above=0.0),
         claims.claim("It gains more than the better of two controls", gain["mean"] - best_control, above=0.0),
     ]
 
@@ -97,10 +98,7 @@ def of_online_dpo(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     gain, exact = change["online DPO"][DRAWN], change["online DPO"][EXACT]
     control = max(change[name][DRAWN]["mean"] for name in ("random reward", "own answers, not selected"))
     return [
-        claims.claim(
-            "Online DPO raises the held-out mean reward, worst seed",
-            min(gain["values"]), {"values": gain["values"]}, above=0.0,
-        ),
+        claims.worst("Online DPO raises the held-out mean reward", gain["values"], above=0.0),
         claims.claim("It gains more than the better of two controls", gain["mean"] - control, above=0.0),
         claims.claim(
             "It costs exact match at most .02, mean change over seeds",
@@ -126,11 +124,10 @@ def of_rejection_sampling(change: Mapping[str, Mapping[str, Any]]) -> list[dict[
     """Right answers against their aim, and against the controls."""
     gain = change["right answers"][EXACT]
     best_control = max(change[name][EXACT]["mean"] for name in ("random reward", "own answers, not selected"))
-    values = {"values": gain["values"]}
     says = "Rejection sampling raises held-out exact match"
     return [
-        claims.claim(f"{says}, mean over seeds", gain["mean"], values, at_least=0.05),
-        claims.claim(f"{says}, worst seed", min(gain["values"]), values, above=0.0),
+        claims.mean(says, gain["values"], at_least=0.05),
+        claims.worst(says, gain["values"], above=0.0),
         claims.claim("It gains more than the better of two controls", gain["mean"] - best_control, above=0.0),
     ]
 
@@ -199,10 +196,26 @@ PARTS = {
 }
 
 
-def train(arm: Arm, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
+def measure(name: str, arguments: Namespace) -> trials.Result:
+    """A part of the result."""
+    runs = trained(PARTS[name].arms, arguments)
+    return {"overrides": [*HALF_WAY, *trials.without_places(arguments.overrides)], **summarise(PARTS[name], runs)}
+
+
+def trained(arms: Mapping[str, Arm], arguments: Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Figures of all models of some arms; runs go on side by side, models are measured one after another."""
+
+    def run(seed: int, name: str, overrides: Sequence[str]) -> Path:
+        arm = arms[name]
+        words = (f"recipe={arm.recipe}", f"seed={seed}", f"until={arm.stage}", *HALF_WAY, *arm.words)
+        return trials.run(*words, f"stages.{arm.stage}.evaluate=false", *overrides)
+
+    folders = trials.of_arms(run, arms, arguments)
+    return {name: [figures_of(folder, arms[name]) for folder in each] for name, each in folders.items()}
+
+
+def figures_of(folder: Path, arm: Arm) -> dict[str, Any]:
     """One model: figures of it and of the SFT model it comes from, seconds, and what was followed on the way."""
-    words = (f"recipe={arm.recipe}", f"seed={seed}", f"until={arm.stage}", *HALF_WAY, *arm.words)
-    folder = run(*words, f"stages.{arm.stage}.evaluate=false", *overrides)
     measured, artifact = HeldOut(folder), folder / "artifacts" / arm.stage
     found = {
         "before": measured.figures("sft"),
@@ -213,7 +226,7 @@ def train(arm: Arm, seed: int, overrides: Sequence[str]) -> dict[str, Any]:
     settings = read(artifact / "stage.json")["settings"]
     if rollout := settings.get("rollout"):
         each = rollout["per_prompt"] / rollout["epochs"]
-        found["curves"] = learning_curves.followed(artifact / "metrics.jsonl", each, arm.most)
+        found["curves"] = learning_curves.followed(artifact, each, arm.most)
     return found
 
 
@@ -253,50 +266,33 @@ def table(part: str, result: Mapping[str, Any]) -> list[str]:
                 arm,
                 *(shown(found["after"].get(name)) for name in columns),
                 shown(change, signed=True),
-                " ".join(f"{value:+.3f}" for value in change["values"]),
+                figures.by_seed(change),
             ]
         )
-    return lines_of_table(head, rows)
+    return figures.lines_of_table(head, rows)
 
 
-def draw(part: Part, result: Mapping[str, Any]) -> None:
+def draw(name: str, result: Mapping[str, Any]) -> None:
     """A part's picture."""
+    part, arms = PARTS[name], result[name]["arms"]
     if part.curves:
-        learning_curves.draw(result["arms"], part.curves, IMAGES / part.picture)
+        learning_curves.draw(arms, part.curves, figures.IMAGES / part.picture)
     else:
-        learning_curves.draw_changes(result["arms"], {EXACT: BASIC[EXACT], DRAWN: BASIC[DRAWN]}, IMAGES / part.picture)
+        learning_curves.draw_changes(arms, {EXACT: BASIC[EXACT], DRAWN: BASIC[DRAWN]}, figures.IMAGES / part.picture)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--arms", nargs="+", help="only these, and nothing is written down")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("overrides", nargs="*", help="as on lightning-llm's command line")
-    arguments = parser.parse_args()
-
-    verdicts = []
-    for name in arguments.parts:
-        part = PARTS[name]
-        chosen = {arm: part.arms[arm] for arm in arguments.arms or part.arms}
-        found = {
-            arm: [train(each, seed, arguments.overrides) for seed in arguments.seeds] for arm, each in chosen.items()
-        }
-        if arguments.arms:
-            for arm, runs in found.items():
-                print(arm, [(round(each["before"][EXACT], 3), round(each["after"][EXACT], 3)) for each in runs])
-            continue
-        result = {
-            "seeds": arguments.seeds,
-            "overrides": [*HALF_WAY, *arguments.overrides],
-            "machine": machine.describe(),
-            **summarise(part, found),
-        }
-        print("\n".join(table(name, result)))
-        verdicts.append(claims.write_part(NAME, name, result))
-        draw(part, result)
-    claims.finish(verdicts)
+def try_arms(arguments: Namespace) -> None:
+    """Say what some arms of a part have changed, and write nothing down."""
+    for part in (PARTS[name] for name in arguments.parts):
+        for arm, runs in trained({arm: part.arms[arm] for arm in arguments.arms}, arguments).items():
+            print(arm, [(round(each["before"][EXACT], 3), round(each["after"][EXACT], 3)) for each in runs])
 
 
 if __name__ == "__main__":
-    main()
+    words = trials.parser(__doc__, RESULT, parts=list(PARTS))
+    words.add_argument("--arms", nargs="+", help="only these, and nothing is written down")
+    typed = words.parse_args()
+    if typed.arms:
+        try_arms(typed)
+    else:
+        trials.publish_parts(typed, RESULT, measure, table, draw)

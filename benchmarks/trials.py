@@ -17,7 +17,7 @@ import claims
 import machine
 
 SEEDS = (0, 1, 2)
-ELSEWHERE = ("store.", "runs=")  # overrides that say where things lie, not what is done
+PLACES = ("store.", "runs=")  # overrides that say where things lie, not what is done
 Found = TypeVar("Found")
 Result = dict[str, Any]
 
@@ -128,11 +128,16 @@ def parser(
     return words
 
 
+def without_places(overrides: Sequence[str]) -> list[str]:
+    """What is overridden, but for where things lie."""
+    return [word for word in overrides if not word.startswith(PLACES)]
+
+
 def conditions(arguments: argparse.Namespace) -> Result:
     """What stands in front of all figures: how they were made."""
     return {
         "seeds": arguments.seeds,
-        "overrides": [word for word in arguments.overrides if not word.startswith(ELSEWHERE)],
+        "overrides": without_places(arguments.overrides),
         "machine": machine.describe(),
     }
 
