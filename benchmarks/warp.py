@@ -33,15 +33,15 @@ from lightning_llm.models import Transformer
 RESULT = claims.RESULTS / "warp.json"
 PICTURE = figures.IMAGES / "warp.svg"
 QUESTIONS, TOKENS = 1000, 4096  # held out; of a pass
-PROMPTS = 2000  # of a policy's training: 32 steps of 64
+PROMPTS = 1000  # of a policy's training in one round: 31 steps of 32
 SINGLE = [  # at nano, as the policies are there; for as many steps as one of them in two rounds
     "+stage@stages.single=rlhf", "objective@stages.single.objective=rloo", "judge@stages.single.judge=exact_answer",
     "stages.single.starts_from=sft", "stages.single.objective.beta=0.1", "stages.single.context=1024",
-    "stages.single.rollout={prompts: 64, per_prompt: 4, epochs: 1, sampling: {temperature: 0.9}}",
-    "stages.single.lr.peak=1e-4", f"stages.single.examples={2 * PROMPTS}", "stages.single.evaluate=false",
+    "stages.single.rollout={prompts: 32, per_prompt: 4, epochs: 1, sampling: {temperature: 0.9}}",
+    "stages.single.lr.peak=3e-4", f"stages.single.examples={2 * PROMPTS}", "stages.single.evaluate=false",
 ]  # fmt: skip
 WORDS = [
-    f"scale.phases.online.examples={PROMPTS}", "stages.warp.rounds=2",
+    f"scale.phases.rlhf.examples={PROMPTS}", "stages.warp.rounds=2",
     *(f"stages.warp.stages.{name}.evaluate=false" for name in ("one", "two", "merged")),
 ]  # fmt: skip
 ETAS = (0.25, 0.5, 0.75, 1.0)  # of the way from the SFT model to each of these

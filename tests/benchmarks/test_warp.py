@@ -2,6 +2,23 @@
 
 import pytest
 
+from lightning_llm import compose, plan
+
+
+def test_a_single_policy_has_the_prompts_and_the_rate_of_a_policy_in_two_rounds(benchmarks):
+    import warp  # pyright: ignore[reportMissingImports]
+
+    stages = plan(compose("warp", overrides=[*warp.SINGLE, *warp.WORDS])).recipe.stages
+    single, rounds = stages["single"], [stages[f"warp{n}.one"] for n in (1, 2)]
+    assert single.examples == sum(each.examples for each in rounds) == 2 * warp.PROMPTS
+    for each in rounds:
+        for name in ("prompts", "per_prompt", "epochs", "sampling"):
+            assert getattr(single.rollout, name) == getattr(each.rollout, name), name
+        assert single.lr.peak == pytest.approx(each.lr.peak)
+        assert single.objective == each.objective
+        assert single.judge == each.judge
+    assert single.rollout.reference != rounds[0].rollout.reference  # the one thing that differs is the anchor
+
 
 def test_fronts_are_compared_where_both_reach(benchmarks):
     import warp  # pyright: ignore[reportMissingImports]
