@@ -52,7 +52,7 @@ def train(seed: int, overrides: Sequence[str]) -> Stages:
 
 
 def gate() -> float:
-    """The share by which the recipe lets perplexity rise in one step, at the scale nano."""
+    """The share by which the recipe lets perplexity rise over all steps so far, at the scale nano."""
     bound = plan(compose(RECIPE)).recipe.stages["lengthen1.step"].gate.short_context
     assert bound is not None
     return bound
@@ -65,12 +65,12 @@ def was_stopped(runs: Sequence[Path]) -> bool:
 
 
 def read_stages(run: Path) -> Stages:
-    """Every stage of a run that was trained and evaluated, each with the one before it to compare with."""
+    """Every stage of a run that was trained and evaluated, all behind the first compared with that, as its gates do."""
     made = trials.read(run / "run.json")["stages"]
     stages: Stages = {}
     for name in (name for name in made if f"{name}.evaluate" in made):
-        before = next(reversed(stages.values()), None)
-        stages[name] = read_stage(run / "artifacts", name, before and before["metrics"])
+        before = stages[FIRST]["metrics"] if FIRST in stages else None
+        stages[name] = read_stage(run / "artifacts", name, before)
     return stages
 
 
@@ -79,7 +79,7 @@ def read_stage(artifacts: Path, name: str, before: Mapping[str, float] | None) -
     depth.
 
     Args:
-        before: metrics of the stage that it starts from.
+        before: metrics of the stage before the first step; none: it is that.
     """
     trained, evaluated = artifacts / name, artifacts / f"{name}.evaluate"
     asked = trials.read(evaluated / "stage.json")
@@ -117,7 +117,7 @@ def summarise(per_seed: Mapping[int, Stages], bound: float) -> dict[str, Any]:
 
     Args:
         per_seed: seed -> what `train` found.
-        bound: share by which a gate lets perplexity rise in one step.
+        bound: share by which a gate lets perplexity rise over all steps so far.
     """
     longest = max(per_seed.values(), key=len)
     stages = {name: stage_of([found[name] for found in per_seed.values() if name in found]) for name in longest}
@@ -170,7 +170,7 @@ def judge(per_seed: Mapping[int, Stages], last: str, bound: float) -> list[dict[
     gains = [stages[last]["metrics"].get(GAIN) for stages in ended.values()]
     gains = [gain for gain in gains if gain is not None]  # no document may be as long as the context
     rise = claims.claim(
-        "A step raises perplexity at the first context by no more than its gate lets pass (share), worst step",
+        "The steps so far raise perplexity at the first context by no more than a gate allows (share), worst step",
         rises[worst],
         {"worst": worst},
         at_most=bound,
@@ -210,8 +210,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
 
 
 def draw(result: Mapping[str, Any]) -> None:
-    """Left: by how much each stage has raised the perplexity of the worst domain, a dot a seed. Right: where needles
-    were found after the last step, the mean over the seeds."""
+    """Left: how far the perplexity of the worst domain is above what it was before the first step, a dot a seed.
+    Right: where needles were found after the last step, the mean over the seeds."""
     compared = {name: found for name, found in result["stages"].items() if "short_context" in found}
     with figures.drawing(PICTURE, columns=2, size=(10.5, 3.8)) as [changes, needles]:
         for place, found in enumerate(compared.values()):
@@ -225,7 +225,7 @@ def draw(result: Mapping[str, Any]) -> None:
         changes.yaxis.set_major_formatter(lambda value, _: f"{value:+.0%}")
         short = result["stages"][FIRST]["context"]
         changes.set(xlabel="step to a context of so many tokens", ylabel=f"perplexity at {short} tokens, worst domain")
-        changes.set_title("against the stage before it", fontsize=9)
+        changes.set_title("against the stage before the first step", fontsize=9)
         changes.legend(fontsize=8)
         if result["needles"]:
             _draw_needles(needles, result["needles"])

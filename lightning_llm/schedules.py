@@ -132,12 +132,28 @@ def wsd(tokens: float, *, peak: float, final: float, warmup: float, total: float
     return peak + (final - peak) * _share(tokens, max(warmup, total * (1 - decay_share)), total)
 
 
-_FINAL_SHARE = {"constant": 1.0, "linear": 0.0, "cosine": 0.1, "wsd": 0.0}  # of the peak, where `final` is not given
+_FINAL_SHARE = {"constant": 1.0, "linear": 0.0, "cosine": 0.1, "wsd": 0.0}  # of the peak, where none is given
 
 
 def final_learning_rate(config: LearningRateConfig) -> float:
-    """The learning rate at the end: as given, otherwise the schedule's own share of the peak."""
-    return config.peak * _FINAL_SHARE[config.schedule] if config.final is None else config.final
+    """The learning rate at the end: as given, otherwise a share of the peak, the schedule's own if none is given.
+
+    Raises:
+        ValueError: the peak is that of the stage before, which nobody has looked up.
+    """
+    share = _FINAL_SHARE[config.schedule] if config.final_share is None else config.final_share
+    return share * peak_learning_rate(config) if config.final is None else config.final
+
+
+def peak_learning_rate(config: LearningRateConfig) -> float:
+    """The highest learning rate. Where the stage before decides it, the plan looks it up.
+
+    Raises:
+        ValueError: nobody has.
+    """
+    if config.peak is None:
+        raise ValueError("peak has no value: the learning rate at the end of the stage before has to be put in first")
+    return config.peak
 
 
 def warmup_tokens(config: LearningRateConfig, total: float) -> float:
@@ -158,13 +174,13 @@ def learning_rate(config: LearningRateConfig, tokens: float, total: float) -> fl
     A stretched schedule ends after `stretch` times as many tokens: the stage is its beginning, warm-up included.
 
     Raises:
-        ValueError: more than one warm-up, or one given in steps.
+        ValueError: more than one warm-up, or one given in steps; no peak.
     """
-    final, warmup = final_learning_rate(config), warmup_tokens(config, total)
+    peak, final, warmup = peak_learning_rate(config), final_learning_rate(config), warmup_tokens(config, total)
     total *= config.stretch
     if config.schedule == "constant":
-        return constant(tokens, peak=config.peak, warmup=warmup)
+        return constant(tokens, peak=peak, warmup=warmup)
     if config.schedule == "wsd":
-        return wsd(tokens, peak=config.peak, final=final, warmup=warmup, total=total, decay_share=config.decay_share)
+        return wsd(tokens, peak=peak, final=final, warmup=warmup, total=total, decay_share=config.decay_share)
     decays: dict[str, Callable[..., float]] = {"linear": linear, "cosine": cosine}
-    return decays[config.schedule](tokens, peak=config.peak, final=final, warmup=warmup, total=total)
+    return decays[config.schedule](tokens, peak=peak, final=final, warmup=warmup, total=total)

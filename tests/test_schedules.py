@@ -79,10 +79,16 @@ def test_default_final_rates():
     assert finals == {"constant": 1.0, "linear": 0.0, "cosine": 0.1, "wsd": 0.0}
 
 
+def test_a_final_rate_as_a_share_of_the_peak():
+    config = LearningRateConfig("cosine", peak=8e-5, final_share=0.01)
+    assert learning_rate(config, 1000, 1000) == final_learning_rate(config) == pytest.approx(8e-7)
+    assert final_learning_rate(dataclasses.replace(config, final=1e-6)) == 1e-6  # absolute: the last word
+
+
 @pytest.mark.parametrize(
     "wrong",
-    [{"schedule": "sine"}, {"warmup_steps": 3}, {"warmup_tokens": 1, "warmup_share": 0.1}],
-    ids=["unknown", "steps", "two warm-ups"],
+    [{"schedule": "sine"}, {"peak": None}, {"warmup_steps": 3}, {"warmup_tokens": 1, "warmup_share": 0.1}],
+    ids=["unknown", "no peak", "steps", "two warm-ups"],
 )
 def test_wrong_learning_rates_are_refused(wrong):
     with pytest.raises(ValueError):

@@ -190,18 +190,20 @@ class LearningRateConfig:
     """Learning rate as a function of consumed tokens (lightning_llm/schedules.py)."""
 
     schedule: str = "cosine"  # constant | linear | cosine | wsd
-    peak: float = 3e-4
-    final: float | None = None  # absolute; none: of the peak 0 for linear and wsd, a tenth for cosine, all for constant
+    peak: float | None = 3e-4  # none: the rate with which the training that it starts from has ended
+    final: float | None = None  # absolute
     warmup_tokens: float | None = None  # at most one of the three warm-ups
     warmup_steps: float | None = None
     warmup_share: float | None = None  # of the stage's tokens
     decay_share: float = 0.2  # wsd: the last share of the tokens in which the rate falls
     stretch: float = came_later(1.0)  # as in a stage so many times as long: at 2 the stage is the first half of it
+    # of the peak, where final has no value; none: 0 for linear and wsd, a tenth for cosine, all for constant
+    final_share: float | None = came_later(None)
 
     def __post_init__(self):
         if not self.stretch >= 1:
             raise ValueError(f"stretch must be at least 1, got {self.stretch:g}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
-        if self.peak < 0:
+        if self.peak is not None and self.peak < 0:
             raise ValueError(f"peak must not be negative, got {self.peak}")

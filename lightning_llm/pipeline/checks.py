@@ -19,7 +19,7 @@ from lightning_llm.pipeline.live import FORMS as LIVE
 from lightning_llm.pipeline.live import check_live
 from lightning_llm.pipeline.mappings import PHASES
 from lightning_llm.pipeline.names import name_nearest, unknown_entry
-from lightning_llm.pipeline.order import order_of_stages, trained_behind
+from lightning_llm.pipeline.order import before_gates, order_of_stages, trained_behind
 from lightning_llm.pipeline.remade import check_mask_learning, check_pruning, check_upcycling
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
@@ -56,10 +56,10 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
     for name, stage in recipe.stages.items():
         _check_stage(f"stages.{name}", stage, recipe.stages)
-    _check_kept_contexts(recipe.stages)
+    _check_what_is_kept(recipe.stages)
     for name, stage in recipe.stages.items():
         if isinstance(stage, TrainStage) and stage.gate.is_on:
-            _check_gate(f"stages.{name}", stage, recipe)
+            _check_gate(name, stage, recipe)
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
@@ -263,9 +263,9 @@ def _check_training(key: str, stage: TrainStage) -> None:
         _in_range(f"{key}.lr.{unit}", getattr(stage.lr, unit), low=0)
     if stage.lr.warmup_share is not None and stage.lr.warmup_share > 1:
         raise UserError(f"{key}.lr.warmup_share", f"is {stage.lr.warmup_share:g}", "It is a share: at most 1")
-    _in_range(f"{key}.lr.peak", stage.lr.peak, low=0)
-    if stage.lr.final is not None:
-        _in_range(f"{key}.lr.final", stage.lr.final, low=0)
+    for rate in ("peak", "final", "final_share"):
+        if (value := getattr(stage.lr, rate)) is not None:
+            _in_range(f"{key}.lr.{rate}", value, low=0)
     if stage.evaluate_every is not None:
         _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
     if stage.rope_scaling:
@@ -311,25 +311,31 @@ def _check_teacher(key: str, stage: TrainStage) -> None:
         raise UserError(f"{key}.context", what, f"Give one context, or set {key}.data.on_long=drop")
 
 
-def _check_kept_contexts(stages: Mapping[str, StageConfig]) -> None:
-    """Refuse to keep the context of a model of which no stage of the recipe knows it."""
+def _check_what_is_kept(stages: Mapping[str, StageConfig]) -> None:
+    """Refuse to go on with the context or the learning rate of a model of which no stage of the recipe knows it."""
     for name, stage in stages.items():
-        if isinstance(stage, TrainStage) and stage.context is None:
-            if trained_behind(stage.starts_from or "", stages) is None:
-                what = f"has no value, and no stage has trained {stage.starts_from}"
-                raise UserError(f"stages.{name}.context", what, "Give it a number of tokens")
+        if not isinstance(stage, TrainStage) or trained_behind(stage.starts_from or "", stages) is not None:
+            continue
+        what = f"has no value, and no stage has trained {stage.starts_from or 'random weights'}"
+        if stage.context is None:
+            raise UserError(f"stages.{name}.context", what, "Give it a number of tokens")
+        if stage.lr.peak is None:
+            raise UserError(f"stages.{name}.lr.peak", what, "Give it a learning rate")
 
 
-def _check_gate(key: str, stage: TrainStage, recipe: Recipe) -> None:
-    """Refuse a gate that has no evaluation to look at, of the stage or of the one before it."""
+def _check_gate(name: str, stage: TrainStage, recipe: Recipe) -> None:
+    """Refuse a gate that has no evaluation to look at, of the stage or of the model that it compares with."""
+    key = f"stages.{name}"
     if not stage.evaluate or stage.objective.is_scored:
         what = "is given, and a gate asks what a model that speaks is found to have learnt"
         raise UserError(f"{key}.gate", what, f"Set {key}.evaluate=true" if not stage.evaluate else "Take it away")
     if not recipe.evaluation.text.sources:
         raise UserError("evaluation.text", f"has no source, and {key}.gate asks about text", "Give it one")
-    before = recipe.stages.get(stage.starts_from or "")
-    if stage.gate.short_context is not None and not getattr(before, "evaluate", False):
-        what = f"is given, and nothing is known of the model before it ({stage.starts_from or 'random weights'})"
+    if stage.gate.short_context is None:
+        return
+    before = before_gates(name, recipe.stages)
+    if not getattr(recipe.stages.get(before or ""), "evaluate", False):
+        what = f"is given, and nothing is known of the model before it ({before or 'random weights'})"
         raise UserError(f"{key}.gate.short_context", what, "Let it start from a stage that is evaluated")
 
 

@@ -28,11 +28,11 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import SIZES, ModelConfig
 from lightning_llm.objectives.config import DistillationConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
-from lightning_llm.pipeline.order import order_of_stages, trained_behind
+from lightning_llm.pipeline.order import before_gates, order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.remade import masks_of, refuse_masks_of_another_size, shape_left
 from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
-from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, warmup_tokens
+from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, learning_rate, warmup_tokens
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
     INSERTED,
@@ -106,6 +106,7 @@ class _Expansion:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.models: dict[str, ModelConfig] = {}  # stage -> shape
+        self.ended_at: dict[str, float] = {}  # stage that trains -> its last learning rate
         self.order = order_of_stages(recipe.stages)
         self.first = next((stage for name in self.order if isinstance(stage := recipe.stages[name], TrainStage)), None)
 
@@ -223,7 +224,7 @@ class _Expansion:
         nothing."""
         inputs = {"evaluation": f"{name}.evaluate"}
         if stage.gate.short_context is not None:
-            inputs["before"] = f"{stage.starts_from}.evaluate"
+            inputs["before"] = f"{before_gates(name, self.recipe.stages)}.evaluate"
         return Node(f"{name}.gate", "gate", GateSettings(stage.gate.short_context, stage.gate.needle), inputs)
 
     @staticmethod
@@ -464,12 +465,14 @@ class _Expansion:
         refuse_masks_of_another_size(name, masks_of(stage), self.models[name])
         context, batch = _whole(as_ramp(stage.context)), _whole(as_ramp(stage.batch_tokens))
         tokens = round(length_in_tokens(f"stages.{name}", stage, batch))
+        lr = resolve_learning_rate(self._with_peak(name, stage), tokens, batch)
+        self.ended_at[name] = learning_rate(lr, tokens, tokens)
         return TrainSettings(
             model=replace(self.models[name], published={}, tokenizer="train"),
             objective=stage.objective,
             optimizer=_without_edges(stage.optimizer),
             data=replace(stage.data, tokens_per_example=None),
-            lr=resolve_learning_rate(stage.lr, tokens, batch),
+            lr=lr,
             tokens=max(tokens, 1),
             context=context,
             batch_tokens=batch,
@@ -481,6 +484,21 @@ class _Expansion:
             judge=stage.judge,
             averaging=stage.averaging if stage.averaging.is_on else None,
         )
+
+    def _with_peak(self, name: str, stage: TrainStage) -> LearningRateConfig:
+        """A stage's schedule, from where the training behind it has ended if it has no peak of its own.
+
+        Raises:
+            UserError: that has ended at 0.
+        """
+        if stage.lr.peak is not None:
+            return stage.lr
+        before = trained_behind(stage.starts_from or "", self.recipe.stages)
+        assert before is not None, "checked"
+        if not self.ended_at[before]:
+            what = f"has no value, and the learning rate of {before} has ended at 0: nothing would be learnt"
+            raise UserError(f"stages.{name}.lr.peak", what, "Give it a number")
+        return replace(stage.lr, peak=self.ended_at[before])
 
 
 def _teacher(objective: DistillationConfig, train: TrainSettings) -> TeacherSettings:
@@ -501,11 +519,12 @@ def _teacher(objective: DistillationConfig, train: TrainSettings) -> TeacherSett
 
 
 def resolve_learning_rate(lr: LearningRateConfig, tokens: int, batch: Ramp) -> LearningRateConfig:
-    """The same schedule with its end and its warm-up as figures, the latter in tokens."""
+    """The same schedule, which has a peak, with its end and its warm-up as figures, the latter in tokens."""
     if lr.warmup_steps is not None:
         lr = replace(lr, warmup_steps=None, warmup_tokens=tokens_of_steps(lr.warmup_steps, batch))
     warmup = round(warmup_tokens(lr, tokens))
-    return replace(lr, final=final_learning_rate(lr), warmup_tokens=float(min(warmup, tokens)), warmup_share=None)
+    final = final_learning_rate(lr)
+    return replace(lr, final=final, final_share=None, warmup_tokens=float(min(warmup, tokens)), warmup_share=None)
 
 
 def _without_edges(optimizer: OptimizerConfig) -> OptimizerConfig:

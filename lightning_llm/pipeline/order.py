@@ -48,6 +48,19 @@ def trained_behind(name: str, stages: Mapping[str, StageConfig]) -> str | None:
     return name if isinstance(stage, TrainStage) else None
 
 
+def before_gates(name: str, stages: Mapping[str, StageConfig]) -> str | None:
+    """The model that a gate compares a stage with: the one that the first of several gated stages in a row started
+    from, so that what each of them may lose does not add up. None: random weights."""
+    stage = stages[name]
+    assert isinstance(stage, TrainStage)
+    if stage.starts_from is None:
+        return None
+    trained = trained_behind(stage.starts_from, stages)
+    before = stages.get(trained or "")
+    is_gated = isinstance(before, TrainStage) and before.gate.is_on
+    return before_gates(trained, stages) if trained and is_gated else stage.starts_from
+
+
 def _append(name: str, stages: Mapping[str, StageConfig], order: list[str], chain: list[str]) -> None:
     """Put a stage into the order, behind those that it is made from.
 

@@ -37,7 +37,7 @@ from lightning_llm.pipeline.order import ancestors, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.remade import remade_figures
 from lightning_llm.pipeline.scaling import scaled
-from lightning_llm.schedules import BatchPlan, Ramp, ramp_value
+from lightning_llm.schedules import BatchPlan, Ramp, learning_rate, ramp_value
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
     EvaluateRewardsSettings,
@@ -283,7 +283,7 @@ def _train_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig]) -
         "lr": {
             "schedule": settings.lr.schedule,
             "peak": settings.lr.peak,
-            "final": settings.lr.final,
+            "final": learning_rate(settings.lr, settings.tokens, settings.tokens),  # of a stretched one: where it stops
             "warmup_tokens": settings.lr.warmup_tokens,
         },
         "parameters": counts["total"],

@@ -83,7 +83,7 @@ class _Published:
             batch = figure("rollout.prompts", stage.rollout.prompts) * (cost or 1)
         self.batch: Ramp = as_ramp(batch)
         self.tokens: float | None = figure("tokens", stage.tokens)
-        self.peak: float = figure("lr.peak", stage.lr.peak)
+        self.peak: float | None = figure("lr.peak", stage.lr.peak)  # none: that of the stage before
         steps = figure("steps", stage.steps)
         if self.tokens is None and steps is not None:
             self.tokens = tokens_of_steps(steps, self.batch)
@@ -179,7 +179,7 @@ def _scaled_training(
         stage = replace(stage, gate=_scaled_gate(recipe, f"{key}.gate", stage.gate, phase.gate))
     if free("evaluate_every") and stage.evaluate_every is not None:
         stage = replace(stage, evaluate_every=stage.evaluate_every * stretch)
-    highest = max(other.peak for other in original.values() if other.phase == own.phase)
+    highest = max((other.peak for other in original.values() if other.phase == own.phase and other.peak), default=0.0)
     lr = _scaled_learning_rate(recipe, f"{key}.lr", stage, scale, own, tokens, batch, highest)
     return replace(stage, context=_plain(context), batch_tokens=_plain(batch), lr=lr)
 
@@ -301,9 +301,9 @@ def _scaled_learning_rate(
 ) -> LearningRateConfig:
     lr, phase = stage.lr, scale.phases.get(stage.phase, PhaseScale())
     free = {f.name for f in fields(lr) if not recipe.is_pinned(f"{key}.{f.name}")}
-    raised = max(1.0, scale.minimum_peak_share * highest_peak / own.peak) if "peak" in free else 1.0
+    raised = max(1.0, scale.minimum_peak_share * highest_peak / own.peak) if "peak" in free and own.peak else 1.0
     changes: dict[str, Any] = {}
-    if "peak" in free:
+    if "peak" in free and lr.peak is not None:
         changes["peak"] = lr.peak * phase.lr_factor * raised
     if "final" in free and lr.final is not None:
         changes["final"] = lr.final * phase.lr_factor * raised

@@ -114,7 +114,8 @@ class RoundsStage(StageConfig):
 class GateConfig:
     """What a stage's evaluation has to show before a run goes on (stages/gate.py). None: it is not asked."""
 
-    short_context: float | None = None  # share by which perplexity at the recipe's first context may have risen
+    # share by which perplexity at the recipe's first context may have risen since before the first gated stage in a row
+    short_context: float | None = None
     needle: float | None = None  # share of needles that are found, at each length up to the stage's context
 
     def __post_init__(self):

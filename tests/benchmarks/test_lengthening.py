@@ -100,3 +100,19 @@ def test_the_picture_shows_changes_and_needles(tmp_path, monkeypatch):
     for text in ("the gate: 5%", "needles found after lengthen2.step; by chance 0.1", "40%"):
         assert f"<!-- {text} -->" in drawn
     assert lengthening.gate() == 0.05
+
+
+def test_every_step_is_compared_with_the_stage_before_the_first(tmp_path):
+    import lengthening  # pyright: ignore[reportMissingImports]
+
+    perplexities = {"pretrain": 50.0, "lengthen1.step": 52.0, "lengthen2.step": 54.0}
+    for name, perplexity in perplexities.items():
+        for node, content in ((name, {"tokens": 8}), (f"{name}.evaluate", {"full_context": 128})):
+            folder = tmp_path / "artifacts" / node
+            folder.mkdir(parents=True)
+            (folder / "stage.json").write_text(json.dumps({"settings": content, "seconds": {"total": 1.0}}))
+        (folder / "metrics.json").write_text(json.dumps({"perplexity/web": perplexity}))
+    made = {node: {} for name in perplexities for node in (name, f"{name}.evaluate")}
+    (tmp_path / "run.json").write_text(json.dumps({"stages": made}))
+    rises = [found.get("short_context") for found in lengthening.read_stages(tmp_path).values()]
+    assert rises == [None, pytest.approx(0.04), pytest.approx(0.08)]

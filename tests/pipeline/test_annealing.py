@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from safetensors.torch import load_file
@@ -62,9 +63,36 @@ def test_what_is_judged_and_what_it_is_compared_with_differ_in_their_data_alone(
         assert share == pytest.approx(0.7 * one.data.sources[name].weight), name
     assert one.data.sources.keys() == shares.keys() == nodes["half"].settings.data.sources.keys()
     assert nodes["default"].inputs["starts_from"] == nodes["candidate"].inputs["starts_from"] == "half"
-    # the rate goes on from where the half's has come to
-    half = nodes["half"].settings.lr
-    assert (half.stretch, one.lr.peak) == (2, pytest.approx((half.peak + half.final) / 2))
+
+
+@pytest.mark.parametrize(
+    ("words", "scale"),
+    [
+        ([], "nano"),
+        (["model=llama3_1_405b"], "nano"),
+        (["model=llama3_1_70b", "compute=ddp"], "paper"),
+        (["stages.half.lr.peak=0.001"], "nano"),
+        (["stages.half.lr.warmup_share=0"], "nano"),
+        (["stages.half.lr.stretch=1"], "nano"),
+    ],
+)
+def test_judging_goes_on_at_the_rate_that_the_half_trained_model_has_come_to(words, scale):
+    nodes = nodes_of("judge_data", *words, scale=scale)
+    half = nodes["half"].settings
+    lr, whole = half.lr, half.tokens * half.lr.stretch
+    gone = (half.tokens - lr.warmup_tokens) / (whole - lr.warmup_tokens)
+    at_the_end = lr.peak * (0.01 + 0.99 * (1 + math.cos(math.pi * gone)) / 2)
+    for name in ("default", "candidate"):
+        peak = nodes[name].settings.lr.peak
+        assert peak == pytest.approx(at_the_end)
+        assert nodes["half"].figures["lr"]["final"] == nodes[name].figures["lr"]["peak"] == peak  # as the plan shows it
+    assert (peak / lr.peak == pytest.approx(0.505)) == ("stages.half.lr.warmup_share=0" in words)
+
+
+def test_a_peak_of_the_users_own_is_kept():
+    nodes = nodes_of("judge_data", "stages.candidate.lr.peak=0.25")
+    assert nodes["candidate"].settings.lr.peak == 0.25
+    assert nodes["default"].settings.lr.peak < 0.01
 
 
 def test_another_candidate_leaves_the_half_trained_model_as_it_was(tmp_path):
@@ -86,11 +114,14 @@ def test_another_candidate_leaves_the_half_trained_model_as_it_was(tmp_path):
         ([*ANNEAL, "stages.anneal.lr.stretch=0.5"], "stretch must be at least 1"),
         ([*ANNEAL, "stages.anneal.phase=aneal"], "stages.anneal.phase: 'aneal' .* anneal"),
         (["+stage@stages.anneal=anneal"], "stages.anneal.context: has no value"),
+        (["stages.pretrain.lr.peak=null"], "stages.pretrain.lr.peak: has no value, .* random weights"),
+        ([*ANNEAL, "stages.anneal.lr.final_share=-1"], r"stages.anneal.lr.final_share: is -1\. It must be at least 0"),
+        ([*ANNEAL, "stages.anneal.lr.peak=null"], "stages.anneal.lr.peak: .* long_context has ended at 0"),
     ],
 )
 def test_a_mistake_is_one_line(words, says):
     with pytest.raises(UserError, match=says):
-        compose("qwen2", overrides=words)
+        plan(compose("qwen2", overrides=[*words, "stages.long_context.lr.final=0"]))
 
 
 def test_a_model_of_elsewhere_has_no_context_to_keep(talker):

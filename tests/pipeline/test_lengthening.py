@@ -28,9 +28,9 @@ def test_six_steps_as_the_report_has_them():
     assert [step.inputs["starts_from"] for step in steps] == ["pretrain", *(f"lengthen{n}.step" for n in range(1, 6))]
     assert sum(step.settings.tokens for step in steps) == pytest.approx(8e11, rel=0.01)
     assert nodes["anneal"].settings.context[0]["value"] == 131_072
-    for n, before in enumerate(["pretrain", *(f"lengthen{n}.step" for n in range(1, 6))], start=1):
+    for n in range(1, 7):  # with the model before the first step, so that what steps lose does not add up
         node = nodes[f"lengthen{n}.step.gate"]
-        assert node.inputs == {"evaluation": f"lengthen{n}.step.evaluate", "before": f"{before}.evaluate"}
+        assert node.inputs == {"evaluation": f"lengthen{n}.step.evaluate", "before": "pretrain.evaluate"}
         assert node.settings == GateSettings(0.005, 0.99)
     order = list(nodes)
     assert order.index("lengthen1.step.evaluate") < order.index("lengthen1.step.gate") < order.index("lengthen2.step")
@@ -50,6 +50,29 @@ def test_a_scale_keeps_the_multiples_and_asks_what_its_models_can():
     node = nodes_of("lengthening", *own)["lengthen2.step.gate"]
     assert node.settings == GateSettings(None, 0.75)
     assert node.inputs == {"evaluation": "lengthen2.step.evaluate"}
+
+
+def test_a_gate_compares_with_the_model_before_the_first_gated_stage_in_a_row():
+    def before(*words):
+        gates = [f"stages.{name}.gate.short_context=1" for name in ("long_context", "sft")]
+        nodes = nodes_of("qwen2", *gates, *words)
+        return [nodes[f"{name}.gate"].inputs["before"] for name in ("long_context", "sft")]
+
+    merge = ["+stage@stages.mean=merge", "stages.mean.models=[long_context,pretrain]", "stages.sft.starts_from=mean"]
+    assert before() == before(*merge) == ["pretrain.evaluate", "pretrain.evaluate"]
+    only_sft = nodes_of("qwen2", "stages.sft.gate.short_context=1", *merge)["sft.gate"]
+    assert only_sft.inputs["before"] == "mean.evaluate"
+
+
+def test_pre_training_ends_at_a_hundredth_of_its_peak():
+    for model in ("llama3_1_8b", "llama3_1_405b"):
+        nodes = nodes_of("lengthening", "compute=ddp", f"model={model}", scale="paper")
+        lr = nodes["pretrain"].settings.lr
+        assert lr.final == pytest.approx(lr.peak / 100)  # of the 405B 8e-5 to 8e-7
+        assert nodes["anneal"].settings.lr.peak == nodes["lengthen6.step"].settings.lr.final
+    assert (lr.peak, lr.final) == (8e-5, pytest.approx(8e-7))
+    nodes = nodes_of("lengthening", "stages.pretrain.lr.peak=0.5")
+    assert nodes["pretrain"].settings.lr.final == 0.005
 
 
 def test_the_users_own_steps():
