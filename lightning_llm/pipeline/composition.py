@@ -212,6 +212,7 @@ def _with_origins(composition: Composition, loader: ConfigLoaderImpl) -> Composi
     verb, overrides, composition.loader = composition.verb, composition.overrides, loader
     composition.pinned = frozenset(_user_keys(verb, overrides, loader))
     related = {key for key in composition.pinned if RELATED.match(key)}
+    related -= {f"{stage}.lr.peak" for stage in _added_stages(overrides)}  # no report's: a schedule's default is none
     if isinstance(loader, Loader) and related <= loader.answers.keys():
         composition.published = {key: loader.answers[key] for key in related}
     elif related:
@@ -232,6 +233,16 @@ def _user_keys(verb: str, overrides: list[str], loader: ConfigLoaderImpl) -> set
         values = OmegaConf.to_container(loaded.config) if loaded else {}
         keys.update(_leaves(values, default.package or ""))
     return {key for key in keys if key.split(".")[0] not in ("hydra", "defaults")}
+
+
+def _added_stages(overrides: list[str]) -> set[str]:
+    """stages.NAME of every stage that an override adds to the recipe."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {
+        override.package
+        for override in parsed
+        if override.is_add() and override.key_or_group == "stage" and override.package
+    }
 
 
 def _leaves(value: Any, key: str) -> Iterator[str]:

@@ -84,6 +84,8 @@ class _Published:
         self.batch: Ramp = as_ramp(batch)
         self.tokens: float | None = figure("tokens", stage.tokens)
         self.peak: float | None = figure("lr.peak", stage.lr.peak)  # none: that of the stage before
+        peak = f"stages.{name}.lr.peak"  # of a stage that the user has added it may be the scale's size, not a report's
+        self.states_peak = self.peak is not None and (peak in recipe.published or not recipe.is_pinned(peak))
         steps = figure("steps", stage.steps)
         if self.tokens is None and steps is not None:
             self.tokens = tokens_of_steps(steps, self.batch)
@@ -179,7 +181,8 @@ def _scaled_training(
         stage = replace(stage, gate=_scaled_gate(recipe, f"{key}.gate", stage.gate, phase.gate))
     if free("evaluate_every") and stage.evaluate_every is not None:
         stage = replace(stage, evaluate_every=stage.evaluate_every * stretch)
-    highest = max((other.peak for other in original.values() if other.phase == own.phase and other.peak), default=0.0)
+    peaks = (other.peak for other in original.values() if other.phase == own.phase and other.states_peak)
+    highest = max(filter(None, peaks), default=0.0)
     lr = _scaled_learning_rate(recipe, f"{key}.lr", stage, scale, own, tokens, batch, highest)
     return replace(stage, context=_plain(context), batch_tokens=_plain(batch), lr=lr)
 

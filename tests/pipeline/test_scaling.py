@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_llm import compose, plan
 from lightning_llm.data.config import DataConfig, SourceConfig, TokenizerConfig
 from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
@@ -350,3 +351,11 @@ def test_a_peak_of_the_users_own_is_not_raised():
     given = recipe(pinned=frozenset({"stages.second.lr.peak"}))
     given.stages["second"].lr = LearningRateConfig(peak=1e-4)
     assert scaled(given, replace(NANO, minimum_peak_share=0.5)).stages["second"].lr.peak == 1e-4
+
+
+def test_a_peak_of_an_added_stage_raises_no_other():
+    """It is of the scale's size, a hundred times what reports have."""
+    added = ["+stage@stages.more=pretrain", "stages.more.tokens=1e6", "stages.more.context=128"]
+    added += ["stages.more.batch_tokens=1024", "stages.more.lr.peak=5e-3"]
+    plain, beside = (plan(compose("qwen2", overrides=words)).recipe.stages["pretrain"] for words in ([], added))
+    assert beside.lr == plain.lr
