@@ -22,6 +22,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.pairs import best_against_worst
 
 TOKEN_LOGPS = ("sampler_logps", "sampled_logps", "reference_logps")  # of each token of a response, in nats
 COLUMNS = ("sampled_logps", "reference_logps")  # those that batches have
@@ -61,13 +62,19 @@ class Group:
         return [(prompt, 0), *((len(response.ids), prompt) for response in self.responses)]
 
     def pair(self) -> Group | None:
-        """The best response and the worst, in this order; None where all are worth the same.
+        """The best response that is complete and the worst, in this order; None where it is not better.
 
         Of equals the first is taken: they were drawn independently, so their order says nothing.
         """
-        best = max(self.responses, key=lambda response: response.reward)
-        worst = min(self.responses, key=lambda response: response.reward)
-        return None if best.reward == worst.reward else Group(self.question, self.prompt_ids, [best, worst])
+        rewards = [response.reward for response in self.responses]
+        complete = [place for place, response in enumerate(self.responses) if response.is_complete]
+        places = best_against_worst(rewards, complete, range(len(rewards)))
+        return places and Group(self.question, self.prompt_ids, [self.responses[place] for place in places])
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether all responses are worth the same."""
+        return len({response.reward for response in self.responses}) == 1
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm.data.config import STAGE
-from lightning_llm.data.embedded import CONTENTS, OPTIONS
+from lightning_llm.data.embedded import CONTENTS, options_of
 from lightning_llm.settings import UserError
 
 SUFFIXES = {
@@ -77,7 +77,7 @@ def source_options(path: str, where: str) -> tuple[str, ...]:
     """Names that `options` may hold for a path."""
     kind, rest = split_path(path, where)
     if kind == "embedded":
-        return OPTIONS[CONTENTS[rest][0]]
+        return options_of(rest)
     if kind == "files" and not Path(rest).expanduser().exists() and not glob.has_magic(rest):
         return ("documents", "split")  # that it is not there is said when it is looked for
     return {"hub": ("split", "config", "revision"), "datasets": ("split",), "files": ("documents",)}.get(kind, ())

@@ -130,9 +130,10 @@ def open_source(config: SourceConfig, where: str) -> Source:
 def _embedded(name: str, options: dict[str, Any], splits: Sequence[str], where: str, tell: Tell) -> Iterator[Row]:
     """Rows that come with the installation; `tell` is told the share of them.
 
-    Options: of text max_bytes; of instructions, preferences and comparisons rows, held_out (rows), seed; of tasks task
-    (one of the four; none: all), questions (of each task), held_out (of each; none: as many), split (train or
-    validation; none: what is asked for), seed.
+    Options: of text max_bytes; of instructions, preferences and comparisons rows, held_out (rows), seed; of comparisons
+    graded (the truthfulness of each response: whether its answer is right); of tasks task (one of the four; none: all),
+    questions (of each task), held_out (of each; none: as many), split (train or validation; none: what is asked for),
+    seed.
     """
     form, _ = CONTENTS[name]
     check_embedded(name, options, where)
@@ -186,7 +187,8 @@ def _made(name: str, form: str, options: dict[str, Any], splits: Sequence[str]) 
             for messages in tasks.instructions(split, most[split], seed, options.get("multi_turn", 0.15)):
                 yield {"messages": messages}
             return
-        for pair in (tasks.preferences if name == "preferences" else tasks.comparisons)(split, most[split], seed):
+        pairs = (tasks.preferences if name == "preferences" else tasks.comparisons)(split, most[split], seed)
+        for pair in map(tasks.with_grades, pairs) if options.get("graded") else pairs:
             content = {key: value for key, value in pair.items() if key not in ("question", "working")}
             yield content | {"prompt": [{"role": "user", "content": pair["question"]}]}
 

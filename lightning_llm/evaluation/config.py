@@ -10,7 +10,7 @@ from lightning_llm.data.config import DataConfig
 from lightning_llm.settings import Buildable, came_later, option, refuse_below
 
 RULES = ("best", "threshold", "first", "random")  # by which responses are kept (evaluation/selection.py)
-
+SCORED = ("best", "threshold")  # those that go by scores
 
 ANSWERS = ("greedy", "likelihood")  # to the question for a needle
 
@@ -72,6 +72,11 @@ class JudgeConfig(Buildable):
         """Whether it asks a trained model, that the stage names in `judged_by`."""
         return False
 
+    @property
+    def needs_fields(self) -> tuple[str, ...]:
+        """Fields that it goes by, of the row that a prompt comes from: of `answer` and `tests`."""
+        return ()
+
 
 @option("judge", "exact_answer")
 @dataclass
@@ -80,6 +85,11 @@ class ExactAnswerConfig(JudgeConfig):
 
     implementation: ClassVar[str] = "lightning_llm.evaluation.verifiers:ExactAnswer"
     name: str = "exact_answer"
+
+    @property
+    def needs_fields(self) -> tuple[str, ...]:
+        """The answer."""
+        return ("answer",)
 
 
 @option("judge", "format")
@@ -105,7 +115,7 @@ class UnitTestsConfig(JudgeConfig):
 
     implementation: ClassVar[str] = "lightning_llm.evaluation.verifiers:UnitTests"
     name: str = "unit_tests"
-    seconds: float = 5.0  # of a processor, and twice as many of the clock
+    seconds: float = 5.0  # of a processor; of the clock twice as many, and ten in which the process may start
     memory_mib: int = 512
     file_mib: int = 1  # of any file that it writes, in a folder that goes with it
     processes: int = 2  # run at a time
@@ -117,6 +127,11 @@ class UnitTestsConfig(JudgeConfig):
         refuse_below(64, self, "memory_mib")
         if self.isolation not in ("kernel", "limits"):
             raise ValueError(f"isolation is kernel or limits, is {self.isolation!r}")
+
+    @property
+    def needs_fields(self) -> tuple[str, ...]:
+        """The tests."""
+        return ("tests",)
 
 
 @option("judge", "reward_model")
@@ -170,6 +185,11 @@ class SubstringConfig(JudgeConfig):
     implementation: ClassVar[str] = "lightning_llm.evaluation.scores:Substring"
     name: str = "substring"
 
+    @property
+    def needs_fields(self) -> tuple[str, ...]:
+        """The answer."""
+        return ("answer",)
+
 
 @dataclass
 class WeightedPart:
@@ -192,3 +212,8 @@ class WeightedConfig(JudgeConfig):
     def needs_reward_model(self) -> bool:
         """If a part of it does."""
         return any(part.judge.needs_reward_model for part in self.parts.values())
+
+    @property
+    def needs_fields(self) -> tuple[str, ...]:
+        """Those of all parts."""
+        return tuple(dict.fromkeys(field for part in self.parts.values() for field in part.judge.needs_fields))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lightning_llm.data.embedded import tasks
+from lightning_llm.settings import UserError
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,17 @@ class JudgeContext:
 def verify(question: Question, response: Response) -> bool:
     """Whether the last line is exactly `answer: ` and the known answer. What was cut off has no last line: wrong."""
     return response.is_complete and tasks.score({"answer": question.answer}, response.text)
+
+
+def refuse_unknown_answers(judge: str, questions: Sequence[Question]) -> None:
+    """A judge that goes by the answer says nothing of a question without one.
+
+    Raises:
+        UserError: nobody knows an answer to one of them.
+    """
+    if asked := next((question for question in questions if not question.answer), None):
+        what = f"compares with the answer, and none is known to {asked.prompt[:40]!r}"
+        raise UserError(f"judge {judge}", what, "Give the rows an answer, or choose another judge")
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ STARTING = 10.0  # seconds of the clock that a loaded machine may take to start 
 class Limits:
     """What a process may use."""
 
-    seconds: float = 5.0  # of a processor; twice as many of the clock
+    seconds: float = 5.0  # of a processor; of the clock twice as many and STARTING
     memory_mib: int = 512
     file_mib: int = 1  # of any file
     by_kernel: bool = True

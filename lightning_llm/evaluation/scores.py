@@ -15,7 +15,7 @@ from lightning_llm.evaluation.config import (
     SubstringConfig,
     WeightedConfig,
 )
-from lightning_llm.evaluation.judges import Judge, JudgeContext, Question, Response, Verdict
+from lightning_llm.evaluation.judges import Judge, JudgeContext, Question, Response, Verdict, refuse_unknown_answers
 from lightning_llm.models.reward import RewardModel
 from lightning_llm.settings import UserError
 
@@ -116,7 +116,12 @@ class Substring:
         pass
 
     def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
-        """1 where it does, else 0."""
+        """1 where it does, else 0.
+
+        Raises:
+            UserError: nobody knows an answer.
+        """
+        refuse_unknown_answers("substring", questions)
         return [Verdict(float(q.answer in r.text)) for q, r in zip(questions, responses, strict=True)]
 
 

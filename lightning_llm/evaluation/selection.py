@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_llm.data.pairs import best_against_worst
 from lightning_llm.evaluation.config import RULES
 
 
@@ -86,7 +87,7 @@ def choose(
 def choose_pair(candidates: Sequence[Candidate], rule: str, *, chance: random.Random) -> tuple[int, int] | None:
     """Places of a chosen and a rejected response; None where no two differ.
 
-    best     the highest score against the lowest (Qwen 2, section 4.3); none if they are equal
+    best     the highest score against the lowest (`data/pairs.py`), of equal ones any
     random   any two of different text: a control without any judge
     """
     whole = [place for place, candidate in enumerate(candidates) if candidate.is_whole]
@@ -96,19 +97,23 @@ def choose_pair(candidates: Sequence[Candidate], rule: str, *, chance: random.Ra
     if rule == "random":
         others = [place for place in whole if candidates[place].text != candidates[whole[0]].text]
         return (whole[0], others[0]) if others else None
-    if not whole:
-        return None
-    chosen = max(whole, key=lambda place: _score(candidates[place]))
-    rejected = min(said, key=lambda place: _score(candidates[place]))
-    if _score(candidates[chosen]) <= _score(candidates[rejected]):
-        return None
-    return chosen, rejected
+    return best_against_worst([_score(candidate) for candidate in candidates], whole, said) if whole else None
 
 
 def _score(candidate: Candidate) -> float:
     if candidate.score is None:
         raise ValueError("a response has no score; judge it, or choose by the rule first or random")
     return candidate.score
+
+
+def count_dropped(candidates: Sequence[Candidate], minimum: float | None) -> dict[str, int]:
+    """How many candidates are never kept: cut off, empty (nothing is said), or below the minimum (of the others)."""
+    whole = [candidate for candidate in candidates if candidate.is_whole]
+    return {
+        "cut off": sum(not candidate.is_complete for candidate in candidates),
+        "empty": sum(candidate.is_complete and not candidate.is_whole for candidate in candidates),
+        "below": 0 if minimum is None else sum((candidate.score or 0.0) < minimum for candidate in whole),
+    }
 
 
 # ---- of all prompts ----

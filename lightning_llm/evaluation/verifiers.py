@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from lightning_llm.evaluation.config import ExactAnswerConfig, FormatConfig, UnitTestsConfig
-from lightning_llm.evaluation.judges import JudgeContext, Question, Response, Verdict, verify
+from lightning_llm.evaluation.judges import JudgeContext, Question, Response, Verdict, refuse_unknown_answers, verify
 from lightning_llm.evaluation.sandbox import Limits, passes, refuse_weak_kernel
 from lightning_llm.settings import UserError
 
@@ -26,9 +26,7 @@ class ExactAnswer:
         Raises:
             UserError: nobody knows an answer.
         """
-        if asked := next((question for question in questions if not question.answer), None):
-            what = f"compares with the answer, and none is known to {asked.prompt[:40]!r}"
-            raise UserError("judge exact_answer", what, "Give the rows an answer, or choose another judge")
+        refuse_unknown_answers("exact_answer", questions)
         return [Verdict(float(verify(q, r))) for q, r in zip(questions, responses, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -13,7 +14,15 @@ BELOW_ONE = 1 - 2**-53
 
 
 def request_uniforms(request: int, count: int, seed: int) -> Tensor:
-    """`count` numbers in [0, 1), float64, that depend on the seed and the request's number alone, not on its batch."""
+    """`count` numbers in [0, 1), float64, that depend on the seed and the request's number alone, not on its batch.
+
+    Args:
+        seed: in [0, 2^64). Below 2^32 it is one that somebody has typed; above, as a digest is, all of its bits and the
+            request's number are the key of a generator (Philox; Salmon et al. 2011), so that no two share any numbers.
+    """
+    if seed >= 2**32:  # torch's generator knows 32 bits of a seed
+        key = np.array([seed, request], np.uint64)
+        return torch.from_numpy(np.random.Generator(np.random.Philox(key=key)).random(count))
     mixed = (seed * 0x9E3779B1 + request) % 2**32  # neighbouring seeds share no request's numbers
     return torch.rand(count, generator=torch.Generator().manual_seed(mixed), dtype=torch.float64)
 

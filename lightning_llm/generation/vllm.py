@@ -4,11 +4,13 @@ Written after vLLM's documentation and tested against a fake of what is document
 vLLM itself, which takes a GPU and the extra `vllm`.
 
 What differs from our own engine: randomness is vLLM's, so that a seed gives other samples (each response has a seed of
-its own here as well, but kernels may depend on what runs beside it); weights are those of the directory.
+its own here as well, but kernels may depend on what runs beside it). Weights are those of the directory: there is no
+`refresh`, so a policy that is being trained cannot be sampled from. No stop strings, no listener, no dual chunks.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -57,17 +59,22 @@ class VLLMSampler:
         samples: int = 1,
         sampling: Sampling = GREEDY,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> list[Sample]:
         """`Sampler.sample`: responses to each prompt, all of the first prompt's, then the second's, and so on.
+
+        Args:
+            numbers: of each response, as there: a share of the responses is drawn as all of them would be.
 
         Raises:
             ValueError: as there.
         """
         limits = response_limits(prompts, samples, max_new_tokens, self.context)
         requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(samples)]
+        own = range(len(limits)) if numbers is None else numbers
         wanted = [
             self.parameters(**self.options(sampling, limit, stop_ids, seed_of(seed, number)))
-            for number, limit in enumerate(limits)
+            for number, limit in zip(own, limits, strict=True)
         ]
         return [read(output) for output in self.llm.generate(requests, wanted, use_tqdm=False)] if requests else []
 
@@ -91,8 +98,9 @@ class VLLMSampler:
 
 
 def seed_of(seed: int, number: int) -> int:
-    """Of one response: neighbouring seeds share none with each other."""
-    return (seed * 0x9E3779B1 + number) % 2**32
+    """Of one response, of 63 bits, which is what torch's generators take."""
+    digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def read(output: Any) -> Sample:

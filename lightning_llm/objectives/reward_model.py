@@ -62,7 +62,7 @@ class RewardModelling(Objective):
         if self.config.graded:
             cost, right, graded = self.grade(batch, read)
             total = total + self.config.grading_weight * cost
-            metrics["grading/accuracy"] = (right, graded)
+            metrics |= {"grading/loss": (cost.detach(), graded), "grading/accuracy": (right, graded)}
         return LossSum(total, count, metrics)
 
     def pair_losses(self, chosen: Tensor, rejected: Tensor, strength: Tensor) -> Tensor:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
@@ -13,14 +12,20 @@ from lightning_llm.data.config import SHORTEST_CONTEXT, DataConfig, SourceConfig
 from lightning_llm.data.embedded.options import check_embedded, refuse_columns
 from lightning_llm.data.places import is_prepared, source_options, split_path
 from lightning_llm.data.rows import FORMS
-from lightning_llm.evaluation.config import RULES
 from lightning_llm.models.config import check_scaling
-from lightning_llm.pipeline.live import FORMS as LIVE
+from lightning_llm.pipeline.judged import (
+    ASKED,
+    check_generation,
+    check_judging,
+    check_selected_rows,
+    check_selection,
+)
 from lightning_llm.pipeline.live import check_live
 from lightning_llm.pipeline.mappings import PHASES
 from lightning_llm.pipeline.names import name_nearest, unknown_entry
 from lightning_llm.pipeline.order import before_gates, order_of_stages, trained_behind
 from lightning_llm.pipeline.remade import check_mask_learning, check_pruning, check_upcycling
+from lightning_llm.pipeline.values import in_range, one_of, whole
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
@@ -63,10 +68,11 @@ def check(recipe: Recipe) -> None:
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
     order_of_stages(recipe.stages)
+    check_selected_rows(recipe.stages)
     _check_heads(recipe)
     check_compute(recipe.compute)
-    _in_range("limits.hours", recipe.limits.hours, low=0)
-    _in_range("seed", recipe.seed, low=0, below=2**63)
+    in_range("limits.hours", recipe.limits.hours, low=0)
+    in_range("seed", recipe.seed, low=0, below=2**63)
     known = _known_corpora(recipe)
     for name, source in recipe.scale.corpora.items():
         if name not in known:
@@ -108,17 +114,17 @@ def check_compute(compute: ComputeConfig) -> None:
     Raises:
         UserError: names the key.
     """
-    _one_of("compute.precision", compute.precision, ("fp32", "bf16"))
-    _one_of("compute.strategy", compute.strategy, ("single", "ddp"))
-    _one_of("compute.accelerator", compute.accelerator, ("cpu", "gpu"))
-    _one_of("compute.attention", compute.attention, ATTENTION)
-    _one_of("compute.activation_checkpointing", compute.activation_checkpointing, ("none", "full"))
-    _in_range("compute.devices", compute.devices, low=1)
+    one_of("compute.precision", compute.precision, ("fp32", "bf16"))
+    one_of("compute.strategy", compute.strategy, ("single", "ddp"))
+    one_of("compute.accelerator", compute.accelerator, ("cpu", "gpu"))
+    one_of("compute.attention", compute.attention, ATTENTION)
+    one_of("compute.activation_checkpointing", compute.activation_checkpointing, ("none", "full"))
+    in_range("compute.devices", compute.devices, low=1)
     if compute.devices > 1 and compute.strategy == "single":
         raise UserError("compute.devices", f"is {compute.devices} with strategy single", "Set compute.strategy=ddp")
-    _in_range("compute.micro_batch_tokens", compute.micro_batch_tokens, low=1)
+    in_range("compute.micro_batch_tokens", compute.micro_batch_tokens, low=1)
     for name in ("flops_per_second", "efficiency", "generation_efficiency", "memory_gib"):
-        _in_range(f"compute.{name}", getattr(compute, name), above=0)
+        in_range(f"compute.{name}", getattr(compute, name), above=0)
 
 
 def _check_name(name: str, key: str | None = None) -> None:
@@ -133,52 +139,25 @@ def _check_stage(key: str, stage: StageConfig, stages: Mapping[str, StageConfig]
     if isinstance(stage, TrainStage):
         _check_training(key, stage)
     elif isinstance(stage, GenerateStage):
-        _check_generation(key, stage)
+        check_generation(key, stage)
+        _check_data(f"{key}.data", stage.data)
     elif isinstance(stage, JudgeStage):
-        _one_of(f"{key}.kind", stage.kind, ("judge",))
-        _names_stages(key, stage.data)
+        check_judging(key, stage)
     elif isinstance(stage, SelectStage):
-        _check_selection(key, stage)
+        check_selection(key, stage, stages)
     elif isinstance(stage, MergeStage):
         _check_merging(key, stage)
     elif isinstance(stage, PruneStage):
-        _one_of(f"{key}.kind", stage.kind, ("prune",))
+        one_of(f"{key}.kind", stage.kind, ("prune",))
         check_pruning(key, stage, stages)
         _check_data(f"{key}.data", stage.data)
     elif isinstance(stage, UpcycleStage):
-        _one_of(f"{key}.kind", stage.kind, ("upcycle",))
+        one_of(f"{key}.kind", stage.kind, ("upcycle",))
         check_upcycling(key, stage)
 
 
-def _check_generation(key: str, stage: GenerateStage) -> None:
-    _one_of(f"{key}.kind", stage.kind, ("generate",))
-    if not stage.models:
-        raise UserError(f"{key}.models", "names nobody", "Name a stage, or several: [sft, dpo]")
-    if len(set(stage.models)) < len(stage.models):
-        raise UserError(f"{key}.models", "names one twice", "Raise per_prompt instead")
-    _one_of(f"{key}.data.form", stage.data.form, LIVE)
-    _check_data(f"{key}.data", stage.data)
-    for name, source in stage.data.sources.items():
-        if not isinstance(source.weight, int | float):
-            raise UserError(f"{key}.data.sources.{name}.weight", "is a ramp", "Give a number: prompts have no order")
-
-
-def _check_selection(key: str, stage: SelectStage) -> None:
-    _one_of(f"{key}.kind", stage.kind, ("select",))
-    _one_of(f"{key}.form", stage.form, ("conversations", "pairs"))
-    _one_of(f"{key}.rule", stage.rule, ("best", "random") if stage.form == "pairs" else RULES)
-    _one_of(f"{key}.balance", stage.balance, ("none", "difficulty"))
-    _names_stages(key, stage.data)
-    if stage.rule == "threshold" and stage.minimum_score is None:
-        raise UserError(f"{key}.minimum_score", "has no value, and rule=threshold keeps what reaches it", "Give one")
-    if stage.balance != "none" and stage.keep == 1:
-        raise UserError(f"{key}.keep", "is 1: all rows stay, whatever their difficulty", "Give a share below 1")
-    if stage.form == "pairs" and stage.per_prompt > 1:
-        raise UserError(f"{key}.per_prompt", "is above 1, and a prompt makes one pair", "Take it away")
-
-
 def _check_merging(key: str, stage: MergeStage) -> None:
-    _one_of(f"{key}.kind", stage.kind, ("merge",))
+    one_of(f"{key}.kind", stage.kind, ("merge",))
     if not stage.models:
         raise UserError(f"{key}.models", "names nobody", "Name stages, as [sft, dpo]")
     if len(set(stage.models)) < len(stage.models):
@@ -211,29 +190,22 @@ def _check_heads(recipe: Recipe) -> None:
             # a reward model begins as either, but what is merged has one head
             may = edge.setting == "starts_from" and scores.get(name) and isinstance(stage, TrainStage)
             if scores[edge.source] != wanted and not may:
-                kind = "a reward model" if scores[edge.source] else "a model that speaks"
+                kind = "a reward model" if scores[edge.source] else "a language model"
                 known = [other for other, is_scored in scores.items() if is_scored == wanted and other != name]
                 remedy = name_nearest(edge.source, known) if known else "Add one: +stage@stages.NAME=reward_model"
                 raise UserError(f"stages.{name}.{edge.setting}", f"{edge.source} is {kind}", remedy)
 
 
-def _names_stages(key: str, data: Sequence[str]) -> None:
-    if not data:
-        raise UserError(f"{key}.data", "names no stage", "Name one, as [sample]")
-    if len(set(data)) < len(data):
-        raise UserError(f"{key}.data", "names a stage twice", "Take one away")
-
-
 def _check_training(key: str, stage: TrainStage) -> None:
-    _one_of(f"{key}.kind", stage.kind, ("train",))
-    _one_of(f"{key}.phase", stage.phase, PHASES)
+    one_of(f"{key}.kind", stage.kind, ("train",))
+    one_of(f"{key}.phase", stage.phase, PHASES)
     given = [unit for unit in LENGTHS if getattr(stage, unit) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
         remedy = "Set the others to null" if given else f"Give one, as {key}.tokens=1e6"
         raise UserError(key, f"wants exactly one of {', '.join(LENGTHS)}, has {found}", remedy)
     for name in (*given, "epochs"):
-        _in_range(f"{key}.{name}", getattr(stage, name), above=0)
+        in_range(f"{key}.{name}", getattr(stage, name), above=0)
     for name in ("context", "batch_tokens") if stage.rollout is None else ("context",):
         if name == "context" and stage.context is None and stage.starts_from is not None:
             continue  # as where it starts from
@@ -244,7 +216,7 @@ def _check_training(key: str, stage: TrainStage) -> None:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{key}.{name}", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
         for entry in ramp:
-            _whole(f"{key}.{name}", entry["value"], low=SHORTEST_CONTEXT if name == "context" else 1, below=MOST_TOKENS)
+            whole(f"{key}.{name}", entry["value"], low=SHORTEST_CONTEXT if name == "context" else 1, below=MOST_TOKENS)
         if (
             name == "context"
             and len(ramp) > 1
@@ -260,14 +232,14 @@ def _check_training(key: str, stage: TrainStage) -> None:
     if len(warmups) > 1:
         raise UserError(f"{key}.lr", f"wants at most one of {', '.join(WARMUPS)}", "Set the others to null")
     for unit in warmups:
-        _in_range(f"{key}.lr.{unit}", getattr(stage.lr, unit), low=0)
+        in_range(f"{key}.lr.{unit}", getattr(stage.lr, unit), low=0)
     if stage.lr.warmup_share is not None and stage.lr.warmup_share > 1:
         raise UserError(f"{key}.lr.warmup_share", f"is {stage.lr.warmup_share:g}", "It is a share: at most 1")
     for rate in ("peak", "final", "final_share"):
         if (value := getattr(stage.lr, rate)) is not None:
-            _in_range(f"{key}.lr.{rate}", value, low=0)
+            in_range(f"{key}.lr.{rate}", value, low=0)
     if stage.evaluate_every is not None:
-        _in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
+        in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
     if stage.rope_scaling:
         try:
             check_scaling(stage.rope_scaling)
@@ -277,7 +249,7 @@ def _check_training(key: str, stage: TrainStage) -> None:
     objective = stage.objective
     check_live(key, stage)
     check_mask_learning(key, stage)
-    forms = objective.forms if stage.rollout is None else LIVE
+    forms = objective.forms if stage.rollout is None else ASKED
     if stage.data.form not in forms:
         raise UserError(
             f"{key}.data",
@@ -327,7 +299,7 @@ def _check_gate(name: str, stage: TrainStage, recipe: Recipe) -> None:
     """Refuse a gate that has no evaluation to look at, of the stage or of the model that it compares with."""
     key = f"stages.{name}"
     if not stage.evaluate or stage.objective.is_scored:
-        what = "is given, and a gate asks what a model that speaks is found to have learnt"
+        what = "is given, and a gate asks what a language model is found to have learnt"
         raise UserError(f"{key}.gate", what, f"Set {key}.evaluate=true" if not stage.evaluate else "Take it away")
     if not recipe.evaluation.text.sources:
         raise UserError("evaluation.text", f"has no source, and {key}.gate asks about text", "Give it one")
@@ -355,11 +327,11 @@ def _check_online_merging(key: str, stage: TrainStage) -> None:
 
 
 def _check_data(key: str, data: DataConfig) -> None:
-    _one_of(f"{key}.form", data.form, (*FORMS, "rankings"))
-    _one_of(f"{key}.on_error", data.on_error, ("stop", "skip"))
-    _one_of(f"{key}.on_long", data.on_long, ("drop", "truncate_left", "stop"))
-    _in_range(f"{key}.validation", data.validation, low=0, below=1)
-    _in_range(f"{key}.max_epochs", data.max_epochs, above=0)
+    one_of(f"{key}.form", data.form, (*FORMS, "rankings"))
+    one_of(f"{key}.on_error", data.on_error, ("stop", "skip"))
+    one_of(f"{key}.on_long", data.on_long, ("drop", "truncate_left", "stop"))
+    in_range(f"{key}.validation", data.validation, low=0, below=1)
+    in_range(f"{key}.max_epochs", data.max_epochs, above=0)
     for name, source in data.sources.items():
         _check_source(f"{key}.sources.{name}", source)
 
@@ -399,28 +371,4 @@ def _check_source(key: str, source: SourceConfig) -> None:
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{key}.weight", str(error), "Give a number or [{at: 0, value: ...}, ...]") from error
     for entry in ramp:
-        _in_range(f"{key}.weight", entry["value"], low=0)
-
-
-def _one_of(key: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise UserError(key, f"{value!r} is not one of its values", name_nearest(str(value), known))
-
-
-def _in_range(
-    key: str, value: Any, low: float = float("-inf"), above: float = float("-inf"), below: float = float("inf")
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UserError(key, f"is {value!r} and not a number", "Give a number")
-    if not (value >= low and value > above and value < below):
-        wanted = [f"at least {low:g}" * (low > float("-inf")), f"above {above:g}" * (above > float("-inf"))]
-        wanted += [f"below {below:g}" * (below < float("inf"))]
-        if not math.isfinite(value):
-            wanted = ["finite", *wanted]
-        raise UserError(key, f"is {value:g}", f"It must be {' and '.join(filter(None, wanted))}")
-
-
-def _whole(key: str, value: Any, low: int, below: int) -> None:
-    _in_range(key, value, low=low, below=below)
-    if value != int(value):
-        raise UserError(key, f"is {value:g} tokens", "Give a whole number")
+        in_range(f"{key}.weight", entry["value"], low=0)

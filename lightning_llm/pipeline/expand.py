@@ -320,7 +320,7 @@ class _Expansion:
         *,
         has_reference: bool,
     ) -> Node:
-        """Of a model that speaks, against what it started from.
+        """Of a language model, against what it started from.
 
         Args:
             context: the longest of its training.

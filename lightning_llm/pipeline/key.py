@@ -28,7 +28,8 @@ CONTRACTS = {
     "train": 1,
     "evaluate": 3,
     "gate": 1,
-    "generate": 1,
+    "generate": 2,
+    "live": 2,  # training with a rollout, in the place of train
     "merge": 1,
     "prune": 1,
     "upcycle": 1,
@@ -56,7 +57,7 @@ def node_keys(nodes: Sequence[Node], fingerprint: Fingerprint = source_fingerpri
         keys[node.name] = digest(
             {
                 "kind": node.kind,
-                "contract": CONTRACTS[node.kind],
+                "contract": CONTRACTS["live" if getattr(node.settings, "rollout", None) is not None else node.kind],
                 "settings": _settings(node),
                 "inputs": inputs,
                 "data": _fingerprints(node, fingerprint),

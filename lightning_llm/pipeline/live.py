@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.models.size import ScoreHead, forward_flops_per_token, parameter_counts
 from lightning_llm.objectives.config import DistillationConfig
+from lightning_llm.pipeline.judged import check_judge
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import TrainStage
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from lightning_llm.pipeline.expand import Node
 
 BYTES_PER_RECORDED_TOKEN = 24  # its id, three log-probabilities, its text
-FORMS = ("questions", "prompts")  # of data that a policy can answer
 
 
 def check_live(key: str, stage: TrainStage) -> None:
@@ -29,11 +29,11 @@ def check_live(key: str, stage: TrainStage) -> None:
     if stage.rollout is None:
         if objective.needs_samples:
             what = f"{objective.name} {learns}, and the stage has no rollout"
-            raise UserError(f"{key}.objective", what, "Begin the stage with stage@stages.NAME=rlhf")
+            raise UserError(f"{key}.objective", what, f"Begin the stage with stage@{key}=rlhf")
         if stage.judge is not None or stage.judged_by:
             setting = "judged_by" if stage.judge is None else "judge"
             what = "is given, and nothing is judged: the stage has no rollout"
-            raise UserError(f"{key}.{setting}", what, "Take it away, or begin with stage@stages.NAME=online_dpo")
+            raise UserError(f"{key}.{setting}", what, f"Take it away, or begin with stage@{key}=online_dpo")
         return
     if not learns_live(stage):
         what = f"{objective.name} does not learn from responses of the policy"
@@ -42,16 +42,17 @@ def check_live(key: str, stage: TrainStage) -> None:
         raise UserError(f"{key}.objective", what, "Choose dpo, ipo, mdpo, rloo, ppo, grpo or dapo")
     if not is_taught and stage.rollout.per_prompt < 2:
         what = f"is at least 2, as responses to a prompt are compared, is {stage.rollout.per_prompt}"
-        raise UserError(f"{key}.rollout.per_prompt", what, "Raise it")
+        raise UserError(f"{key}.rollout.per_prompt", what, f"Give {key}.rollout.per_prompt=2 or more")
     if isinstance(objective, DistillationConfig) and objective.teacher_weight != 1:
         what = f"is {objective.teacher_weight:g}, and the rest would be the student's own responses as labels"
         raise UserError(f"{key}.objective.teacher_weight", what, "Set it to 1")
     if stage.judge is None and not is_taught:
         what = f"has no value, and {key} {learns}"
         raise UserError(f"{key}.judge", what, f"Choose one: +judge@{key}.judge=exact_answer")
-    if stage.judge is not None and stage.judge.needs_reward_model and not stage.judged_by:
-        what = "names nobody, and the judge asks a reward model"
-        raise UserError(f"{key}.judged_by", what, "Name a stage, as [reward_model], or choose another judge")
+    if stage.judge is not None:
+        check_judge(key, stage.judge, stage.judged_by)
+    elif stage.judged_by:
+        raise UserError(f"{key}.judged_by", "is given, and nothing is judged", f"Take it away: {key}.judged_by=[]")
     if stage.starts_from is None:
         raise UserError(f"{key}.starts_from", "has no value: random weights have nothing to say", "Name a stage")
     if stage.batch_tokens is not None:

@@ -51,7 +51,7 @@ def as_user_error(error: BaseException, verb: str, loader: Any, overrides: Seque
     if isinstance(error, yaml.MarkedYAMLError):
         mark = error.problem_mark
         where = f"{_shown(mark.name)}:{mark.line + 1}" if mark else "YAML"
-        return UserError(where, f"is not YAML ({error.problem})", "Mend it")
+        return UserError(where, f"is not YAML ({error.problem})", "Mend that line, or the one before it")
     if isinstance(error, OverrideParseException):
         return UserError(COMMAND_LINE, f"{error.override!r} cannot be read", "Overrides have the form key=value")
     if isinstance(error, MissingConfigException):
@@ -205,6 +205,11 @@ def _not_composed(error: ConfigCompositionException, verb: str, loader: Any, ove
             f"{twice[1]} is chosen twice in the defaults of the files that {_chosen_files(overrides, loader)} chooses"
         )
         return UserError(COMMAND_LINE, what, "Write `override` before the second, at the end of its list")
+    if again := re.match(r"(?:schema/)?(\S+) appears more than once in the final defaults list", text):
+        if any(word.startswith(f"+{again[1]}=") for word in overrides):
+            what = f"{again[1].partition('@')[2] or again[1]} is there already"
+            remedy = f"Leave +{again[1]} out; without the +, {again[1]}=... makes another of it"
+            return UserError(COMMAND_LINE, what, remedy)
     if unchosen := re.match(r"Could not delete '([^']*)'. No match in the defaults list", text):
         return UserError(
             COMMAND_LINE, f"nothing chooses {unchosen[1]}, so ~{unchosen[1]} takes nothing away", "Leave it out"

@@ -97,6 +97,25 @@ def without_schema(path: str, schema: type, where: str) -> UserError:
     return UserError(where, f"{path} is {schema_name(schema)} of no kind", remedy)
 
 
+def refused_by(schema: type, path: str, error: ValueError) -> UserError:
+    """What a dataclass says of a value of its own, under the key of that value: its message begins with the field's
+    name, or with a path below it.
+
+    Args:
+        path: of the dataclass; empty for the settings of a verb.
+    """
+    name, _, fact = str(error).partition(" ")
+    name = name.removesuffix(":")
+    holder: Any = schema
+    for step in name.split(".")[:-1]:
+        holder = typing.get_type_hints(holder).get(step) if dataclasses.is_dataclass(holder) else None
+    last = name.rpartition(".")[2]
+    if not (dataclasses.is_dataclass(holder) and has_field(holder, last)):  # pyright: ignore[reportArgumentType]
+        return UserError(path or schema_name(schema), str(error), "Give its settings other values")
+    remedy = f"Give it another value ({describe(holder, last)})"  # pyright: ignore[reportArgumentType]
+    return UserError(f"{path}.{name}".lstrip("."), fact, remedy)
+
+
 def schema_name(schema: type) -> str:
     """A dataclass as the user knows it: `dpo`, `the stage`, `a source`."""
     for (group, name), option in OPTIONS.items():

@@ -37,6 +37,13 @@ def ancestors(name: str, stages: Mapping[str, StageConfig]) -> set[str]:
     return seen
 
 
+def unasked(stages: Mapping[str, StageConfig]) -> list[str]:
+    """The optional stages that no other is made from, directly or not."""
+    wanted = [name for name, stage in stages.items() if not getattr(stage, "optional", False)]
+    needed = set[str]().union(*(ancestors(name, stages) for name in wanted))
+    return [name for name in stages if name not in needed]
+
+
 def trained_behind(name: str, stages: Mapping[str, StageConfig]) -> str | None:
     """The stage that has trained a model: itself, of what is merged the first, of what is pruned or upcycled its start.
     None: a model of elsewhere."""
@@ -83,7 +90,11 @@ def _append(name: str, stages: Mapping[str, StageConfig], order: list[str], chai
 def _check_edge(name: str, edge: Edge, stages: Mapping[str, StageConfig]) -> None:
     where, source = f"stages.{name}.{edge.setting}", edge.source
     earlier = [
-        other for other, stage in stages.items() if stage.kind in edge.kinds and name not in ancestors(other, stages)
+        other
+        for other, stage in stages.items()
+        if stage.kind in edge.kinds
+        and name not in ancestors(other, stages)
+        and (edge.setting != "judged_by" or _scores(other, stages))
     ]
     if source in stages:
         if (kind := stages[source].kind) not in edge.kinds:
@@ -91,6 +102,14 @@ def _check_edge(name: str, edge: Edge, stages: Mapping[str, StageConfig]) -> Non
             raise UserError(where, what, name_nearest(source, earlier))
     elif not (edge.may_leave and Path(source).expanduser().is_dir()):
         what = f"{source} is neither a stage nor a folder with a model" if edge.may_leave else f"{source} is no stage"
+        if edge.setting == "judged_by" and not earlier:
+            raise UserError(where, what, "No stage trains a reward model. Add one: +stage@stages.NAME=reward_model")
         if edge.setting == "starts_from" and not earlier:
             raise UserError(where, what, "Name a folder, or take it away: starts_from=null")
         raise UserError(where, what, name_nearest(source, earlier))
+
+
+def _scores(name: str, stages: Mapping[str, StageConfig]) -> bool:
+    """Whether a stage leaves a reward model."""
+    trained = stages.get(trained_behind(name, stages) or "")
+    return isinstance(trained, TrainStage) and trained.objective.is_scored

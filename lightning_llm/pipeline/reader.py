@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lightning_llm.models.config import ModelConfig, check_values
 from lightning_llm.pipeline.mappings import known_entries
 from lightning_llm.pipeline.mistakes import COMMAND_LINE, file_of, groups
-from lightning_llm.pipeline.names import name_nearest, unknown_entry, unknown_setting, without_schema
+from lightning_llm.pipeline.names import name_nearest, refused_by, unknown_entry, unknown_setting, without_schema
 from lightning_llm.settings import OPTIONS, Buildable, UserError
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class _Reader:
             entries = {str(name): self.build(node[name], _join(path, name)) for name in node}
             if path != "stages":
                 return entries
+            self._refuse_chosen([name for name, stage in entries.items() if stage is None])
             return {name: stage for name, stage in entries.items() if stage is not None}  # null leaves a stage out
         if issubclass(schema, Buildable) and not hasattr(schema, "implementation"):
             file = self._file_chosen(path)
@@ -129,7 +130,15 @@ class _Reader:
         try:
             return schema(**values)
         except ValueError as error:
-            raise UserError(path or self.composition.verb, str(error), "Mend it") from error
+            raise refused_by(schema, path, error) from error
+
+    def _refuse_chosen(self, absent: Sequence[str]) -> None:
+        """An option of conf/stage/ that the user chooses for a stage which the recipe leaves out would do nothing."""
+        for name in absent:
+            group = f"stage@stages.{name}"
+            if any(word.lstrip("+").startswith(f"{group}=") for word in self.composition.overrides):
+                what = f"chooses {group}, and stages.{name} is null in {self._origin(f'stages.{name}')}"
+                raise UserError(COMMAND_LINE, what, "Give the stage a name of its own: +stage@stages.NAME=...")
 
     def _missing(self, key: str) -> UserError:
         if key.startswith("stages."):

@@ -17,6 +17,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import ModelConfig
 from lightning_llm.pipeline.checks import LENGTHS, WARMUPS, check, check_rounds
 from lightning_llm.pipeline.config import LimitsConfig, RecipeSettings, ScaleConfig, StoreConfig
+from lightning_llm.pipeline.order import order_of_stages, unasked
 from lightning_llm.pipeline.reader import build_settings
 from lightning_llm.pipeline.rounds import (
     published_in_round,
@@ -105,7 +106,7 @@ def build_recipe(composition: Composition, settings: RecipeSettings | None = Non
     )
     recipe = dataclasses.replace(recipe, rounds=stages_of_rounds(recipe.stages))
     try:
-        recipe = _unrolled(recipe)
+        recipe = _without_unasked(_unrolled(recipe))
         check(recipe)
     except UserError as error:  # rounds have names of their own, and their settings are typed once for all of them
         raise UserError(*(typed_key(part, recipe.rounds) for part in error.args)) from error
@@ -127,6 +128,18 @@ def _unrolled(recipe: Recipe) -> Recipe:
     )
     stages = {name: _one_length(recipe, name, stage) for name, stage in recipe.stages.items()}
     return dataclasses.replace(recipe, stages=stages)
+
+
+def _without_unasked(recipe: Recipe) -> Recipe:
+    """The recipe without the optional stages that nobody asks for; what the user says of one is for nothing then."""
+    if absent := unasked(recipe.stages):
+        order_of_stages(recipe.stages)  # a name that is misspelt asks for nobody: it is said while all are there
+    for name in absent:
+        own = f"stages.{name}."
+        if given := sorted(key for key in recipe.pinned if key.startswith(own) and key != f"{own}optional"):
+            what = f"is given, and {name} is left out: no stage is made from it"
+            raise UserError(given[0], what, f"Name it, as in judged_by=[{name}], or set stages.{name}.optional=false")
+    return dataclasses.replace(recipe, stages={n: stage for n, stage in recipe.stages.items() if n not in absent})
 
 
 def _one_length(recipe: Recipe, name: str, stage: StageConfig) -> StageConfig:

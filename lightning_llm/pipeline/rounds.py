@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lightning_llm.pipeline.names import name_nearest
+from lightning_llm.pipeline.names import name_nearest, refused_by
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import Edge, GenerateStage, RoundsStage, StageConfig, TrainStage
 
@@ -100,7 +100,7 @@ def in_round(config: Any, by_round: Any, turn: int, where: str) -> Any:
     try:
         return dataclasses.replace(config, **changes)
     except ValueError as error:
-        raise UserError(where, f"{error} (in round {turn + 1})", "Mend it") from error
+        raise refused_by(type(config), where, ValueError(f"{error} (in round {turn + 1})")) from error
 
 
 def _in_turn(stage: StageConfig, turn: int) -> StageConfig:

@@ -29,10 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning_llm import __version__
+from lightning_llm.pipeline.absent import refuse_absent_devices, refuse_absent_engines
 from lightning_llm.pipeline.examples import planned_rows
 from lightning_llm.pipeline.expand import Node
 from lightning_llm.pipeline.kernels import attention_lines, made_models
 from lightning_llm.pipeline.key import canonical, node_keys, outside_key
+from lightning_llm.pipeline.lacking import refuse_lacking
 from lightning_llm.pipeline.plan import Plan, duration, plan
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.rounds import typed_key
@@ -140,6 +142,8 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
                 )
                 record.seconds = time.monotonic() - began
                 record.write()
+                if node.kind == "prepare":
+                    _refuse_lacking(record, node, checked.to_make)
         record.status = "done"
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
@@ -158,6 +162,7 @@ class CheckedRun:
     chosen: Plan
     keys: dict[str, str]
     there: dict[str, Path | None]  # node -> its artifact
+    to_make: list[Node]
     attention: list[str]  # what its models compute with, a line each
 
 
@@ -181,10 +186,11 @@ def check_run(
     _refuse_folder("runs", Path(whole.recipe.runs).expanduser().absolute())
     _refuse_long(whole.recipe, to_make)
     refuse_absent(whole.recipe.logger.values())
-    _refuse_absent_device(whole.recipe, to_make)
+    refuse_absent_devices(whole.recipe, to_make)
+    refuse_absent_engines(whole.recipe, to_make)
     _refuse_damaged(whole, to_make)
     attention = attention_lines(whole.recipe.compute, to_make, made_models(whole.nodes))
-    return CheckedRun(whole, chosen, keys, there, attention)
+    return CheckedRun(whole, chosen, keys, there, to_make, attention)
 
 
 def _refuse_missing(checked: CheckedRun, store: Store) -> None:
@@ -216,22 +222,6 @@ def _refuse_long(recipe: Recipe, nodes: Sequence[Node]) -> None:
         )
 
 
-def _refuse_absent_device(recipe: Recipe, nodes: Sequence[Node]) -> None:
-    if recipe.compute.accelerator == "gpu" and any(node.kind != "prepare" for node in nodes):
-        import torch
-
-        if torch.cuda.device_count() < recipe.compute.devices:
-            raise UserError(
-                f"compute={recipe.compute.name}",
-                f"wants {recipe.compute.devices} GPUs, torch sees {torch.cuda.device_count()}",
-                "Choose compute=cpu, or fewer devices",
-            )
-    if recipe.compute.compile and any(node.kind == "train" for node in nodes):
-        from lightning_llm.models.compilation import refuse_absent_compiler
-
-        refuse_absent_compiler(recipe.compute.accelerator)
-
-
 def _refuse_damaged(whole: Plan, nodes: Sequence[Node]) -> None:
     """Files of models of elsewhere that are cut short, or are not those of their config.json."""
     own = {node.name for node in whole.nodes}
@@ -248,6 +238,13 @@ def _refuse_damaged(whole: Plan, nodes: Sequence[Node]) -> None:
 
 
 # ---- one node ----
+
+
+def _refuse_lacking(record: RunRecord, node: Node, to_make: Sequence[Node]) -> None:
+    try:
+        refuse_lacking(node, record.artifact(node.name), to_make)
+    except UserError as error:
+        raise UserError(*(typed_key(part, record.plan.recipe.rounds) for part in error.args)) from error
 
 
 def _run_node(
@@ -299,7 +296,16 @@ def _make(
     logged = LoggedRun(recipe.name, record.folder.name, list(recipe.logger.values())) if recipe.logger else None
     rows = planned_rows(recipe.stages.get(node.name))
     context = StageContext(
-        node.name, node.settings, inputs, claim.folder, recipe.compute, console, node.evaluate_every, logged, rows
+        node.name,
+        node.settings,
+        inputs,
+        claim.folder,
+        recipe.compute,
+        console,
+        node.evaluate_every,
+        logged,
+        rows,
+        node.inputs,
     )
     began = time.monotonic()
     try:

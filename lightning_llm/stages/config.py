@@ -159,6 +159,7 @@ class TrainStage(StageConfig):
     judged_by: list[str] = field(default_factory=list)  # reward models: stages, artifacts or directories
     averaging: AveragingConfig = field(default_factory=AveragingConfig)  # its model is a mean of the weights on its way
     gate: GateConfig = field(default_factory=GateConfig)  # what a run goes on for, as Llama 3 to the next context
+    optional: bool = False  # left out of the recipe where no other stage is made from it, as judged_by: [<this>]
 
     @property
     def passes(self) -> float:
@@ -272,7 +273,9 @@ class GenerateStage(StageConfig):
         if self.engine not in ENGINES:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, is {self.engine}")
         if self.engine == "vllm" and self.stop:
-            raise ValueError("stop strings are our own engine's: leave engine at own, or end responses by tokens")
+            raise ValueError("stop is our own engine's: leave engine at own, or end responses by tokens")
+        if not self.sampling.temperature and self.per_prompt > 1:
+            raise ValueError("sampling.temperature is 0: all responses of a model to a prompt would be the same")
 
 
 @option("stage", "judge")

@@ -33,6 +33,7 @@ class StageContext:
     evaluate_every: float | None = None  # tokens between validation losses; none: a tenth of the stage
     logged: LoggedRun | None = None  # where figures of training go besides metrics.jsonl
     rows: float | None = None  # that the tokens of the stage were planned to be, where they were planned as rows
+    names: Mapping[str, str] = field(default_factory=dict)  # role -> what the recipe calls that input
 
 
 @dataclass

@@ -51,7 +51,7 @@ def run(context: StageContext) -> StageResult:
     Raises:
         UserError: the models and the prompts have different tokenizers, or there is nothing to be asked.
     """
-    refuse_other_tokenizer(f"stage {context.name}", context.inputs)
+    refuse_other_tokenizer(f"stages.{context.name}.models", context.inputs)
     settings: GenerateSettings = context.settings
     device = "cuda" if context.compute.accelerator == "gpu" else "cpu"
     directories = [model_directory(context.inputs[f"model.{number}"]) for number in range(len(settings.models))]
@@ -172,9 +172,6 @@ class Member:
         if self._sampler is None:
             compute, precision = self.context.compute, self.settings.precision
             if self.settings.engine == "vllm":
-                if compute.accelerator != "gpu":
-                    remedy = "Use compute=gpu, or leave engine at own"
-                    raise UserError(f"stage {self.context.name}: engine", "vllm needs a GPU", remedy)
                 dtype = "bfloat16" if precision == "bf16" else "float32"
                 self._sampler = VLLMSampler(self.directory, context=self.config.max_position_embeddings, dtype=dtype)
                 return self._sampler

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from lightning_llm.evaluation.config import JudgeConfig
 from lightning_llm.evaluation.judges import Judge, JudgeContext
+from lightning_llm.models.families import read_config
+from lightning_llm.models.size import ScoreHead, forward_flops
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import JudgeSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
 from lightning_llm.stages.samples import SAMPLES, VERDICTS, Json, Sampled, grow_rows, read_rows
 
 TOGETHER = 64  # prompts between two writes
+JudgingCost = Callable[[Sequence[tuple[int, int]]], float]  # FLOPs of segments, given as (tokens, tokens of the prefix)
 
 
 def run(context: StageContext) -> StageResult:
@@ -33,8 +36,9 @@ def run(context: StageContext) -> StageResult:
     samples = numbered(context.inputs, "samples")
     judge, device = build_judge(context, samples), device_of(context)
     total = sum(1 for path in samples for _ in read_rows(path / SAMPLES))
+    cost = judging_cost(context)
     if not total:
-        raise UserError(f"stage {context.name}", "has no samples to judge", "Sample some")
+        raise UserError(f"stages.{context.name}.data", "names stages without samples", "Sample some")
     rows = itertools.chain.from_iterable(read_rows(path / SAMPLES) for path in samples)
     with (
         torch.inference_mode(),
@@ -47,7 +51,10 @@ def run(context: StageContext) -> StageResult:
             if done and not reader.read:
                 context.console.note(f"{done} of {total} prompts were judged before")
             context.console.update(done, total, "prompts")
-    return StageResult(metrics_of(read_rows(verdicts)))
+    rows = (row for path in samples for row in read_rows(path / SAMPLES))
+    return StageResult(
+        metrics_of(read_rows(verdicts)), flops=sum(cost(segments_of(row)) for row in rows) if cost else 0
+    )
 
 
 def build_judge(context: StageContext, data: Sequence[Path]) -> Judge:
@@ -62,10 +69,27 @@ def build_judge(context: StageContext, data: Sequence[Path]) -> Judge:
     models = numbered(context.inputs, "reward_model")
     judging = {f"model.{number}": path for number, path in enumerate(models)}
     for path in data:
-        refuse_other_tokenizer(f"stage {context.name}", {"data": path, **judging})
+        refuse_other_tokenizer(f"stages.{context.name}.judged_by", {"data": path, **judging})
     directories, most = [model_directory(path) for path in models], context.compute.micro_batch_tokens
     config: JudgeConfig = context.settings.judge
     return config.build(JudgeContext(directories, device_of(context), most, context.settings.seed))
+
+
+def judging_cost(context: StageContext) -> JudgingCost | None:
+    """What the reward models among a stage's inputs compute for a prompt with its responses; None: there are none."""
+    shapes = [read_config(model_directory(path)) for path in numbered(context.inputs, "reward_model")]
+    head = ScoreHead()  # scores alone: nobody asks for grades
+
+    def cost(segments: Sequence[tuple[int, int]]) -> float:
+        return sum(forward_flops(shape, segments, head) for shape in shapes)
+
+    return cost if shapes else None
+
+
+def segments_of(row: Json) -> list[tuple[int, int]]:
+    """(tokens, tokens of its prefix) of the prompt of a row of samples and of its responses."""
+    prompt = len(row["prompt_ids"])
+    return [(prompt, 0), *((len(response["ids"]), prompt) for response in row["responses"])]
 
 
 def device_of(context: StageContext) -> str:

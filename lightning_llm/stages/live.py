@@ -6,7 +6,7 @@ from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import Transformer
 from lightning_llm.stages.config import TrainSettings
 from lightning_llm.stages.context import StageContext
-from lightning_llm.stages.judge import build_judge
+from lightning_llm.stages.judge import build_judge, judging_cost
 from lightning_llm.training.actor import Actor
 from lightning_llm.training.rollout import Rollouts
 
@@ -41,4 +41,5 @@ def build_rollouts(context: StageContext, policy: Transformer, tokenizer: Tokeni
         total_tokens=settings.tokens,
         seed=settings.seed,
         records=context.output / RECORDS,
+        judging_cost=judging_cost(context),
     )

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_llm.evaluation.config import SCORED
 from lightning_llm.evaluation.selection import (
     Candidate,
     Group,
     choose,
     choose_pair,
+    count_dropped,
     difficulty_class,
     keep_share,
     who_won,
@@ -56,11 +58,7 @@ def run(context: StageContext) -> StageResult:
     chance = random.Random(f"{settings.seed} rows")
     stay = [rows[place] for place in keep_share(classes, settings.keep, chance, balance=settings.balance != "none")]
     if not stay:
-        raise UserError(
-            f"stage {context.name}",
-            f"keeps none of {sum(len(prompt.candidates) for prompt in prompts):,} responses",
-            "Lower minimum_score, or sample more of each prompt",
-        )
+        raise _keeps_none(context, groups, len(rows))
     write_rows(context.output / ROWS, [_row(prompts[number], kept, settings.form) for number, kept in stay])
     chosen: dict[int, list[int]] = {}
     for number, kept in stay:
@@ -150,6 +148,35 @@ def _row(prompt: Prompt, kept: tuple[int, ...], form: str) -> Json:
         texts = {"chosen": chosen.text, "rejected": prompt.candidates[kept[1]].text}
         return {"prompt": prompt.messages, **texts, "answer": prompt.answer, **beside}
     return {"messages": [*prompt.messages, {"role": "assistant", "content": chosen.text}], **beside}
+
+
+def _keeps_none(context: StageContext, groups: Sequence[Group], rows: int) -> UserError:
+    """What has become of all responses, and what would mend most of it."""
+    settings: SelectSettings = context.settings
+    own, scored = f"stages.{context.name}", settings.rule in SCORED
+    candidates = [candidate for group in groups for candidate in group.candidates]
+    dropped = count_dropped(candidates, settings.minimum_score if scored else None)
+    samplers = dict.fromkeys(name for role, name in context.names.items() if role.startswith("samples."))
+    longer = " and ".join(f"stages.{name}.max_new_tokens" for name in samplers) or "max_new_tokens of what was sampled"
+    minimum = f"{own}.minimum_score"
+    if rows:
+        return UserError(f"{own}.keep", f"is {settings.keep:g}, and leaves none of {rows:,} rows", "Raise it")
+    facts = {
+        "cut off": f"{dropped['cut off']:,} were cut off",
+        "empty": f"{dropped['empty']:,} say nothing",
+        "below": f"{dropped['below']:,} score below {minimum}",
+    }
+    remedies = {
+        "cut off": f"Raise {longer}",
+        "empty": "Train longer what was sampled from, or sample more of each prompt",
+        "below": f"Lower {minimum}, or sample more of each prompt",
+    }
+    said = [fact for name, fact in facts.items() if dropped[name]]
+    if left := len(candidates) - sum(dropped.values()):  # of pairs alone: one response keeps itself
+        said.append(f"{left:,} are not better than another to their prompt")
+    most = max(dropped, key=lambda name: dropped[name])
+    remedy = remedies[most] if dropped[most] >= left else "Sample more of each prompt, or at a higher temperature"
+    return UserError(own, f"keeps none of {len(candidates):,} responses: {', '.join(said)}", remedy)
 
 
 # ---- what is said of it ----

@@ -8,7 +8,7 @@ a record asks, which number each response has, which responses a step learns fro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -77,18 +77,21 @@ class Rollouts:
         total_tokens: int,
         seed: int,
         records: Path,
+        judging_cost: Callable[[list[tuple[int, int]]], float] | None = None,
     ):
         """
         Args:
             prepared: an artifact of the stage `prepare`, of form questions or prompts.
             as_pairs: learn from the best response to each prompt against the worst; otherwise from all.
             batch_ramp: nominal tokens of an optimizer step; they decide how many steps there are.
+            judging_cost: FLOPs of the models that judge, for segments given as (tokens, tokens of the prefix); None: no
+                model judges.
 
         Raises:
             UserError: no prompt can be asked.
         """
         self.actor, self.config, self.as_pairs = actor, actor.config, as_pairs
-        self.seed, self.records = seed, records
+        self.seed, self.records, self.judging_cost = seed, records, judging_cost
         self.plan = BatchPlan(batch_ramp, total_tokens)
         self.steps = self.plan.steps
         self.sources = list(data.sources)
@@ -193,7 +196,8 @@ class Rollouts:
         if rank == 0:
             record.save(folder)
         segments = [segment for group in record.groups for segment in group.segments]
-        return record, 3 * forward_flops(self.actor.policy.config, segments)  # drawn, and scored by two models
+        judged = 0.0 if self.judging_cost is None else self.judging_cost(segments)
+        return record, 3 * forward_flops(self.actor.policy.config, segments) + judged  # drawn, and scored by two models
 
     @property
     def _steps_of_record(self) -> int:
@@ -242,7 +246,7 @@ def figures(groups: Sequence[Group], sampling: SamplingConfig, judged: bool = Tr
     count, tokens = len(responses), sum(len(response.ids) for response in responses)
     rewards: Sums = {}
     if judged:
-        ties = sum(group.pair() is None for group in groups)
+        ties = sum(group.is_tied for group in groups)
         rewards["reward/mean"] = (sum(response.reward for response in responses), count)
         rewards["reward/ties"] = (ties, len(groups))
     found: Sums = rewards | {

@@ -1,5 +1,7 @@
 """A record of experience: the same after it was saved, and batches that say what it says."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,13 +11,13 @@ from lightning_llm.data.experience import COLUMNS, TOKEN_LOGPS, Drawn, Experienc
 CHANCE = np.random.default_rng(0)
 
 
-def drawn(length, reward, text="naïve 你好"):
+def drawn(length, reward, text="naïve 你好", is_complete=True):
     logps = {name: -CHANCE.random(length).astype(np.float32) for name in TOKEN_LOGPS}
-    return Drawn(CHANCE.integers(0, 90, length).tolist(), text, length < 4, reward, {"form": reward / 3}, **logps)
+    return Drawn(CHANCE.integers(0, 90, length).tolist(), text, is_complete, reward, {"form": reward / 3}, **logps)
 
 
 def group(rewards, prompt=3):
-    responses = [drawn(int(CHANCE.integers(1, 7)), reward) for reward in rewards]
+    responses = [drawn(int(CHANCE.integers(1, 7)), reward, is_complete=reward != 0) for reward in rewards]
     return Group({"source": "a", "answer": "7"}, CHANCE.integers(0, 90, prompt).tolist(), responses)
 
 
@@ -73,6 +75,19 @@ def test_a_pair_is_the_best_against_the_worst_and_ties_are_none():
     batch = build_batch([pairs[0], pairs[2]])
     chosen, rejected = batch.pairs(batch.columns["rewards"])
     assert (chosen > rejected).all()
+
+
+def test_what_was_cut_off_is_never_chosen_and_may_be_rejected():
+    """As in a selection of samples: the same rule, and the same function."""
+    whole, cut = GROUPS[0].responses[0], replace(GROUPS[0].responses[0], is_complete=False)
+    best_is_cut = Group({}, [1], [replace(cut, reward=2.0), replace(whole, reward=1.0), replace(whole, reward=0.0)])
+    assert [response.reward for response in best_is_cut.pair().responses] == [1.0, 0.0]
+    worst_is_cut = Group({}, [1], [replace(whole, reward=1.0), replace(cut, reward=0.0)])
+    assert [response.is_complete for response in worst_is_cut.pair().responses] == [True, False]
+    nothing_better = Group({}, [1], [replace(cut, reward=1.0), replace(whole, reward=0.0)])
+    assert nothing_better.pair() is None
+    assert not nothing_better.is_tied
+    assert GROUPS[1].is_tied
 
 
 def test_nothing_makes_a_batch_in_which_nothing_counts():

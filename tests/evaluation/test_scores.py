@@ -95,6 +95,13 @@ def test_the_substring_reward_is_hacked_by_saying_everything():
     assert mean(exact, honest) > 0 == mean(exact, hacked)
 
 
+def test_the_substring_of_an_unknown_answer_is_refused():
+    """The empty text stands in every other: all responses would be worth 1."""
+    questions = [*QUESTIONS[:1], Question("prompts", "say something", [1], "")]
+    with pytest.raises(UserError, match="substring: compares with the answer, and none is known to 'say something'"):
+        SubstringConfig().build(HERE)(questions, RESPONSES[:2])
+
+
 def test_the_random_control_knows_nothing_and_says_the_same_again():
     judge = RandomConfig().build(JudgeContext(seed=3))
     questions = [Question("sum", f"q {number}", [number], "7") for number in range(400)]

@@ -185,7 +185,7 @@ def test_stop_strings_end_responses_in_a_batch(model, prompts):
         for before, after in zip(whole, found, strict=True):
             text = decode_ids([id for id in before.ids if id != 7])
             ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
-            assert after.ids == before.ids[: min(ends)] if ends else before.ids
+            assert after.ids == (before.ids[: min(ends)] if ends else before.ids)
             assert after.is_stopped == bool(ends)
         assert {response.is_stopped for response in found} == {True, False}
 

@@ -44,6 +44,16 @@ def test_uniforms_belong_to_seed_and_request():
     assert torch.equal(request_uniforms(3, 5, seed=1), request_uniforms(3, 9, seed=1)[:5])
     drawn = {request_uniforms(request, 1, seed).item() for request in range(50) for seed in range(50)}
     assert len(drawn) == 2500
+    large = 2**64 - 1
+    assert torch.equal(request_uniforms(3, 5, seed=large), request_uniforms(3, 9, seed=large)[:5])
+    assert 0.49 < torch.cat([request_uniforms(request, 20, large) for request in range(1000)]).mean() < 0.51
+
+
+def test_no_bit_of_a_large_seed_is_lost():
+    """Seeds that are equal modulo 2^32, and whatever else differs in one bit, share no numbers."""
+    seeds = [2**63 + 1, *(2**63 + 1 + 2**bit for bit in range(1, 63))]
+    drawn = {request_uniforms(request, 1, seed).item() for request in (0, 1, 2**31, 2**40) for seed in seeds}
+    assert len(drawn) == 4 * len(seeds)
 
 
 @pytest.mark.parametrize(

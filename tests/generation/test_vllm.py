@@ -71,6 +71,8 @@ def test_the_interface_is_the_engines(directory, monkeypatch):
     assert len({tuple(each.ids) for each in drawn[:4]}) == 4  # each response has a seed of its own
     assert drawn == sampler.sample(prompts, seed=1, **options) != sampler.sample(prompts, seed=2, **options)
     assert all(logp < 0 for each in drawn for logp in each.logps)
+    options["samples"], numbers = 2, [2, 3, 6, 7, 10, 11]  # the second half of each prompt's
+    assert sampler.sample(prompts, seed=1, numbers=numbers, **options) == [drawn[number] for number in numbers]
     assert sampler.sample([], max_new_tokens=4, stop_ids=()) == []
 
 

@@ -96,7 +96,7 @@ def test_the_users_own_steps():
         ([f"+{STEP}.lr=[1,2]"], "by_round"),
         (["+stages.lengthen.by_round.steep.context=[1]"], r"by_round\.steep: there is no stage steep.* step"),
         (["stages.lengthen.stages.step.context=512"], rf"is another one in each round\. Give {STEP}\.context="),
-        (["stages.lengthen.stages.step.gate.needle=2"], "needle is a share"),
+        (["stages.lengthen.stages.step.gate.needle=2"], "needle: is a share"),
         (["stages.lengthen.stages.step.evaluate=false"], r"step\.gate: is given, .*evaluate=true"),
         (
             ["stages.pretrain.evaluate=false"],

@@ -85,9 +85,9 @@ def test_a_scale_says_how_many_prompts_a_step_has():
             "stages.online_dpo.judge: is given, and nothing",
         ),
         (["stages.online_dpo.rollout.per_prompt=1"], "stages.online_dpo.rollout.per_prompt: is at least 2"),
-        (["stages.online_dpo.rollout.epochs=9"], "stages.online_dpo.rollout: max_staleness is 7"),
+        (["stages.online_dpo.rollout.epochs=9"], "stages.online_dpo.rollout.max_staleness: is 7"),
         (["stages.online_dpo.rollout.prompt=9"], "stages.online_dpo.rollout.prompt"),
-        (["stages.online_dpo.judged_by=[sft]"], "stages.online_dpo.judged_by: sft is a model that speaks"),
+        (["stages.online_dpo.judged_by=[sft]"], "stages.online_dpo.judged_by: sft is a language model"),
         (["objective@stages.sft.objective=mdpo"], "stages.sft.objective: mdpo learns from what the policy samples"),
     ],
 )

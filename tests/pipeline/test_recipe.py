@@ -70,15 +70,15 @@ COMMAND_LINE = {
     "stages.last.objective.name=ipo": ["stages.last.objective.name is ipo", "objective@stages.last.objective=ipo"],
     "recipe=../recipe/pair": ["recipe: '../recipe/pair' is a path", "--config-dir"],
     "stages.base.context=[128]": ["stages.base.context: an entry of a ramp has the keys at and value, got 128"],
-    "scale.pretraining_tokens=0": ["scale: pretraining_tokens must be a number of at least 1"],
-    "scale.minimum_steps=0": ["scale: minimum_steps", "at least 1"],
-    "scale.context=1": ["scale: context", "at least 4"],
-    "scale.validation=2": ["scale: validation must be a share below 1"],
-    "scale.phases.preference.lr_factor=-1": ["scale.phases.preference: lr_factor", "at least 0"],
-    "scale.phases.preference.examples=inf": ["scale.phases.preference: examples", "is inf"],
-    "compute.threads=0": ["compute: threads", "at least 1"],
-    "compute.efficiency=5": ["compute: efficiency", "at most 1"],
-    "tokenizer.sample_bytes=-1": ["tokenizer: sample_bytes", "at least 1"],
+    "scale.pretraining_tokens=0": ["scale.pretraining_tokens: must be a number of at least 1"],
+    "scale.minimum_steps=0": ["scale.minimum_steps", "at least 1"],
+    "scale.context=1": ["scale.context", "at least 4"],
+    "scale.validation=2": ["scale.validation: must be a share below 1"],
+    "scale.phases.preference.lr_factor=-1": ["scale.phases.preference.lr_factor", "at least 0"],
+    "scale.phases.preference.examples=inf": ["scale.phases.preference.examples", "is inf"],
+    "compute.threads=0": ["compute.threads", "at least 1"],
+    "compute.efficiency=5": ["compute.efficiency", "at most 1"],
+    "tokenizer.sample_bytes=-1": ["tokenizer.sample_bytes", "at least 1"],
     "+scale.phases.sftt.examples=5": ["scale.phases.sftt is not there", "The nearest is sft"],
     "stages.base.lr.warmup_share=2": ["stages.base.lr.warmup_share: is 2", "at most 1"],
     "+stage@stages.last=sft": ["stage@stages.last is chosen already", "stage@stages.last=sft, without the +"],
@@ -126,7 +126,7 @@ COMMAND_LINE = {
     "model.initializer_range=-1": ["model.initializer_range: must be above 0"],
     "model.hidden_act=relu": ["model.hidden_act: must be silu or gelu_pytorch_tanh, got relu"],
     "stages.last.data.sources.preferences.max_rows=0": [
-        "stages.last.data.sources.preferences: max_rows must be at least 1, is 0"
+        "stages.last.data.sources.preferences.max_rows: must be at least 1, is 0"
     ],
     # new keys of open mappings: what to type, or the nearest
     "model.rope_parameters.factor=4": ["Type +model.rope_parameters.factor=4, with a plus"],

@@ -12,6 +12,7 @@ from lightning_llm import compose, run
 from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.models.reward import RewardModel
+from lightning_llm.models.size import ScoreHead, forward_flops
 from lightning_llm.report import report
 from lightning_llm.settings import UserError
 from lightning_llm.stages.samples import read_rows
@@ -106,10 +107,23 @@ def test_samples_are_judged_by_its_scores(judged):
         assert [each["score"] for each in verdict["verdicts"]] == pytest.approx(expected, abs=1e-4)
 
 
+def test_what_judging_computes_is_on_record(judged):
+    """Every prompt once and every response behind it, by the formula of models/size.py on what was really read."""
+    config = RewardModel.from_pretrained(judged.artifact("reward_model") / "model").config
+    expected = 0.0
+    for row in read_rows(judged.artifact("sample") / "samples.jsonl"):
+        batch = SegmentBatch.from_groups([row["prompt_ids"]], [[each["ids"] for each in row["responses"]]])
+        expected += forward_flops(config, batch.extents, ScoreHead())
+    record = json.loads((judged.artifact("score") / "stage.json").read_text())
+    assert record["flops"] == pytest.approx(expected)
+    planned = next(node.figures["flops"] for node in judged.plan.nodes if node.name == "score")
+    assert 0 < expected <= planned  # which takes all responses to be as long as they may be
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["stages.score.judged_by=[dpo]"], "stages.score.judged_by: dpo is a model that speaks. .*reward_model"),
+        (["stages.score.judged_by=[dpo]"], "stages.score.judged_by: dpo is a language model. .*reward_model"),
         (["stages.sample.models=[reward_model]"], "stages.sample.models: reward_model is a reward model"),
         (["stages.dpo.starts_from=reward_model"], "stages.dpo.starts_from: reward_model is a reward model"),
         (["objective@stages.sft.objective=mdpo"], "stages.sft.objective: mdpo learns from what the policy samples"),

@@ -74,7 +74,7 @@ def test_the_key_knows_how():
             ["stages.upcycle.num_experts_per_tok=9"],
             r"stages.upcycle.num_experts_per_tok: must lie in \[1, num_experts\]",
         ),
-        (["stages.upcycle.reinitialised=1.5"], r"reinitialised is a share in \[0, 1\]"),
+        (["stages.upcycle.reinitialised=1.5"], r"reinitialised: is a share in \[0, 1\]"),
         (
             ["model=llama3_1_8b"],
             "stages.upcycle.starts_from: family of the model is llama, and mixtures of",

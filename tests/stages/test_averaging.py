@@ -144,10 +144,10 @@ def test_a_recipe_says_so_and_its_plan_knows_what_it_costs():
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("method=polyack", "method is one of none, polyak, ema, is 'polyack'"),
-        ("from_share=1", "from_share lies in"),
-        ("every=0", "every must be a number of at least 1"),
-        ("decay=1", "decay lies in"),
+        ("method=polyack", "method: is one of none, polyak, ema, is 'polyack'"),
+        ("from_share=1", "from_share: lies in"),
+        ("every=0", "every: must be a number of at least 1"),
+        ("decay=1", "decay: lies in"),
     ],
 )
 def test_a_mistake_is_one_line(word, says):

@@ -14,6 +14,7 @@ from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import DataConfig, SourceConfig
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.generation.config import SamplingConfig
+from lightning_llm.generation.sampling import request_uniforms
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.settings import UserError
@@ -139,7 +140,7 @@ def test_what_was_interrupted_is_continued_and_nobody_can_tell(cut, sampled, inp
     with monkeypatch.context() as patch:
         patch.setattr(generate.Member, "sample", note)
         generate.run(context)
-    assert asked == [(1, 4), (1, 8)] if cut == "after a chunk" else [(1, 0), (1, 4), (1, 8)]  # the first is not asked
+    assert asked == ([(1, 4), (1, 8)] if cut == "after a chunk" else [(1, 0), (1, 4), (1, 8)])  # the first is not asked
     assert (context.output / "samples.jsonl").read_bytes() == expected
 
 
@@ -168,11 +169,6 @@ def test_stop_strings_are_left_out_of_texts(sampled, inputs, context_of):
     assert any(len(cut["ids"]) < len(whole["ids"]) for whole, cut in zip(before, after, strict=True))
 
 
-def test_vllm_wants_a_gpu(inputs, context_of):
-    with pytest.raises(UserError, match="vllm needs a GPU"):
-        generate.run(context_of(settings(engine="vllm"), inputs))
-
-
 def test_seeds_models_and_rounds_draw_otherwise(sampled, inputs, context_of):
     first = list(read_rows(sampled[1] / "samples.jsonl"))
     twins = dict(inputs, **{"model.1": inputs["model.0"]})
@@ -187,6 +183,15 @@ def test_seeds_models_and_rounds_draw_otherwise(sampled, inputs, context_of):
     for row in first:
         if responses := again.get(row["prompt"][0]["content"]):
             assert [r["ids"] for r in responses] != [r["ids"] for r in row["responses"]]
+
+
+def test_no_two_chunks_share_random_numbers():
+    """Of three models, six rounds and 60 chunks each: the first number of each response is nobody else's."""
+    chunks = [(model, turn, first) for model in range(3) for turn in range(6) for first in range(0, 3840, 64)]
+    seeds = [generate.seed_of(0, *chunk) for chunk in chunks]
+    drawn = {request_uniforms(number, 1, seed).item() for seed in seeds for number in range(8)}
+    assert len(drawn) == 8 * len(chunks)
+    assert max(seeds) >= 2**63  # all 64 bits are used
 
 
 def test_a_file_grows_by_whole_chunks(tmp_path):

@@ -95,6 +95,35 @@ def test_pairs_are_read_as_pairs(inputs, context_of):
         assert scores(number)[texts.index(content["rejected"])] == 0.0
 
 
+def test_what_was_dropped_is_counted_and_the_remedy_goes_by_it(inputs, context_of):
+    """Of 48 responses most were cut off, say nothing, or score below the minimum: each with its own remedy."""
+
+    def says(change, **changes):
+        for role in ("samples.0.0", "samples.0.1"):
+            path = inputs[role] / "samples.jsonl"
+            rows = list(read_rows(path))
+            for row in rows:
+                for place, response in enumerate(row["responses"]):
+                    response |= change(place)
+            write_rows(path, rows)
+        names = {"samples.0.0": "sample", "samples.0.1": "more", "verdicts.0": "score"}
+        with pytest.raises(UserError) as told:
+            select.run(context_of(settings(**changes), inputs, names=names))
+        return str(told.value)
+
+    assert says(lambda place: {}, minimum_score=2.0) == (
+        "stages.stage: keeps none of 48 responses: 48 score below stages.stage.minimum_score. "
+        "Lower stages.stage.minimum_score, or sample more of each prompt."
+    )
+    assert says(lambda place: {}, keep=0.01) == "stages.stage.keep: is 0.01, and leaves none of 12 rows. Raise it."
+    assert says(lambda place: {"text": "" if place == 3 else "x", "is_complete": place == 3}) == (
+        "stages.stage: keeps none of 48 responses: 36 were cut off, 12 say nothing. "
+        "Raise stages.sample.max_new_tokens and stages.more.max_new_tokens."
+    )
+    whole = {"text": "the same", "is_complete": True}
+    assert "48 are not better than another" in says(lambda place: whole, form="pairs", rule="random")
+
+
 def test_hard_prompts_weigh_as_much_as_easy_ones(inputs, context_of):
     _, rows, table = run(context_of, inputs, minimum_score=0.5, keep=4 / 9, balance="difficulty")
     assert len(rows) == 4

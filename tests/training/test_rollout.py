@@ -60,13 +60,14 @@ DATA = DataConfig("both", "prompts", {"fox": SourceConfig(weight=2.0), "dog": So
 def rollouts(policy, tokenizer, prepared, tmp_path):
     """`rollouts(**settings)` -> a live source of six steps."""
 
-    def make(as_pairs=False, records="experience", steps_in_all=6, data=DATA, **named):
+    def make(as_pairs=False, records="experience", steps_in_all=6, data=DATA, judging_cost=None, **named):
         config = RolloutConfig(**{"prompts": 6, "per_prompt": 3, "max_new_tokens": 6, "held_out": 3} | named)
         judge = RandomConfig().build(JudgeContext())
         parts = {"context": CONTEXT, "max_tokens": 200, "precision": "fp32", "seed": 7}
         actor = Actor(policy, judge, tokenizer, config, **parts)
         length = {"batch_ramp": [{"at": 0, "value": 100}], "total_tokens": 100 * steps_in_all}
-        return Rollouts(prepared, data, actor, as_pairs=as_pairs, seed=7, records=tmp_path / records, **length)
+        length |= {"judging_cost": judging_cost, "records": tmp_path / records}
+        return Rollouts(prepared, data, actor, as_pairs=as_pairs, seed=7, **length)
 
     return make
 
@@ -83,6 +84,17 @@ def dense_logps(model, prompt, response):
     with torch.no_grad():
         logits = model.logits(model(SegmentBatch.from_documents([prompt + response])))
     return logits.double().log_softmax(-1)[range(len(prompt) - 1, len(prompt) + len(response) - 1), response].numpy()
+
+
+def test_what_models_compute_that_judge_counts_where_it_is_drawn(rollouts):
+    """A billion FLOPs for each of six prompts and eighteen responses, and none for what is gone through again."""
+    plain, judged = (
+        rollouts(records=name, judging_cost=cost).window(0, micro_batch_tokens=200).flops
+        for name, cost in (("plain", None), ("judged", lambda segments: 1e9 * len(segments)))
+    )
+    assert judged - plain == pytest.approx(24e9)
+    again = rollouts(records="judged", judging_cost=lambda segments: 1e9 * len(segments))
+    assert again.window(0, micro_batch_tokens=200).flops == 0
 
 
 def test_records_hold_the_log_probabilities_of_policy_and_reference(rollouts, policy):

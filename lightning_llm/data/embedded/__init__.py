@@ -16,10 +16,15 @@ CONTENTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "tasks": ("questions", ()),
 }
 # form -> options of such a source
-OPTIONS: dict[str, tuple[str, ...]] = {
+_OPTIONS: dict[str, tuple[str, ...]] = {
     "text": ("max_bytes",),
     "conversations": ("rows", "held_out", "seed", "multi_turn"),
     "pairs": ("rows", "held_out", "seed"),
     "questions": ("task", "questions", "held_out", "seed", "split"),
 }
 REVISION = 4  # of the readers and generators: raised when the same packages give other rows
+
+
+def options_of(name: str) -> tuple[str, ...]:
+    """Names that `options` of embedded:<name> may hold."""
+    return (*_OPTIONS[CONTENTS[name][0]], *(("graded",) if name == "comparisons" else ()))

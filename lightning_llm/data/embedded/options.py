@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from lightning_llm.data.embedded import CONTENTS, OPTIONS
+from lightning_llm.data.embedded import CONTENTS, options_of
 from lightning_llm.data.embedded.tasks import SPLITS, TASKS, different_questions
 from lightning_llm.settings import UserError
 
@@ -22,7 +22,7 @@ def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
     Raises:
         UserError: names the option.
     """
-    known = OPTIONS[CONTENTS[name][0]]
+    known = options_of(name)
     for option, value in options.items():
         key = f"{where}.options.{option}"
         if option not in known:
@@ -39,6 +39,9 @@ def check_embedded(name: str, options: Mapping[str, Any], where: str) -> None:
         elif option == "multi_turn":
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise UserError(key, f"is {value!r}", "Give a share between 0 and 1")
+        elif option == "graded":
+            if not isinstance(value, bool):
+                raise UserError(key, f"is {value!r}", "Give true or false")
         elif isinstance(value, bool) or not isinstance(value, int):
             raise UserError(key, f"is {value!r}", "Give a whole number")
         elif value < LOWEST.get(option, value):

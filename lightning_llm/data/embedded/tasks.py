@@ -161,6 +161,14 @@ def comparisons(split: str, rows: int, seed: int = 0) -> Iterator[Question]:
             yield {**question, "chosen": working, "rejected": bare, "strength": 2}
 
 
+def with_grades(comparison: Question) -> Question:
+    """The same with what a person would say of each response alone: its truthfulness, 0 of a wrong answer, 2 of a right
+    one (AFM's report has three grades of each thing)."""
+    responses = (name for name in ("chosen", "rejected", "edited") if name in comparison)
+    grades = {name: {"truthfulness": 2 * score(comparison, comparison[name])} for name in responses}
+    return {**comparison, "grades": grades}
+
+
 def near_miss(question: Question, rng: random.Random) -> str:
     """A wrong answer that looks right: another of the numbers, a digit changed, or two neighbours exchanged."""
     answer = question["answer"]

@@ -1,0 +1,121 @@
+"""Stages that sample, judge and select: what they may not have wrong, before anything is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lightning_llm.data.config import STAGE, DataConfig
+from lightning_llm.data.places import is_of_stage
+from lightning_llm.evaluation.config import RULES, SCORED, JudgeConfig
+from lightning_llm.pipeline.values import one_of
+from lightning_llm.settings import UserError
+from lightning_llm.stages.config import GenerateStage, JudgeStage, SelectStage, StageConfig
+
+ASKED = ("questions", "prompts")  # forms of data that a model can answer
+READ_AS = {  # what a selection leaves -> forms of data that can read it (data/rows.py)
+    "conversations": ("conversations", "prompts"),
+    "pairs": ("pairs", "rankings", "prompts", "questions"),
+}
+
+
+def check_judge(key: str, judge: JudgeConfig, judged_by: Sequence[str]) -> None:
+    """Refuse a judge that asks a reward model where there is none, and a reward model that no judge asks.
+
+    Args:
+        key: of the stage that has both.
+
+    Raises:
+        UserError: names the key.
+    """
+    if judge.needs_reward_model and not judged_by:
+        what = "names nobody, and the judge asks a reward model"
+        raise UserError(f"{key}.judged_by", what, "Name a stage, as [reward_model], or choose another judge")
+    if judged_by and not judge.needs_reward_model:
+        what = f"is given, and {judge.name} asks no reward model"
+        remedy = f"Take it away ({key}.judged_by=[]), or choose judge@{key}.judge=reward_model"
+        raise UserError(f"{key}.judged_by", what, remedy)
+
+
+def check_generation(key: str, stage: GenerateStage) -> None:
+    """Refuse to sample from nobody, and prompts that are none.
+
+    Raises:
+        UserError: names the key.
+    """
+    one_of(f"{key}.kind", stage.kind, ("generate",))
+    if not stage.models:
+        raise UserError(f"{key}.models", "names nobody", "Name a stage, or several: [sft, dpo]")
+    if len(set(stage.models)) < len(stage.models):
+        raise UserError(f"{key}.models", "names one twice", "Raise per_prompt instead")
+    one_of(f"{key}.data.form", stage.data.form, ASKED)
+    for name, source in stage.data.sources.items():
+        if not isinstance(source.weight, int | float):
+            raise UserError(f"{key}.data.sources.{name}.weight", "is a ramp", "Give a number: prompts have no order")
+
+
+def check_judging(key: str, stage: JudgeStage) -> None:
+    """Refuse to judge nothing, or with half of what the judge needs.
+
+    Raises:
+        UserError: names the key.
+    """
+    one_of(f"{key}.kind", stage.kind, ("judge",))
+    _names_stages(key, stage.data)
+    check_judge(key, stage.judge, stage.judged_by)
+
+
+def check_selection(key: str, stage: SelectStage, stages: Mapping[str, StageConfig]) -> None:
+    """Refuse rules that are none, and those that go by scores where nobody has judged.
+
+    Raises:
+        UserError: names the key.
+    """
+    one_of(f"{key}.kind", stage.kind, ("select",))
+    one_of(f"{key}.form", stage.form, ("conversations", "pairs"))
+    one_of(f"{key}.rule", stage.rule, ("best", "random") if stage.form == "pairs" else RULES)
+    one_of(f"{key}.balance", stage.balance, ("none", "difficulty"))
+    _names_stages(key, stage.data)
+    if stage.rule == "threshold" and stage.minimum_score is None:
+        what = "has no value, and rule=threshold keeps what reaches it"
+        raise UserError(f"{key}.minimum_score", what, f"Give {key}.minimum_score=...")
+    if stage.balance != "none" and stage.keep == 1:
+        raise UserError(f"{key}.keep", "is 1: all rows stay, whatever their difficulty", "Give a share below 1")
+    if stage.form == "pairs" and stage.per_prompt > 1:
+        raise UserError(f"{key}.per_prompt", "is above 1, and a prompt makes one pair", "Take it away")
+    for name in stage.data:
+        if not isinstance(stages.get(name), GenerateStage):
+            continue
+        remedy = f"Name a stage of kind judge in {key}.data"
+        if stage.rule in SCORED:
+            what = f"is {stage.rule}, and nobody has judged what {name} has sampled"
+            raise UserError(f"{key}.rule", what, f"{remedy}, or choose the rule random")
+        if stage.balance != "none":
+            what = f"is by {stage.balance}, and nobody has judged what {name} has sampled"
+            raise UserError(f"{key}.balance", what, f"{remedy}, or set it to none")
+
+
+def check_selected_rows(stages: Mapping[str, StageConfig]) -> None:
+    """Refuse to read rows of a selection that are of another form than the stage learns from.
+
+    Raises:
+        UserError: names the key of the source.
+    """
+    for name, stage in stages.items():
+        data = getattr(stage, "data", None)
+        for source, config in data.sources.items() if isinstance(data, DataConfig) else ():
+            if not (config.path and is_of_stage(config.path)):
+                continue
+            made_by = config.path.removeprefix(STAGE)
+            selection = stages.get(made_by)
+            if isinstance(selection, SelectStage) and data.form not in READ_AS[selection.form]:
+                fitting = next((form for form, read in READ_AS.items() if data.form in read), None)
+                what = f"{made_by} leaves {selection.form}, and {name} reads {data.form}"
+                remedy = f"Set stages.{made_by}.form={fitting}" if fitting else "Name another source"
+                raise UserError(f"stages.{name}.data.sources.{source}.path", what, remedy)
+
+
+def _names_stages(key: str, data: Sequence[str]) -> None:
+    if not data:
+        raise UserError(f"{key}.data", "names no stage", "Name one, as [sample]")
+    if len(set(data)) < len(data):
+        raise UserError(f"{key}.data", "names a stage twice", "Take one away")
