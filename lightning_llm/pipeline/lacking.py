@@ -14,18 +14,19 @@ from lightning_llm.stages.config import GenerateSettings, JudgeSettings, TrainSe
 Rows = list[dict[str, Any]]
 
 
-def refuse_lacking(prepared: Node, artifact: Path, nodes: Sequence[Node]) -> None:
+def refuse_lacking(prepared: Node, artifact: Path, nodes: Sequence[Node], to_make: Sequence[Node]) -> None:
     """Refuse rows without the answer or the tests that a judge goes by, and grades that no row has.
 
     Args:
         prepared: a node that has prepared rows.
         artifact: what it has left.
-        nodes: that are to be made.
+        nodes: of the run.
+        to_make: those of them that are not in the store yet.
 
     Raises:
         UserError: names the key, the source and the first of the rows.
     """
-    for node in nodes:
+    for node in to_make:
         settings = node.settings
         if isinstance(settings, JudgeSettings):
             for asking in _samplers(node, prepared, nodes):

@@ -241,8 +241,9 @@ def _refuse_damaged(whole: Plan, nodes: Sequence[Node]) -> None:
 
 
 def _refuse_lacking(record: RunRecord, node: Node, to_make: Sequence[Node]) -> None:
+    """What the rows lack that a node has prepared, under the keys that the user has typed."""
     try:
-        refuse_lacking(node, record.artifact(node.name), to_make)
+        refuse_lacking(node, record.artifact(node.name), record.plan.nodes, to_make)
     except UserError as error:
         raise UserError(*(typed_key(part, record.plan.recipe.rounds) for part in error.args)) from error
 
