@@ -102,7 +102,9 @@ def check_selected_rows(stages: Mapping[str, StageConfig]) -> None:
     """
     for name, stage in stages.items():
         data = getattr(stage, "data", None)
-        for source, config in data.sources.items() if isinstance(data, DataConfig) else ():
+        if not isinstance(data, DataConfig):
+            continue
+        for source, config in data.sources.items():
             if not (config.path and is_of_stage(config.path)):
                 continue
             made_by = config.path.removeprefix(STAGE)
