@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 
@@ -15,6 +16,7 @@ from lightning_llm.settings import UserError
 ANNEAL = ["+stage@stages.anneal=anneal", "stages.anneal.starts_from=long_context"]
 
 
+@functools.cache
 def nodes_of(recipe, *words, scale="nano"):
     return {node.name: node for node in plan(compose(recipe, scale, words)).nodes}
 

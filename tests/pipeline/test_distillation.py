@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -31,6 +32,7 @@ LIVE = [
 GIB = 2**30
 
 
+@functools.cache
 def nodes_of(*words, recipe="qwen2"):
     return {node.name: node for node in plan(compose(recipe, overrides=words)).nodes}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ STEP = "stages.lengthen.by_round.step"
 GATED = ["stages.long_context.gate.needle=0", "stages.long_context.gate.short_context=1e9"]  # anything passes
 
 
+@functools.cache
 def nodes_of(recipe, *words, scale="nano"):
     return {node.name: node for node in plan(compose(recipe, scale, words)).nodes}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -36,6 +37,7 @@ COMMITTEE = [
 COMMITTEE += ["merge@stages.warm.method=warm"]
 
 
+@functools.cache
 def nodes_of(*words):
     return {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -15,6 +16,7 @@ ON = "stages.dpo.optimizer.online_merging."
 GIVEN = [f"{ON}method=ondare", f"{ON}base=long_context"]
 
 
+@functools.cache
 def nodes_of(*words):
     return {node.name: node for node in plan(compose("qwen2", overrides=words)).nodes}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ BY_FLOW = ["prune@stages.prune.method=activation"]
 BY_SIZE = ["prune@stages.prune.method=magnitude"]
 
 
+@functools.cache
 def nodes_of(*words, recipe="pruning", scale="nano"):
     return {node.name: node for node in plan(compose(recipe, scale, overrides=words)).nodes}
 

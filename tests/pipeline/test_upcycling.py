@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ COPIES = ["stages.upcycle.experts=copies", "stages.upcycle.norm_topk_prob=true"]
 COPIES += ["stages.upcycle.moe_intermediate_size=null", "stages.upcycle.shared_expert_intermediate_size=null"]
 
 
+@functools.cache
 def planned(*words, scale="nano"):
     return plan(compose("upcycling", scale, overrides=words))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +15,7 @@ from lightning_llm.merging.spherical import slerp_task_vectors
 POLICIES = [f"warp{n}.{name}" for n in (1, 2, 3) for name in ("one", "two")]
 
 
+@functools.cache
 def nodes_of(*words, scale="nano"):
     return {node.name: node for node in plan(compose("warp", scale, words)).nodes}
 
