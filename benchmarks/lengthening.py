@@ -25,7 +25,6 @@ import machine
 import trials
 
 from lightning_llm import compose, plan
-from lightning_llm.evaluation.needle import DIGITS
 from lightning_llm.stages.gate import NEEDLE, PERPLEXITY, worst_loss
 
 RESULT = claims.RESULTS / "lengthening.json"
@@ -59,9 +58,8 @@ def gate() -> float:
 
 
 def was_stopped(runs: Sequence[Path]) -> bool:
-    """Whether what a run made last is a step's evaluation: its gate, and nothing else, comes after it."""
-    made = list(trials.read(runs[0] / "run.json")["stages"]) if runs else []
-    return bool(made) and made[-1].endswith(".step.evaluate")
+    """Whether a gate has stopped a run."""
+    return bool(runs) and trials.read(runs[0] / "run.json")["status"] == "stopped"
 
 
 def read_stages(run: Path) -> Stages:
@@ -92,14 +90,8 @@ def read_stage(artifacts: Path, name: str, before: Mapping[str, float] | None) -
     if before is not None:
         found["short_context"] = worst_loss(before, found["metrics"])[1]
     if (evaluated / "needle.json").exists():
-        found["needles"] = trials.read(evaluated / "needle.json") | {"chance": chance(asked["settings"])}
+        found["needles"] = trials.read(evaluated / "needle.json")
     return found
-
-
-def chance(settings: Mapping[str, Any]) -> float:
-    """The share of needles that is found by guessing."""
-    needle = settings["evaluation"]["needle"]
-    return 10.0**-DIGITS if needle["answer"] == "greedy" else 1 / (1 + needle["distractors"])
 
 
 # ---- several seeds ----
@@ -153,7 +145,11 @@ def mean_map(maps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows = zip(*(each["found"] for each in maps), strict=True)
     found = [[statistics.fmean(cell) for cell in zip(*row, strict=True)] for row in rows]
     kept = ("lengths", "depths", "answer", "chance")
-    return {**{name: maps[0][name] for name in kept}, "trials": sum(each["trials"] for each in maps), "found": found}
+    return {
+        **{name: maps[0].get(name) for name in kept},
+        "trials": sum(each["trials"] for each in maps),
+        "found": found,
+    }
 
 
 def judge(per_seed: Mapping[int, Stages], last: str, bound: float) -> list[dict[str, Any]]:
@@ -243,7 +239,8 @@ def _draw_needles(axes: Any, grid: Mapping[str, Any]) -> None:
     axes.set_xticks(range(len(grid["lengths"])), grid["lengths"])
     axes.set_yticks(range(len(grid["depths"])), [f"{depth:.0%}" for depth in grid["depths"]])
     axes.set(xlabel="length, tokens", ylabel="depth of the needle")
-    axes.set_title(f"needles found after {grid['after']}; by chance {grid['chance']:.2g}", fontsize=9)
+    chance = "" if grid["chance"] is None else f"; by chance {grid['chance']:.2g}"
+    axes.set_title(f"needles found after {grid['after']}{chance}", fontsize=9)
     axes.figure.colorbar(image, ax=axes)
 
 

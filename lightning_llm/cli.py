@@ -270,12 +270,19 @@ def _run(composition: Composition) -> tuple[int, str]:
 
     settings = build_settings(composition)
     recipe = build_recipe(composition, settings)
-    record = run(recipe, until=settings.until, only=settings.only, force=settings.force)
     from lightning_llm.report import report
+    from lightning_llm.stages.gate import GateClosed
 
-    report([record.folder], record.folder / "report.html")
-    print(record.folder, flush=True)
-    return 0, str(record.folder)
+    try:
+        folder = run(recipe, until=settings.until, only=settings.only, force=settings.force).folder
+    except GateClosed as closed:
+        if closed.folder is not None:  # what the gate has found is the end of this run's story
+            report([closed.folder], closed.folder / "report.html")
+            print(closed.folder, flush=True)
+        raise
+    report([folder], folder / "report.html")
+    print(folder, flush=True)
+    return 0, str(folder)
 
 
 def _plan(composition: Composition) -> tuple[int, None]:

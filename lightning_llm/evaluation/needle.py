@@ -118,6 +118,11 @@ def spelt(model: Transformer, needles: Sequence[Needle], max_tokens: int) -> lis
     return hits
 
 
+def chance_of(config: NeedleConfig) -> float:
+    """The share of needles that is found by guessing."""
+    return 10.0**-DIGITS if config.answer == "greedy" else 1 / (1 + config.distractors)
+
+
 def grid_of(needles: Sequence[Needle], hits: Sequence[bool]) -> dict[str, Any]:
     """What needle.json holds: shares found, by length and depth.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +45,11 @@ def sample_windows(stores: Mapping[str, TokenStore], context: int, count: int) -
     ]
     turns = itertools.zip_longest(*by_domain)
     return [window for turn in turns for window in turn if window is not None][:count]
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss) of a loss in nats; infinite where no float holds it."""
+    return math.exp(loss) if not loss > math.log(sys.float_info.max) else math.inf
 
 
 def mean_loss(model: Transformer, documents: Sequence[np.ndarray], context: int, max_tokens: int) -> MeanMetric:

@@ -41,6 +41,7 @@ from lightning_llm.pipeline.rounds import typed_key
 from lightning_llm.pipeline.store import Claim, Store, read_record
 from lightning_llm.settings import UserError
 from lightning_llm.stages.context import StageContext, StageResult, model_directory
+from lightning_llm.stages.gate import GateClosed, obey
 from lightning_llm.training.config import LoggedRun
 from lightning_llm.training.console import Console, StageConsole
 from lightning_llm.training.loggers import refuse_absent
@@ -58,6 +59,8 @@ SHOWN = {  # metric -> how the console calls it when a stage is done
     "judge/win_rate": "win rate",
     "rows": "rows",
     "parameters/share": "share of parameters",
+    "gate/short_context": "rise of perplexity",
+    "gate/needle": "needles found",
     "vocab_size": "entries",
 }
 
@@ -81,7 +84,7 @@ class RunRecord:
     folder: Path
     plan: Plan
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
-    status: str = "running"  # running | done | failed | interrupted
+    status: str = "running"  # running | done | stopped (by a gate) | failed | interrupted
     seconds: float = 0.0
 
     def artifact(self, node: str) -> Path:
@@ -119,6 +122,7 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
 
     Raises:
         UserError: the recipe, a selector or the data is wrong, or it would take longer than `limits.hours`.
+        GateClosed: a gate does not let it pass; what it has found is in the run's folder, which the error names.
         StageFailed: a stage ended in an error; what was made before it is kept.
         KeyboardInterrupt: SIGINT or SIGTERM; the same.
     """
@@ -145,6 +149,9 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
                 if node.kind == "prepare":
                     _refuse_lacking(record, node, checked.to_make)
         record.status = "done"
+    except GateClosed as closed:
+        record.status, closed.folder = "stopped", record.folder
+        raise
     except BaseException as error:
         record.status = "interrupted" if isinstance(error, KeyboardInterrupt | SystemExit) else "failed"
         raise
@@ -277,6 +284,11 @@ def _run_node(
     link = record.folder / "artifacts" / node.name
     link.symlink_to(os.path.relpath(artifact, link.parent.resolve()))
     console.close("reused" if reused else summary(metrics))
+    if node.kind == "gate":
+        try:
+            obey(node.name, artifact)
+        except GateClosed as closed:
+            raise _in_the_recipe(closed, node, whole.recipe) from closed
 
 
 def goes_on(node: Node) -> bool:
@@ -361,12 +373,16 @@ def _in_the_recipe(error: UserError, node: Node, recipe: Recipe) -> UserError:
         return error
     own = rf"(?<![\w./])(?=({'|'.join(f.name for f in fields(recipe.stages[node.stage]))})\.[a-z])"
     parts = (re.sub(own, f"stages.{node.stage}.", str(part)) for part in error.args)
-    return UserError(*(typed_key(part, recipe.rounds) for part in parts))
+    return type(error)(*(typed_key(part, recipe.rounds) for part in parts))
 
 
 def summary(metrics: dict[str, Any]) -> str:
     """The few metrics that say how a stage went."""
-    return "  ".join(f"{name} {metrics[key]:.4g}" for key, name in SHOWN.items() if metrics.get(key) is not None)
+    shown = [f"{name} {metrics[key]:.4g}" for key, name in SHOWN.items() if metrics.get(key) is not None]
+    if (size := metrics.get("bytes_per_token")) is not None:  # of what a frozen model says of tokens
+        tokens, speed = metrics["tokens"], metrics["tokens_per_second"]
+        shown.append(f"{tokens:,} tokens  {tokens * size / 2**20:.1f} MiB  {speed:,.0f} tokens/s")
+    return "  ".join(shown)
 
 
 def _finite(metrics: dict[str, float]) -> dict[str, float | None]:

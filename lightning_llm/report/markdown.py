@@ -11,9 +11,9 @@ from lightning_llm.report import charts, sections
 from lightning_llm.report.calibration import calibrations
 from lightning_llm.report.calibration import table as calibration_table
 from lightning_llm.report.comparison import differences, environment, recipe_text
-from lightning_llm.report.needles import needle_grids
+from lightning_llm.report.needles import GATE_HEADS, gate_rows, needle_grids
 from lightning_llm.report.needles import table as needle_table
-from lightning_llm.report.numbers import NOTHING, duration, figure, quantity
+from lightning_llm.report.numbers import NOTHING, duration, figure, quantity, size
 from lightning_llm.report.record import Run
 from lightning_llm.report.selection import selections
 from lightning_llm.report.selection import tables as selection_tables
@@ -36,15 +36,16 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
             [
                 f"**{node.name}**" if node.kind == "train" else node.name,
                 node.kind,
-                quantity(node.get("tokens")) if node.kind == "train" else "",
+                quantity(node.get("tokens")) if node.kind in ("train", "score") else "",
                 figure(node.get("steps")) if node.kind == "train" else "",
                 duration(node.seconds) if node.is_made else "",
+                size(node.bytes) if node.bytes else "",
                 str((node.record or {}).get("key") or "")[:10],
                 sections.state(node),
             ]
             for node in run.nodes
         ]
-        yield from _table(["stage", "kind", "tokens", "steps", "time", "key", "state"], rows)
+        yield from _table(["stage", "kind", "tokens", "steps", "time", "size", "key", "state"], rows)
         names = charts.metric_names([run])
         shown = run.evaluated
         if names:
@@ -59,6 +60,9 @@ def _lines(runs: Sequence[Run]) -> Iterator[str]:
             yield f"\n## Needles found: {_plain(stage.name)}{which}\n"
             found = needle_table(grid)
             yield from _table(found.heads, found.rows)
+        if asked := gate_rows(run):
+            yield f"\n## Gates{which}\n"
+            yield from _table(GATE_HEADS, asked)
         for node in selections(run):
             yield f"\n## Who won where: {_plain(node.name)}{which}"
             for found in selection_tables(node):

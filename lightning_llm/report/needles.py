@@ -1,4 +1,5 @@
-"""Where in how long a text a key was found again: a map of depth by length for each model, and the same as a table."""
+"""Where in how long a text a key was found again: a map of depth by length for each model, and the same as a table;
+and what gates have made of it."""
 
 from __future__ import annotations
 
@@ -11,6 +12,11 @@ from lightning_llm.report.record import Node, Run
 from lightning_llm.report.selection import Table
 
 SCALE = [[0, "#b5526b"], [0.5, "#d9b46a"], [1, "#3c938a"]]  # none found, all found
+GATE_ASKS = {  # setting -> what a gate asks by it, and which way
+    "short_context": ("rise of perplexity on short texts, worst domain", "at most"),
+    "needle": ("needles found, worst length", "at least"),
+}
+GATE_HEADS = ["stage", "asked", "wanted", "found", "verdict"]
 GAP = 0.05  # between two maps, as a share of the width
 
 
@@ -23,6 +29,31 @@ def needle_grids(run: Run) -> list[tuple[Node, dict[str, Any]]]:
         if isinstance(grid, dict) and grid.get("found"):
             found.append((stage, grid))
     return found
+
+
+def answers_said(grids: Sequence[dict[str, Any]]) -> str:
+    """What counts as found in some maps, and how often it is by chance: `the model spells it (by chance .0001)`."""
+    kinds = {grid.get("answer"): grid.get("chance") for grid in grids}
+    said = []
+    for answer, chance in kinds.items():
+        found = "it is likelier than all wrong ones" if answer == "likelihood" else "the model spells it"
+        said.append(found + (f" (by chance {chance:g})" if chance is not None else ""))
+    return " or ".join(dict.fromkeys(said))
+
+
+def gate_rows(run: Run) -> list[list[str]]:
+    """What each gate of a run has asked and found, a row for each of its questions."""
+    rows = []
+    for node in run.nodes:
+        content = node.files.get("gate.json") if node.kind == "gate" else None
+        if not isinstance(content, dict):
+            continue
+        stage, verdict = node.name.removesuffix(".gate"), "stopped the run" if content.get("stops") else "passed"
+        for name, (question, bound) in GATE_ASKS.items():
+            if (wanted := (content.get("wanted") or {}).get(name)) is not None:
+                value = (content.get("found") or {}).get(f"gate/{name}")
+                rows.append([stage, question, f"{bound} {share(wanted)}", share(value), verdict])
+    return rows
 
 
 def table(grid: dict[str, Any]) -> Table:

@@ -48,6 +48,15 @@ def measure(value: Any) -> str:
     return f"{value:,.{places}f}"
 
 
+def size(count: Any) -> str:
+    """Bytes: 812 B, 3.1 MiB, 12 GiB."""
+    if not is_number(count):
+        return NOTHING
+    power = 0 if count < 1 else min(int(math.log2(count) / 10), 4)
+    scaled = count / 1024**power
+    return f"{scaled:.{3 if scaled < 1000 else 4}g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+
 def share(value: Any) -> str:
     """A share of one in per cent."""
     return f"{100 * value:.1f} %" if is_number(value) else NOTHING

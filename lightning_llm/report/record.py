@@ -43,6 +43,12 @@ class Node:
         """That making it took, if it says so."""
         return ((self.record or {}).get("seconds") or {}).get("total")
 
+    @property
+    def bytes(self) -> int | None:
+        """Of its artifact's files, if it says so."""
+        files = (self.record or {}).get("files")
+        return sum(file.get("bytes", 0) for file in files.values()) if isinstance(files, dict) else None
+
     def get(self, figure: str) -> Any:
         """A figure of the stage as it was made, else as it was planned."""
         record = self.record or {}

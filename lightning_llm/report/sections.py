@@ -12,9 +12,9 @@ from lightning_llm.report import calibration as calibrated
 from lightning_llm.report import charts
 from lightning_llm.report.comparison import differences, environment, recipe_text
 from lightning_llm.report.graph import LABELS, draw_graph
+from lightning_llm.report.needles import GATE_HEADS, answers_said, gate_rows, needle_grids
 from lightning_llm.report.needles import maps as needle_maps
-from lightning_llm.report.needles import needle_grids
-from lightning_llm.report.numbers import NOTHING, duration, figure, flops, is_number, measure, quantity
+from lightning_llm.report.numbers import NOTHING, duration, figure, flops, is_number, measure, quantity, size
 from lightning_llm.report.record import Node, Run
 from lightning_llm.report.selection import Table, selections, tables
 
@@ -66,9 +66,12 @@ def missing(runs: Sequence[Run]) -> Iterable[str]:
         which = f"{run.name}: " if len(runs) > 1 else ""
         status = run.facts.get("status", "done")
         if status != "done":
-            yield which + {"running": "the run has not ended", "failed": "the run failed"}.get(
-                status, f"the run was {status}"
-            )
+            said = {
+                "running": "the run has not ended",
+                "failed": "the run failed",
+                "stopped": "a gate has stopped the run",
+            }
+            yield which + said.get(status, f"the run was {status}")
         if run.missing and run.nodes:
             yield f"{which}not made: {', '.join(node.name for node in run.missing)}"
         for problem in run.problems:
@@ -97,7 +100,8 @@ def graph(runs: Sequence[Run]) -> Section | None:
 
 def stages(runs: Sequence[Run]) -> Section | None:
     """A row for every artifact: what it does, from what, how long it took."""
-    columns = ["stage", "does", "from", "tokens", "steps", "context", "time", "tokens/s", "utilisation", "key", ""]
+    columns = ["stage", "does", "from", "tokens", "steps", "context", "time", "tokens/s", "utilisation", "size"]
+    columns += ["key", ""]
     body = []
     for run in runs:
         if len(runs) > 1:
@@ -189,11 +193,22 @@ def needle(runs: Sequence[Run]) -> Section | None:
     if not rows:
         return None
     note = (
-        "A key is hidden in held-out text, and the last line asks for it: the share of cases in which the model says "
-        "it, by the text's length and by where in it the key stands; depth 0 is its beginning."
+        f"A key is hidden in held-out text, and the last line asks for it: the share of cases in which "
+        f"{answers_said([grid for _, grid in found])}, by the text's length and by where in it the key stands; depth 0 "
+        "is its beginning."
     )
     drawn = "".join(_figure(figure) for row in rows if (figure := needle_maps(row)))
     return Section("needle", "Needles in a haystack", f'<p class="soft">{note}</p>{drawn}')
+
+
+def gates(runs: Sequence[Run]) -> Section | None:
+    """What gates have asked of stages, and what they have found."""
+    rows = [[*([run.name] if len(runs) > 1 else []), *cells] for run in runs for cells in gate_rows(run)]
+    if not rows:
+        return None
+    note = "A run goes on from a stage with a gate where its evaluation has shown what is wanted; else it stops there."
+    heads = [*(["run"] if len(runs) > 1 else []), *GATE_HEADS]
+    return Section("gates", "Gates", f'<p class="soft">{note}</p>{_cells(Table(heads, rows))}')
 
 
 def preference(runs: Sequence[Run]) -> Section | None:
@@ -296,8 +311,8 @@ def settings(runs: Sequence[Run]) -> Section | None:
 
 
 SECTIONS: tuple[Callable[[Sequence[Run]], Section | None], ...] = (
-    graph, training, evaluation, calibration, selection, samples, preference, live, position, needle, mixture, stages,
-    settings,
+    graph, training, evaluation, calibration, selection, samples, preference, live, position, needle, gates, mixture,
+    stages, settings,
 )  # fmt: skip
 
 
@@ -396,16 +411,18 @@ def _stage_row(node: Node, anchor: str) -> str:
     kind = LABELS.get(node.kind, node.kind)
     key = str((node.record or {}).get("key") or "")
     is_training = node.kind == "train"
+    goes_through_tokens = node.kind in ("train", "score")
     utilisation = node.get("flops_utilisation")
     cells = [
         ("text", escape(f"{kind}, {does}" if does else kind)),
         ("text", escape(str(node.planned.get("starts_from") or node.inputs.get("starts_from") or ""))),
-        ("", quantity(node.get("tokens")) if is_training else ""),
+        ("", quantity(node.get("tokens")) if goes_through_tokens else ""),
         ("", figure(node.get("steps")) if is_training else ""),
         ("", escape(_context(node)) if is_training else ""),
         ("", duration(node.seconds) if node.is_made else ""),
-        ("", quantity(node.get("tokens_per_second")) if is_training and node.is_made else ""),
+        ("", quantity(node.get("tokens_per_second")) if goes_through_tokens and node.is_made else ""),
         ("", f"{100 * utilisation:.0f} %" if is_training and is_number(utilisation) else ""),
+        ("", size(node.bytes) if node.bytes else ""),
         ("text", f"<code title='{escape(key)}'>{escape(key[:10])}</code>" if key else ""),
         ("text", state(node)),
     ]

@@ -20,11 +20,12 @@ from numpy.typing import ArrayLike
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.evaluation.judges import Question, Response, StyleAndCorrectness, verify
-from lightning_llm.evaluation.needle import found, grid_of, hide, needle_metrics
+from lightning_llm.evaluation.needle import chance_of, found, grid_of, hide, needle_metrics
 from lightning_llm.evaluation.perplexity import (
     late_loss,
     losses_by_position,
     mean_loss,
+    perplexity,
     position_curve,
     sample_text,
     sample_windows,
@@ -127,11 +128,11 @@ class Evaluation:
             documents = sample_text(store, self.sizes.text_tokens)
             if documents:
                 loss = mean_loss(self.model, documents, context, self.max_tokens)
-                self.metrics[f"perplexity/{domain}"] = math.exp(loss.compute())
+                self.metrics[f"perplexity/{domain}"] = perplexity(float(loss.compute()))
                 self.tokens += sum(map(len, documents))
                 if self.last is not None:
                     loss = mean_loss(self.last, documents, context, self.max_tokens)
-                    self.metrics[f"last/perplexity/{domain}"] = math.exp(loss.compute())
+                    self.metrics[f"last/perplexity/{domain}"] = perplexity(float(loss.compute()))
                     self.tokens += sum(map(len, documents))
         windows = sample_windows(stores, full_context, self.sizes.long_documents)
         if not windows:
@@ -211,7 +212,7 @@ class Evaluation:
             return
         grid = grid_of(needles, found(self.model, needles, config.answer, self.max_tokens))
         self.tokens += sum(len(needle.prompt) for needle in needles)
-        self.write("needle.json", grid | {"answer": config.answer})
+        self.write("needle.json", grid | {"answer": config.answer, "chance": chance_of(config)})
         self.metrics |= needle_metrics(grid)
 
     # ---- files ----

@@ -12,6 +12,7 @@ from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.evaluation.config import NeedleConfig
 from lightning_llm.evaluation.needle import (
     OWNERS,
+    chance_of,
     depths_of,
     found,
     grid_of,
@@ -123,3 +124,8 @@ def test_the_grid_is_the_shares_by_hand(needles):
 def test_wrong_settings_are_refused(wrong, says):
     with pytest.raises(ValueError, match=says):
         NeedleConfig(**wrong)
+
+
+def test_chance_is_that_of_guessing_a_key_or_one_of_a_choice():
+    assert chance_of(NeedleConfig(answer="greedy")) == 1 / 10_000
+    assert chance_of(NeedleConfig(answer="likelihood", distractors=9)) == 0.1

@@ -15,6 +15,12 @@ from lightning_llm.models import ModelConfig, Transformer
 VOCABULARY = 50
 
 
+def test_a_loss_beyond_all_floats_is_an_infinite_perplexity():
+    assert perplexity.perplexity(math.log(20)) == pytest.approx(20)
+    assert perplexity.perplexity(710.0) == math.inf
+    assert math.isnan(perplexity.perplexity(math.nan))
+
+
 @pytest.fixture(scope="module")
 def model():
     config = ModelConfig(

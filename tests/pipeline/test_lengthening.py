@@ -148,11 +148,28 @@ def test_a_run_stops_at_a_gate_and_goes_on_when_it_is_told_to(beside, tmp_path, 
         code = cli.command(["run", "recipe=qwen2", *given, *words])
         return code, *capsys.readouterr()
 
-    code, _, errors = run("stages.long_context.gate={needle: 1, short_context: -0.9}")
+    stopping = "stages.long_context.gate={needle: 1, short_context: -0.9}"
+    code, output, errors = run(stopping)
     assert code == 2
     said = next(line for line in errors.splitlines() if "does not pass" in line)
     assert "stage long_context" in said
     assert "stages.long_context.gate.needle=" in said
+    stopped = Path(output.splitlines()[-1])  # its figures are on record
+    facts = json.loads((stopped / "run.json").read_text())
+    assert (facts["status"], list(facts["stages"])[-1]) == ("stopped", "long_context.gate")
+    found = facts["stages"]["long_context.gate"]["metrics"]
+    kept = json.loads((stopped / "artifacts" / "long_context.gate" / "gate.json").read_text())
+    assert kept["wanted"] == {"short_context": -0.9, "needle": 1.0}
+    assert kept["found"] == found
+    page, tables = ((stopped / f"report.{kind}").read_text() for kind in ("html", "md"))
+    assert "a gate has stopped the run" in page
+    assert "Needles in a haystack" in page
+    assert "it is likelier than all wrong ones (by chance 0.1)" in page
+    for shown in (page, tables):
+        assert "rise of perplexity on short texts" in shown
+        assert "at least 100.0 %" in shown
+        assert f"{100 * found['gate/needle']:.1f} %" in shown
+    assert run(stopping)[0] == 2  # again, from what is there
     code, output, _ = run(*GATED)
     assert code == 0
     folder = Path(output.splitlines()[-1])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_llm.report.numbers import digits, duration, figure, flops, measure, quantity, share
+from lightning_llm.report.numbers import digits, duration, figure, flops, measure, quantity, share, size
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,14 @@ from lightning_llm.report.numbers import digits, duration, figure, flops, measur
 )
 def test_quantities(value, text):
     assert quantity(value) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (812, "812 B"), (1023, "1023 B"), (1024, "1 KiB"), (3_250_000, "3.1 MiB"), (5 * 2**40, "5 TiB")],
+)
+def test_sizes(count, text):
+    assert size(count) == text
 
 
 @pytest.mark.parametrize(
