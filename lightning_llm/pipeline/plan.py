@@ -40,8 +40,10 @@ from lightning_llm.pipeline.scaling import scaled
 from lightning_llm.schedules import BatchPlan, Ramp, learning_rate, ramp_value
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
+    ComputeConfig,
     EvaluateRewardsSettings,
     PrepareSettings,
+    TeacherSettings,
     TokenizerSettings,
     TrainSettings,
     TrainStage,
@@ -170,7 +172,16 @@ def _notes(recipe: Recipe, nodes: Sequence[Node], models: dict[str, ModelConfig]
         *missing_sources(nodes),
         *refused_attention(recipe.compute, nodes, models),
         *estimated_lengths(recipe, {node.name for node in nodes}),
+        *teachers_alone(recipe.compute, nodes),
     )
+
+
+def teachers_alone(compute: ComputeConfig, nodes: Sequence[Node]) -> tuple[str, ...]:
+    """A line about teachers that are asked before training, where training has more devices than they."""
+    asked = [node.name for node in nodes if isinstance(node.settings, TeacherSettings)]
+    if compute.devices == 1 or not asked:
+        return ()
+    return (f"{', '.join(asked)}: on one of the {compute.devices} devices, and so is its time",)
 
 
 def missing_sources(nodes: Iterable[Node]) -> tuple[str, ...]:

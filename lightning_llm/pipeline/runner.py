@@ -47,7 +47,8 @@ from lightning_llm.training.console import Console, StageConsole
 from lightning_llm.training.loggers import refuse_absent
 
 LIBRARIES = ("torch", "lightning", "tokenizers", "transformers", "datasets", "safetensors", "numpy", "flash-attn")
-CONTINUED = ("generate", "judge")  # verbs that go on from what an interrupted run has left; training does if it samples
+# verbs that go on from what an interrupted run has left; training does if it samples
+CONTINUED = ("generate", "judge", "score")
 SHOWN = {  # metric -> how the console calls it when a stage is done
     "loss": "loss",
     "validation/loss": "validation loss",

@@ -1,13 +1,14 @@
 """The verb score: what a frozen model says of every target token of prepared data.
 
 For a reference, of all rows: `<source>/<split>/logps.bin`, float32 nats, one for each token of the same source and
-split's tokens.bin, 0 where nothing counts. For a teacher, of the rows that a stage consumes: what it expects in each
-token's place (`data/teacher.py`). `StageData` makes columns of either.
+split's tokens.bin, 0 where nothing counts. For a teacher, of the rows that a stage consumes: what it expects in the
+place of each token (`data/teacher.py`). `StageData` makes columns of either. Batches follow one another in an order
+that depends on nothing else, so what an interrupted run has written is continued (`scored.py`).
 """
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from lightning_llm.models.size import forward_flops
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.stages.config import ScoreSettings, TeacherSettings
 from lightning_llm.stages.context import StageContext, StageResult, model_directory, refuse_other_tokenizer, threads
+from lightning_llm.stages.scored import Scored
 
 Columns = dict[str, tuple[np.dtype, int]]  # name of a file -> type, and numbers of each token
 Answer = tuple[dict[str, Tensor], dict[str, float]]  # by file, rows of the targets that count; sums of what is logged
@@ -68,49 +70,73 @@ def score(context: StageContext) -> StageResult:
         (columns, ask), parts = of_teacher(context, model), list(consumed_parts(context))
     else:
         (columns, ask), parts = of_reference(model), list(all_parts(context))
+    scored = Scored.read(context.output, context.compute.micro_batch_tokens)
     total = sum(part.tokens for part in parts)
-    tokens = targets = 0
-    sums: dict[str, float] = {}
-    flops = 0.0
+    if scored.tokens:
+        context.console.note(f"{scored.tokens:,} of {total:,} tokens were scored before")
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+        for part in parts[scored.part :]:
+            score_part(context, model, part, open_files(part, columns, goes_on=scored.batches > 0), ask, scored, total)
+    Scored.forget(context.output)
     ledger: dict[str, int] = {}
-    began = time.perf_counter()
     for part in parts:
-        files, done = open_files(part, columns), 0
-        for batch, origins in iterate_batches(
-            part.feed, settings.context, context.compute.micro_batch_tokens, part.units
-        ):
-            counted = batch.target_mask.nonzero().squeeze(1)
-            with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-                answers, found = ask(batch.to(device), counted.to(device))
-            places = batch.target_positions[counted].numpy()
-            places = origins[places] if part.units is None else done + places
-            for name, values in answers.items():
-                files[name][places] = values.cpu().numpy().reshape(len(places), -1)
-            for name, value in found.items():
-                sums[name] = sums.get(name, 0.0) + value
-            done += batch.num_tokens
-            tokens, targets = tokens + batch.num_tokens, targets + len(counted)
-            flops += forward_flops(model.config, batch.extents)
-            context.console.update(tokens, total, "tok")
         ledger[part.source] = ledger.get(part.source, 0) + part.tokens
     rates = {
-        "tokens_per_second": tokens / (time.perf_counter() - began),
+        "tokens_per_second": scored.tokens / scored.seconds if scored.seconds else 0.0,
         "bytes_per_token": sum(dtype.itemsize * width for dtype, width in columns.values()),
     }
-    means = {name: value / max(targets, 1) for name, value in sums.items()}
-    return StageResult({"tokens": tokens, "targets": targets, **means, **rates}, ledger, flops)
+    means = {name: value / max(scored.targets, 1) for name, value in scored.sums.items()}
+    return StageResult({"tokens": scored.tokens, "targets": scored.targets, **means, **rates}, ledger, scored.flops)
 
 
-def open_files(part: Part, columns: Columns) -> dict[str, np.ndarray]:
-    """New files of zeros, [tokens, numbers of each] by name, written where they are touched."""
-    part.folder.mkdir(parents=True)
+def score_part(
+    context: StageContext,
+    model: Transformer,
+    part: Part,
+    files: dict[str, np.ndarray],
+    ask: Ask,
+    scored: Scored,
+    total: int,
+) -> None:
+    """The batches of a part from where scoring is, into its files.
+
+    Args:
+        scored: is brought to the beginning of the next part.
+        total: tokens of all parts.
+    """
+    settings: ScoreSettings = context.settings
+    device = model.head_weight.device
+    batches = iterate_batches(part.feed, settings.context, context.compute.micro_batch_tokens, part.units)
+    for batch, origins in itertools.islice(batches, scored.batches, None):
+        counted = batch.target_mask.nonzero().squeeze(1)
+        answers, found = ask(batch.to(device), counted.to(device))
+        places = batch.target_positions[counted].numpy()
+        places = origins[places] if part.units is None else scored.place + places
+        for name, values in answers.items():
+            files[name][places] = values.cpu().numpy().reshape(len(places), -1)
+        scored.add(batch.num_tokens, len(counted), forward_flops(model.config, batch.extents), found)
+        scored.record(context.output, files.values())
+        context.console.update(scored.tokens, total, "tok")
+    for file in files.values():
+        if isinstance(file, np.memmap):
+            file.flush()
+    scored.end_part()
+
+
+def open_files(part: Part, columns: Columns, *, goes_on: bool) -> dict[str, np.ndarray]:
+    """Files of zeros, [tokens, numbers of each] by name, written where they are touched.
+
+    Args:
+        goes_on: they are there, with what an interrupted run has written.
+    """
+    part.folder.mkdir(parents=True, exist_ok=True)
     if part.units is not None:
         np.save(part.folder / "spans.npy", spans_of(part.feed, part.units))
     files = {}
     for name, (dtype, width) in columns.items():
         path = part.folder / f"{name}.bin"
         if part.tokens:
-            files[name] = np.memmap(path, dtype, "w+", shape=(part.tokens, width))
+            files[name] = np.memmap(path, dtype, "r+" if goes_on else "w+", shape=(part.tokens, width))
         else:
             path.touch()
             files[name] = np.empty((0, width), dtype)

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -30,6 +36,7 @@ LIVE = [
     "stages.on_policy.lr.peak=1e-6",
 ]
 GIB = 2**30
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
@@ -118,6 +125,12 @@ def test_a_teacher_of_elsewhere_brings_its_tokenizer_and_vocabulary(talker):
     assert nodes["pretrain"].inputs["tokenizer"] == "tokenizer"
 
 
+def test_the_plan_says_that_a_teacher_is_asked_on_one_device():
+    said = "student.teacher: on one of the 8 devices"
+    assert said in str(plan(compose("qwen2", "paper", [*STUDENT, "compute=ddp"])))
+    assert said not in str(plan(compose("qwen2", overrides=STUDENT)))
+
+
 def test_sequences_and_own_responses_of_a_student():
     nodes = nodes_of(recipe="distillation")
     assert nodes["answers"].inputs["model.0"] == "larger_sft"
@@ -177,6 +190,60 @@ def test_a_run_with_a_teacher_that_is_there_and_a_sweep_that_asks_it_once(beside
     assert {name for name, stage in again.stages.items() if not stage["reused"]} == {"student"}
     losses = [result.stages["student"]["metrics"]["validation/loss"] for result in (first, again)]
     assert losses[0] != losses[1]
+
+
+class Asking:
+    """The command line with a teacher that is asked about much text in small batches, in a copy of a finished store."""
+
+    def __init__(self, folder, own):
+        self.making = folder / "artifacts" / ".making"
+        self.store = folder / "artifacts"
+        words = [*own, *STUDENT, "stages.student.tokens=100_000", "stages.student.data.max_epochs=1e3", "until=student"]
+        words += ["stages.student.objective={targets: top_k, k: 8}", "compute.micro_batch_tokens=32"]
+        words += ["stages.student.data.sources.web.max_rows=400"]
+        program = [sys.executable, "-m", "lightning_llm.cli", "run", "recipe=qwen2", *words]
+        self.program, self.environment = program, os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def stopped(self, pattern, number):
+        """What was said up to a signal that comes as soon as there is a file of this pattern in the store."""
+        process = subprocess.Popen(
+            self.program, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment
+        )
+        until = time.monotonic() + 120
+        while process.poll() is None and not list(self.store.glob(pattern)) and time.monotonic() < until:
+            time.sleep(0.002)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=60)
+        return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_teacher_that_was_killed_goes_on_where_it_was(number, beside, tmp_path):
+    """And leaves the bytes of one that nobody has interrupted."""
+    done, folders, artifacts = "score-student.teacher-*", [tmp_path / "whole", tmp_path / "killed"], []
+    whole, killed = (Asking(folder, beside(folder)) for folder in folders)
+    assert "were scored before" not in whole.stopped(done, signal.SIGKILL)
+    killed.stopped(f".making/{done}/scored.json", number)
+    [left] = killed.making.glob(f"{done}/scored.json")
+    place = json.loads(left.read_text())["tokens"]
+    said = killed.stopped(done, signal.SIGKILL)
+    assert place > 0
+    assert f"{place:,} of " in said
+    assert "tokens were scored before" in said
+    for folder in folders:
+        [artifact] = (folder / "artifacts").glob(done)
+        artifacts.append(artifact)
+    files = [sorted(p.relative_to(artifact) for p in artifact.rglob("*") if p.is_file()) for artifact in artifacts]
+    assert files[0] == files[1]
+    for name in files[0]:
+        if name.name != "stage.json":
+            assert (artifacts[0] / name).read_bytes() == (artifacts[1] / name).read_bytes(), name
+    one, other = (json.loads((artifact / "stage.json").read_text()) for artifact in artifacts)
+    assert place < one["metrics"]["tokens"]
+    for name in ("tokens", "targets", "teacher/favours_label", "teacher/kept_mass"):
+        assert one["metrics"][name] == other["metrics"][name]
+    assert one["flops"] == other["flops"]
 
 
 @pytest.mark.slow
