@@ -166,7 +166,7 @@ def _hydra(verb: str, words: list[str]) -> int:
     except Exception as error:
         if mistake := as_user_error(error, verb, loader, flags.overrides):
             raise mistake from error
-        if isinstance(error, ValueError | TypeError | AssertionError) and not flags.multirun:
+        if isinstance(error, ValueError | TypeError | AssertionError | AttributeError) and not flags.multirun:
             compose_tree(verb, flags.overrides, loader=loader)  # says what Hydra says in words of its own
         raise
     finally:

@@ -23,6 +23,21 @@ COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.spl
 PROGRAM = [sys.executable, "-c", "import sys; from lightning_llm.cli import main; sys.exit(main())"]
 
 
+def test_every_page_of_a_method_is_linked_and_every_recipe_named():
+    pages = set(re.findall(r"\]\((docs/methods/\w+\.md)[)#]", README))
+    assert pages == {f"docs/methods/{path.name}" for path in (ROOT / "docs" / "methods").glob("*.md")}
+    named = set(re.findall(r"`recipe=(\w+)", README))
+    assert named == {path.stem for path in (ROOT / "conf" / "recipe").glob("*.yaml")}
+
+
+def test_the_readers_path_is_as_long_as_it_says():
+    path = re.findall(r"^\| \[([\w/.]+)\]\(\1\) \|", README, re.MULTILINE)
+    lines = sum(len((ROOT / name).read_text("utf-8").splitlines()) for name in path)
+    said = int(re.search(r"Some ([\d,]+) lines show", README)[1].replace(",", ""))
+    assert len(path) == 8
+    assert abs(lines - said) <= 100
+
+
 def arguments(line: str) -> list[str]:
     return shlex.split(line, comments=True)
 

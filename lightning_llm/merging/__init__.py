@@ -3,16 +3,16 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__all__ = ["dare", "ema", "linear", "liti", "polyak", "slerp", "slerp_task_vectors", "task_arithmetic", "ties"]
+__all__ = ["dare", "ema", "linear", "liti", "slerp", "slerp_task_vectors", "task_arithmetic", "ties"]
 
 FILES = {
-    "averaging": ("ema", "linear", "liti", "polyak"),
+    "averaging": ("ema", "linear", "liti"),
     "spherical": ("slerp", "slerp_task_vectors"),
     "task_vectors": ("dare", "task_arithmetic", "ties"),
 }
 
 if TYPE_CHECKING:
-    from lightning_llm.merging.averaging import ema, linear, liti, polyak
+    from lightning_llm.merging.averaging import ema, linear, liti
     from lightning_llm.merging.spherical import slerp, slerp_task_vectors
     from lightning_llm.merging.task_vectors import dare, task_arithmetic, ties
 

@@ -1,9 +1,10 @@
-"""Averages of models: linear, exponential and running ones, and the way back towards where they began."""
+"""Averages of models: of several at once, of one as it goes on, and the way back towards where they began."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_llm.merging.states import LazyState, Merge, State, refuse_unlike, wide
@@ -45,24 +46,6 @@ def ema(state: State, anchor: State, mu: float) -> LazyState:
 
 
 @Merge
-def polyak(average: State, state: State, count: int) -> LazyState:
-    """The mean of `count` states, from that of all but the last: average + (state - average) / count.
-
-    Llama 3 averages the checkpoints of its annealing so (section 3.4.3). Keep the average in fp32.
-
-    Args:
-        average: of the count - 1 states before; with a count of 1 it does not matter.
-        state: the last.
-
-    Raises:
-        ValueError: the states are of different models, or count is below 1.
-    """
-    if count < 1:
-        raise ValueError(f"count is of states, the last one among them: at least 1, got {count}")
-    return between(average, state, 1 / count, like=average)
-
-
-@Merge
 def liti(init: State, merged: State, eta: float) -> LazyState:
     """Linear interpolation towards the initialisation: (1 - eta) init + eta merged (WARP, arXiv 2406.16768, eq. LITI).
 
@@ -85,11 +68,24 @@ def between(start: State, end: State, t: float, *, like: State) -> LazyState:
     """
     refuse_unlike([start, end])
 
-    def tensor(name: str) -> Tensor:
-        one, other = wide(start[name]), wide(end[name])
-        return one.lerp(other.to(one.dtype), t)
+    return LazyState(like, lambda name: moved(wide(start[name]), wide(end[name]), t))
 
-    return LazyState(like, tensor)
+
+def follow(average: State, newest: State, share: float) -> None:
+    """average + share (newest - average) in place, in the average's own types: the next step of an average of weights.
+
+    Args:
+        average: what it is so far; keep it in fp32.
+        newest: at least these names.
+        share: 1 - decay of an exponential average; 1 / n of the mean of n (Polyak & Juditsky 1992).
+    """
+    for name, tensor in average.items():
+        moved(tensor, newest[name], share, out=tensor)
+
+
+def moved(start: Tensor, end: Tensor, share: float, out: Tensor | None = None) -> Tensor:
+    """start + share (end - start) in the type of the start; with a share of 0 or 1 exactly one of them."""
+    return torch.lerp(start, end.to(start.dtype), share, out=out)
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

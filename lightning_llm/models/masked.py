@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -14,6 +15,7 @@ from lightning_llm.models.feed_forward import FeedForward
 from lightning_llm.models.transformer import Attend, Transformer
 
 MASKS_FILE = "pruning_masks.safetensors"
+UNITS = "intermediate_size"  # in the file's header: how many hidden units of a layer its masks add up to
 SMALLEST_DEVIATION = 1e-6
 
 
@@ -102,10 +104,22 @@ class MaskedTransformer(Transformer):
     def save_pretrained(self, directory: str | Path, eos_token_ids: list[int] | None = None) -> None:
         """As `Transformer.save_pretrained`, of the folded model; the scores lie beside it."""
         self.folded().save_pretrained(directory, eos_token_ids)
-        save_file({"scores": torch.stack([z.detach() for z in self.mask_scores])}, Path(directory) / MASKS_FILE)
+        scores = {"scores": torch.stack([z.detach() for z in self.mask_scores])}
+        save_file(scores, Path(directory) / MASKS_FILE, {UNITS: str(round(self.budget))})
 
 
 def read_scores(directory: Path) -> Tensor | None:
     """[L, n] of a model that has learnt masks; None: it has not."""
     path = directory / MASKS_FILE
     return load_file(path)["scores"] if path.is_file() else None
+
+
+def read_units(directory: Path) -> int | None:
+    """The hidden units of a layer that masks were learnt for; None: the file does not say, as older ones.
+
+    Raises:
+        FileNotFoundError: no masks have been learnt.
+    """
+    with safe_open(directory / MASKS_FILE, "pt") as file:
+        units = (file.metadata() or {}).get(UNITS)
+    return None if units is None else int(units)

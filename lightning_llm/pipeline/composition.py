@@ -152,8 +152,8 @@ def compose_tree(
     except Exception as error:
         if mistake := as_user_error(error, verb, loader, overrides):
             raise mistake from error
-        if isinstance(error, ValueError | TypeError | AssertionError):
-            raise in_hydras_words(error, loader, overrides) from error
+        if isinstance(error, ValueError | TypeError | AssertionError | AttributeError):
+            raise in_hydras_words(error, verb, loader, overrides) from error
         raise
     return read_composition(verb, config, overrides, loader)
 

@@ -30,7 +30,7 @@ from lightning_llm.objectives.config import DistillationConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.pipeline.order import before_gates, order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
-from lightning_llm.pipeline.remade import masks_of, refuse_masks_of_another_size, shape_left
+from lightning_llm.pipeline.remade import masks_of, refuse_masks_of_another_size, shape_left, units_of_masks
 from lightning_llm.pipeline.scaling import length_in_tokens, tokens_of_steps
 from lightning_llm.schedules import Ramp, as_ramp, final_learning_rate, learning_rate, warmup_tokens
 from lightning_llm.settings import UserError
@@ -246,8 +246,8 @@ class _Expansion:
     def _pruning(self, name: str, stage: PruneStage) -> Iterator[Node]:
         assert stage.starts_from is not None, "checked"
         sizes: dict[str, int | None] = dict.fromkeys(SIZES) | stage.sizes
-        if stage.method.needs_masks and (masks := masks_of(self.recipe.stages.get(stage.starts_from))) is not None:
-            sizes["intermediate_size"] = masks.intermediate_size
+        if stage.method.needs_masks:
+            sizes["intermediate_size"] = units_of_masks(name, stage, self.recipe.stages)
         source = {"starts_from": self._source(stage.starts_from)}
         settings = PruneSettings(stage.method, **sizes, data=DataConfig(), tokens=0, context=0, precision="", seed=0)
         inputs = dict(source)

@@ -69,7 +69,7 @@ def as_user_error(error: BaseException, verb: str, loader: Any, overrides: Seque
     return None
 
 
-def in_hydras_words(error: BaseException, loader: Any, overrides: Sequence[str]) -> UserError:
+def in_hydras_words(error: BaseException, verb: str, loader: Any, overrides: Sequence[str]) -> UserError:
     """A mistake that Hydra states as a plain ValueError, TypeError or AssertionError, without naming the key."""
     if invalid := re.match(r"Invalid defaults list in '([^']*)', defaults must be a list", str(error)):
         remedy = "Write them in brackets: defaults: [NAME, _self_]"
@@ -86,13 +86,44 @@ def in_hydras_words(error: BaseException, loader: Any, overrides: Sequence[str])
             otherwise = "" if override.key_or_group == "recipe" else ", or leave it out"
             what = f"{override.key_or_group} cannot be {given}: it chooses a file"
             return UserError(COMMAND_LINE, what, f"Choose one of {options}{otherwise}")
-    if str(error) == "Unexpected type for root: NoneType":  # a setting of what is null
-        keys = [override.key_or_group.split(".") for override in _parsed(overrides)]
-        stages = list(dict.fromkeys(f"stages.{key[1]}" for key in keys if key[0] == "stages" and len(key) > 2))
-        if stages:
-            what = f"a setting is given of a stage that the recipe leaves out, {' or '.join(stages)}"
-            return UserError(COMMAND_LINE, what, "Leave it out, too")
+    if "NoneType" in str(error):  # a setting of what is null, alone or in a mapping
+        if found := _null_part(verb, loader, overrides):
+            return _of_nothing(*found, loader)
     return UserError(COMMAND_LINE, _first_line(error), "See --help")
+
+
+def _null_part(verb: str, loader: Any, overrides: Sequence[str]) -> tuple[str, str] | None:
+    """A key that is set below what is null without it, and that null."""
+    set_below, kept = [], []
+    for override in _parsed(overrides):
+        is_below = override.key_or_group.startswith("stages.") and override.value() is not None
+        (set_below if is_below else kept).append(override)
+    lines = [override.input_line for override in kept if override.input_line]
+    config = loader.load_configuration(verb, lines, run_mode=RunMode.RUN, from_shell=False)
+    for override in set_below:
+        key = override.key_or_group
+        parts = key.split(".")
+        for count in range(1, len(parts) + isinstance(override.value(), dict)):
+            if OmegaConf.select(config, above := ".".join(parts[:count])) is None:
+                return key, above
+    return None
+
+
+def _of_nothing(key: str, empty: str, loader: Any) -> UserError:
+    """A setting is given of what is null: a stage that is left out, or a part that the stage does without.
+
+    Args:
+        empty: the part of the key that is null.
+    """
+    if re.fullmatch(r"stages\.\w+(\.stages\.\w+)?", empty):
+        what = f"a setting is given of a stage that the recipe leaves out, {empty}"
+        return UserError(COMMAND_LINE, what, "Leave it out, too")
+    stage, _, group = empty.rpartition(".")
+    remedy = f"Leave it out, or choose a stage that has one: stage@{stage}=NAME"
+    if loader.repository.group_exists(group):
+        remedy = f"+{group}@{empty}=NAME gives it one"
+    what = f"{empty} is null, and " + (f"{key} is a setting of it" if key != empty else "settings of it are given")
+    return UserError(COMMAND_LINE, what, remedy)
 
 
 def _parsed(overrides: Sequence[str]) -> list[Override]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_llm.models.config import SIZES, ModelConfig
@@ -20,6 +21,7 @@ from lightning_llm.stages.config import (
     UpcycleSettings,
     UpcycleStage,
 )
+from lightning_llm.stages.context import model_directory
 
 if TYPE_CHECKING:
     from lightning_llm.pipeline.config import ScaleConfig
@@ -65,8 +67,6 @@ def _check_masks_behind(key: str, stage: PruneStage, stages: Mapping[str, StageC
         what = f"{source} has learnt no masks"
         remedy = f"Name a stage whose objective is pruning_masks, or choose prune@{key}.method=activation"
         raise UserError(f"{key}.starts_from", what, remedy)
-    if learnt is None and stage.intermediate_size is None:
-        raise UserError(f"{key}.intermediate_size", "has no value, and masks rank hidden units", "Give it")
     if learnt is not None and stage.intermediate_size not in (None, learnt.intermediate_size):
         what = f"is {stage.intermediate_size}, and {source} learns masks for {learnt.intermediate_size}"
         raise UserError(f"{key}.intermediate_size", what, "Set it to null")
@@ -107,6 +107,34 @@ def check_upcycling(key: str, stage: UpcycleStage) -> None:
 def _check_start(key: str, source: str | None, done: str) -> None:
     if source is None:
         raise UserError(f"{key}.starts_from", f"has no value: there is no model to be {done}", "Name a stage")
+
+
+def units_of_masks(name: str, stage: PruneStage, stages: Mapping[str, StageConfig]) -> int:
+    """The hidden units of a layer that stay where masks decide: what they were learnt for.
+
+    Raises:
+        UserError: a model of elsewhere has learnt none, or they were learnt for another number than the stage's.
+    """
+    source, key = stage.starts_from or "", f"stages.{name}"
+    if (learning := masks_of(stages.get(source))) is not None:
+        return learning.intermediate_size
+    from lightning_llm.models.masked import read_units  # knows torch: only models of elsewhere cost it
+
+    try:
+        learnt = read_units(model_directory(Path(source).expanduser()))
+    except FileNotFoundError:
+        remedy = f"Name a model that has, or choose prune@{key}.method=activation"
+        raise UserError(f"{key}.starts_from", f"{source} has learnt no masks", remedy) from None
+    asked = stage.intermediate_size
+    if learnt is not None and asked not in (None, learnt):
+        what = f"is {asked}, and the masks of {source} were learnt for {learnt}"
+        raise UserError(f"{key}.intermediate_size", what, "Set it to null")
+    if learnt is None and asked is None:
+        what = f"has no value, and {source} does not say what its masks were learnt for"
+        raise UserError(f"{key}.intermediate_size", what, "Give it")
+    units = learnt or asked
+    assert units is not None
+    return units
 
 
 def masks_of(stage: StageConfig | None) -> PruningMasksConfig | None:

@@ -36,6 +36,7 @@ from lightning_llm.pipeline.kernels import attention_lines, made_models
 from lightning_llm.pipeline.key import canonical, node_keys, outside_key
 from lightning_llm.pipeline.lacking import refuse_lacking
 from lightning_llm.pipeline.plan import Plan, duration, plan
+from lightning_llm.pipeline.prepared import Prepared
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.rounds import typed_key
 from lightning_llm.pipeline.store import Claim, Store, read_record
@@ -141,7 +142,11 @@ def run(recipe: Recipe, *, until: str | None = None, only: str | None = None, fo
             console = Console(len(chosen.nodes))
             for line in checked.attention:
                 console.note(line)
+            is_prepared = False
             for index, node in enumerate(chosen.nodes, start=1):
+                if node.kind != "prepare" and not is_prepared:
+                    is_prepared = True
+                    _refuse_unfit(record, checked)
                 _run_node(
                     record, store, node, keys, whole, console.stage(index, node.name, node.kind), node.stage in force
                 )
@@ -245,7 +250,15 @@ def _refuse_damaged(whole: Plan, nodes: Sequence[Node]) -> None:
             kind.check_pretrained(directory)
 
 
-# ---- one node ----
+def _refuse_unfit(record: RunRecord, checked: CheckedRun) -> None:
+    """What the data say against stages that are to be made, before the first of them is."""
+    artifacts = {name: Path(stage["artifact"]) for name, stage in record.stages.items()}
+    prepared = Prepared(checked.whole.recipe, {node.name: node for node in checked.whole.nodes}, artifacts)
+    for node in checked.to_make:
+        try:
+            prepared.refuse(node)
+        except UserError as error:
+            raise _in_the_recipe(error, node, checked.whole.recipe) from error
 
 
 def _refuse_lacking(record: RunRecord, node: Node, to_make: Sequence[Node]) -> None:
@@ -254,6 +267,9 @@ def _refuse_lacking(record: RunRecord, node: Node, to_make: Sequence[Node]) -> N
         refuse_lacking(node, record.artifact(node.name), record.plan.nodes, to_make)
     except UserError as error:
         raise UserError(*(typed_key(part, record.plan.recipe.rounds) for part in error.args)) from error
+
+
+# ---- one node ----
 
 
 def _run_node(
@@ -369,10 +385,11 @@ def _refuse_removed(node: Node, inputs: dict[str, Path]) -> None:
 
 
 def _in_the_recipe(error: UserError, node: Node, recipe: Recipe) -> UserError:
-    """A stage speaks of its own settings; what is typed begins with the stage."""
+    """A stage speaks of its own settings; what is typed begins with the stage. The tokenizer is all stages'."""
     if node.stage not in recipe.stages:
         return error
-    own = rf"(?<![\w./])(?=({'|'.join(f.name for f in fields(recipe.stages[node.stage]))})\.[a-z])"
+    names = "|".join(f.name for f in fields(recipe.stages[node.stage]))
+    own = rf"(?<![\w./])(?!model\.tokenizer)(?=({names})\.[a-z])"
     parts = (re.sub(own, f"stages.{node.stage}.", str(part)) for part in error.args)
     return type(error)(*(typed_key(part, recipe.rounds) for part in parts))
 

@@ -194,9 +194,8 @@ class PruneStage(StageConfig):
     kind: str = "prune"
     starts_from: str | None = None  # a stage, an artifact's path or a Hugging Face directory
     method: PruneConfig = field(default_factory=PruneConfig)
-    intermediate_size: int | None = (
-        None  # hidden units that stay in each layer; none: all, or what masks were learnt for
-    )
+    # hidden units that stay in each layer; none: all, or what masks were learnt for
+    intermediate_size: int | None = None
     num_key_value_heads: int | None = None  # with the query heads that share them
     hidden_size: int | None = None  # channels of the stream between layers
     num_hidden_layers: int | None = None

@@ -55,8 +55,7 @@ def run(context: StageContext) -> StageResult:
         length, share = worst_length(after)
         found["gate/needle"] = share
         if not share >= settings.needle:
-            what = f"needles are found at {length} tokens in {share:.0%} of cases, {settings.needle:.0%} must be"
-            faults.append(Fault(what, f"gate.needle={math.floor(100 * share) / 100:g}"))
+            faults.append(_missed(length, share, settings.needle))
     content = {
         "wanted": asdict(settings),
         "found": {name: value if math.isfinite(value) else None for name, value in found.items()},  # JSON has no NaN
@@ -97,6 +96,14 @@ def _risen(domain: str, loss: float, limit: float) -> Fault:
         return Fault(f"perplexity of {domain} is no finite number", None)
     what = f"perplexity of {domain} is {loss:.2%} above what it was, {limit:.2%} may be"
     return Fault(what, f"gate.short_context={math.ceil(1000 * loss) / 1000:g}")
+
+
+def _missed(length: int, share: float, wanted: float) -> Fault:
+    """Needles that are found too seldom."""
+    if not math.isfinite(share):
+        return Fault(f"the share of needles found at {length} tokens is no number", None)
+    what = f"needles are found at {length} tokens in {share:.0%} of cases, {wanted:.0%} must be"
+    return Fault(what, f"gate.needle={math.floor(100 * share) / 100:g}")
 
 
 def read_metrics(artifact: Path) -> Metrics:

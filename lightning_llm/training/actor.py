@@ -17,6 +17,7 @@ from lightning_llm.data.packing import share_out
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.evaluation.judges import Judge, Question, Response, Verdict
 from lightning_llm.generation.engine import Sample, Sampler
+from lightning_llm.merging.averaging import follow
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.base import token_logps
 from lightning_llm.training.config import RolloutConfig
@@ -50,8 +51,8 @@ class Reference:
         assert steps == self.steps + 1, "an average has to see every step"
         self.steps = steps
         model = self.model.to(policy.embed_tokens.weight.device)
-        for own, newest in zip(model.parameters(), policy.parameters(), strict=True):
-            own.lerp_(newest, 1 - self.decay)
+        own = dict(model.named_parameters())
+        follow(own, dict(zip(own, policy.parameters(), strict=True)), 1 - self.decay)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from lightning_llm.data.packing import Window
+from lightning_llm.merging.averaging import follow
 from lightning_llm.models import Transformer
 from lightning_llm.objectives.base import Objective
 from lightning_llm.training.config import AveragingConfig
@@ -24,10 +23,7 @@ def share_of_newest(config: AveragingConfig, count: int) -> float:
 
 
 class WeightAverage(Callback):
-    """Follows the weights in fp32. After the last step the model holds the average, and `last` what it was trained to.
-
-    Count and average are all of its state, under Lightning's names for it: a checkpoint of the trainer holds both.
-    """
+    """Follows the weights in fp32. After the last step the model holds the average, `last` what it was trained to."""
 
     def __init__(self, config: AveragingConfig, total_tokens: int, steps: int):
         """
@@ -64,19 +60,10 @@ class WeightAverage(Callback):
     def take(self, model: Transformer) -> None:
         """One more checkpoint."""
         self.count += 1
-        share = share_of_newest(self.config, self.count)
-        for name, newest in model.named_parameters():
-            if name not in self.average:
-                self.average[name] = torch.zeros_like(newest, dtype=torch.float32)
-            self.average[name].lerp_(newest.float(), share)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What an interrupted stage needs to go on."""
-        return {"count": self.count, "average": self.average}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.count, self.average = state_dict["count"], dict(state_dict["average"])
+        newest = dict(model.named_parameters())
+        if not self.average:
+            self.average = {name: torch.empty_like(p, dtype=torch.float32).copy_(p) for name, p in newest.items()}
+        follow(self.average, newest, share_of_newest(self.config, self.count))
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.merging.averaging import ema, linear, liti, polyak
+from lightning_llm.merging.averaging import ema, follow, linear, liti
 from lightning_llm.merging.states import LazyState
 
 SHAPES = {"model.embed_tokens.weight": (5, 3), "model.layers.0.mlp.weight": (2, 3), "model.norm.weight": (3,)}
@@ -45,12 +45,19 @@ def test_ema_and_liti_are_interpolations():
         same(move, b, rtol=0, atol=0)
 
 
-def test_polyak_is_the_mean_of_all_so_far():
+def test_an_average_that_follows_in_place_is_the_same():
     states = [state(seed) for seed in range(7)]
-    average = states[0]
-    for count, each in enumerate(states, start=1):
-        average = polyak(average, each, count)
-    same(average, linear(states))
+    mean, exponential = ({name: tensor.clone() for name, tensor in states[0].items()} for _ in range(2))
+    expected = states[0]
+    for count, each in enumerate(states[1:], start=2):
+        follow(mean, each, 1 / count)
+        follow(exponential, each, 0.25)
+        expected = ema(each, expected, 0.25)
+    same(mean, linear(states))
+    same(exponential, expected, rtol=0, atol=0)
+    half = {"w": torch.tensor([1.0])}
+    follow(half, {"w": torch.tensor([1 + 2**-7], dtype=torch.bfloat16)}, 0.01)  # kept in fp32, whatever comes
+    assert half["w"].item() == pytest.approx(1 + 0.01 * 2**-7, rel=1e-7)
 
 
 def test_many_small_steps_add_up_in_bf16_models():
@@ -82,7 +89,6 @@ def test_called_it_computes_lazily_it_waits():
         (lambda a, b: linear([a, b], [1.0]), "one for each of 2 models, got 1"),
         (lambda a, b: ema(a, b, 1.5), r"mu must lie in \[0, 1\], got 1.5"),
         (lambda a, b: liti(a, b, -0.1), r"eta must lie in \[0, 1\]"),
-        (lambda a, b: polyak(a, b, 0), "at least 1, got 0"),
     ],
 )
 def test_what_cannot_be_averaged(call, says):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lightning_llm import cli, compose, plan
+from lightning_llm.models import Transformer
 from lightning_llm.models.families import read_config
+from lightning_llm.models.masked import MASKS_FILE, MaskedTransformer, read_scores
 from lightning_llm.models.size import parameter_counts
 from lightning_llm.pipeline.key import node_keys
+from lightning_llm.pipeline.remade import units_of_masks
 from lightning_llm.settings import UserError
 
 BY_FLOW = ["prune@stages.prune.method=activation"]
@@ -67,6 +71,7 @@ def test_shares_are_kept_at_a_scale():
         (["model.intermediate_size=64"], 24),  # of the user's own width as large a share: 22.0
         (["model.intermediate_size=64", "stages.prune.intermediate_size=null"], 24),
         (["stages.masks.objective.intermediate_size=40", "stages.prune.intermediate_size=40"], 40),
+        (["stages.masks.objective.intermediate_size=40"], 40),  # the one master
     ):
         nodes = nodes_of(*words)
         assert nodes["masks"].settings.objective.intermediate_size == size, words
@@ -135,6 +140,31 @@ def test_what_a_model_does_not_have_is_refused_in_the_plan(words, says):
     with pytest.raises(UserError, match=says) as caught:
         plan(compose("pruning", overrides=words))
     assert "\n" not in str(caught.value)
+
+
+def test_masks_of_elsewhere_say_what_they_were_learnt_for(talker, tmp_path):
+    backbone = Transformer.from_pretrained(talker)
+    masked = MaskedTransformer.from_backbone(backbone, seed=0)
+    masked.budget = 24.0
+    masked.save_pretrained(tmp_path / "masked")
+    shutil.copy(talker / "tokenizer.json", tmp_path / "masked")
+    words = [f"stages.prune.starts_from={tmp_path}/masked", "until=prune"]
+
+    def units(*more):
+        stages = {"prune": compose("pruning", overrides=[*words, *more]).stages["prune"]}
+        return units_of_masks("prune", stages["prune"], stages)
+
+    assert units("stages.prune.intermediate_size=null") == units("stages.prune.intermediate_size=24") == 24
+    with pytest.raises(UserError, match=r"intermediate_size: is 32, and the masks of .* were learnt for 24\. .* null"):
+        units("stages.prune.intermediate_size=32")
+    scores = read_scores(tmp_path / "masked")
+    save_file({"scores": scores}, tmp_path / "masked" / MASKS_FILE)  # as an older file
+    assert units("stages.prune.intermediate_size=32") == 32
+    with pytest.raises(UserError, match="does not say what its masks were learnt for"):
+        units("stages.prune.intermediate_size=null")
+    (tmp_path / "masked" / MASKS_FILE).unlink()
+    with pytest.raises(UserError, match=r"stages.prune.starts_from: .* has learnt no masks.*activation"):
+        units()
 
 
 def test_a_reward_model_is_not_pruned():

@@ -188,6 +188,23 @@ def test_a_stage_of_null_is_left_out(mine):
         compose("shorter", overrides=["stages.last.examples=5"], config_dir=mine)
 
 
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("stages.base.model.hidden_size=3", r"stages\.base\.model is null, .* \+model@stages\.base\.model=NAME gives"),
+        ("stages.base.judge.name=x", r"stages\.base\.judge is null, .* \+judge@stages\.base\.judge=NAME gives"),
+        ("stages.base.rollout.prompts=3", r"rollout is null, and .* a stage that has one: stage@stages\.base=NAME"),
+        (
+            "stages.base.rollout={prompts: 3}",
+            r"rollout is null, and settings of it are given\. .* stage@stages\.base=NAME",
+        ),
+    ],
+)
+def test_a_setting_of_a_part_that_a_stage_does_without_is_not_one_of_a_stage_left_out(typed, says, mine):
+    with pytest.raises(UserError, match=says):
+        compose("pair", overrides=["stages.last.lr.peak=1e-3", typed, "seed=3"], config_dir=mine)
+
+
 FILES = {
     "key": ["recipe/key.yaml", "stages.last.objective.betta", "beta"],
     "value": ["recipe/value.yaml", "stages.last.lr.peak", "'high'"],

@@ -14,7 +14,6 @@ from lightning_llm.models import Transformer
 from lightning_llm.settings import UserError
 from lightning_llm.stages import train
 from lightning_llm.stages.config import ComputeConfig
-from lightning_llm.training.averaging import WeightAverage, restore
 from lightning_llm.training.config import AveragingConfig
 from lightning_llm.training.loop import fit
 
@@ -95,23 +94,6 @@ def test_held_out_rows_are_measured_for_both(settings, inputs, context_of):
     train.run(other)
     before = json.loads((other.output / "metrics.jsonl").read_text().splitlines()[0])
     assert found["averaged/loss"] == pytest.approx(before["validation/loss"], rel=1e-6)
-
-
-def test_an_average_goes_on_where_it_was(watched, settings, inputs, context_of):
-    _, objective, _, _ = train.prepare_training(context_of(settings(), inputs))
-    config = AveragingConfig("polyak", every=2)
-    whole, first = WeightAverage(config, 12_000, 25), WeightAverage(config, 12_000, 25)
-    for step, tokens, weights in watched:
-        if step == 12:
-            second = WeightAverage(config, 12_000, 25)
-            second.load_state_dict(first.state_dict())
-            first = second
-        restore(objective.model, weights)
-        for average in (whole, first):
-            if average.is_taken(step, tokens):
-                average.take(objective.model)
-    assert whole.count == first.count == 13
-    assert all(torch.equal(tensor, first.average[name]) for name, tensor in whole.average.items())
 
 
 @pytest.mark.distributed
