@@ -24,17 +24,15 @@ from typing import Any
 
 import claims
 import figures
+import held_out_text
 import machine
 import torch
 import trials
 from interleave import quartiles
 from trials import read, spread
 
-from lightning_llm.batch import SegmentBatch
 from lightning_llm.data.config import DataConfig, SourceConfig
 from lightning_llm.data.packing import StageData
-from lightning_llm.data.token_store import TokenStore
-from lightning_llm.evaluation.perplexity import sample_text
 from lightning_llm.losses.distillation import bucket_targets, from_stored, teacher_entropy, to_stored
 from lightning_llm.losses.likelihood import kl_divergence
 from lightning_llm.models import Transformer
@@ -81,7 +79,7 @@ def launch(*words: str) -> None:
 
 def read_student(run: Path) -> dict[str, Any]:
     """A student's figures on held-out text, and where its artifacts lie."""
-    record = read(run / "artifacts" / "student" / "stage.json")
+    record, prepared = read(run / "artifacts" / "student" / "stage.json"), run / "artifacts" / "student.prepare"
     asked = read(run / "artifacts" / "student.teacher" / "stage.json")
     artifacts = {
         "student": (run / "artifacts" / "student").resolve(),
@@ -90,37 +88,13 @@ def read_student(run: Path) -> dict[str, Any]:
     return {
         "seed": record["seed"],
         "weight": record["settings"]["objective"]["teacher_weight"],
-        "held_out": measure(artifacts["student"], run),
-        "teacher": measure(artifacts["teacher"], run),
+        "held_out": held_out_text.measure(artifacts["student"], prepared),
+        "teacher": held_out_text.measure(artifacts["teacher"], prepared),
         "tokens": record["metrics"]["tokens"],
         "seconds": record["seconds"]["train"],
         "asked": {name: asked["metrics"][name] for name in ("tokens", "tokens_per_second", "bytes_per_token")},
         "artifacts": {node: str(path) for node, path in artifacts.items()},
     }
-
-
-def held_out(run: Path) -> list[SegmentBatch]:
-    """The same text for every model of a run."""
-    batches = []
-    for source in sorted((run / "artifacts" / "student.prepare" / "sources").iterdir()):
-        documents = sample_text(TokenStore.open(source / "validation"), HELD_OUT)
-        pieces = [text[begin : begin + CONTEXT] for text in documents for begin in range(0, len(text), CONTEXT)]
-        batches.append(SegmentBatch.from_documents([piece for piece in pieces if len(piece) > 1]))
-    return batches
-
-
-@torch.no_grad()
-def measure(artifact: Path, run: Path) -> dict[str, float]:
-    """Nats per token, and the share of tokens that the model finds likeliest: means over the domains."""
-    model = Transformer.from_pretrained(model_directory(artifact)).eval()
-    nats, right = [], []
-    for batch in held_out(run):
-        hidden = model(batch)[batch.predictors]
-        nats.append(float(-model.log_likelihood(hidden, batch.target_ids).mean()))
-        ids, _ = model.top_log_probabilities(hidden, batch.target_ids, 1)
-        right.append(float((ids[:, 0] == batch.target_ids).float().mean()))
-    size = sum(parameter.numel() for parameter in model.parameters())
-    return {"nats": statistics.fmean(nats), "right": statistics.fmean(right), "parameters": size}
 
 
 def students(teachers: dict[int, list[str]], overrides: Sequence[str], jobs: int) -> dict[str, Any]:
@@ -206,7 +180,7 @@ def measure_kept(folder: Path, found: dict[str, list[dict[str, Any]]]) -> dict[s
     )
     rows: dict[str, list[tuple[float, float, float]]] = {}
     whole_sum = count = 0.0
-    for batch in held_out(run):
+    for batch in held_out_text.batches(run / "artifacts" / "student.prepare"):
         of_teacher, of_student = (model(batch)[batch.predictors] for model in (teacher, student))
         whole = kl_divergence(
             of_student,

@@ -16,6 +16,7 @@ from typing import Any
 
 import claims
 import figures
+import held_out_text
 import trials
 from trials import differences, spread
 
@@ -48,8 +49,9 @@ def train(seed: int, arm: str, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Of each stage that a run has: held-out loss on its way [(tokens, nats per token)], and what it cost."""
-    found = {}
+    """Of each stage that a run has: held-out loss on its way [(tokens, nats per token)], and what it cost; of the
+    small model the share of held-out tokens that it finds likeliest."""
+    found: dict[str, Any] = {}
     for artifact in (folder / "artifacts" / name for name in STAGES):
         if artifact.exists():
             record = trials.read(artifact / "stage.json")
@@ -58,7 +60,8 @@ def read(folder: Path) -> dict[str, Any]:
                 "seconds": record["seconds"]["total"],
                 "metrics": record["metrics"],
             }
-    return found
+    core, prepared = folder / "artifacts" / "core", folder / "artifacts" / "core.prepare"
+    return found | {"right": held_out_text.measure(core, prepared)["right"]}
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -74,7 +77,8 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             **trials.mean_curve(curves),
             "before": spread([curve[0][1] for curve in curves]),
             "after": spread([curve[-1][1] for curve in curves]),
-            "seconds": spread([sum(s["seconds"] for name, s in run.items() if name != "parent") for run in seeds]),
+            "right": spread([run["right"] for run in seeds]),
+            "seconds": spread([sum(run[name]["seconds"] for name in STAGES[1:] if name in run) for run in seeds]),
         }
     scratch = arms[BASELINE]["after"]["values"]
     judged = []
@@ -83,6 +87,9 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             gains = differences(scratch, arms[arm]["after"]["values"])
             says = f"{arm}: at equal tokens below the held-out loss of {BASELINE}, on each seed (nats, the least)"
             judged.append(claims.claim(says, min(gains), spread(gains), above=0.0))
+            found = differences(arms[arm]["right"]["values"], arms[BASELINE]["right"]["values"])
+            says = f"{arm}: at equal tokens more of the held-out tokens are found than by {BASELINE}, on each seed"
+            judged.append(claims.claim(says, min(found), spread(found), above=0.0))
     hard = [run["masks"]["metrics"]["masks/hardness"] for run in runs["learnt masks"]]
     return {
         "claims": judged,
@@ -97,19 +104,21 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> list[str]:
-    """Lines of the table of arms: held-out nats before and after, mean and standard deviation over the seeds."""
-    gains = {claim["claim"].partition(":")[0]: claim for claim in result["claims"]}
+    """Lines of the table of arms: held-out nats before and after and the share of tokens that are found likeliest, mean
+    and standard deviation over the seeds."""
+    gains = {claim["claim"].partition(":")[0]: claim for claim in result["claims"] if "loss" in claim["claim"]}
     rows = [
         [
             arm,
             figures.shown(found["before"]),
             figures.shown(found["after"]),
             figures.by_seed(gains[arm]) if arm in gains else "",
+            figures.shown(found["right"]),
             f"{found['seconds']['mean']:.0f}",
         ]
         for arm, found in result["arms"].items()
     ]
-    head = ["small model", "nats before", "nats after", f"below `{BASELINE}`, by seed", "seconds"]
+    head = ["small model", "nats before", "nats after", f"below `{BASELINE}`, by seed", "tokens found", "seconds"]
     return figures.lines_of_table(head, rows)
 
 

@@ -21,16 +21,16 @@ def test_page_and_picture_have_the_figures_of_the_results():
         assert f"<!-- {arm}: {found['after']['mean']:.3f} -->" in drawn
 
 
-def run(*losses, masks=False):
+def run(*losses, right=0.1, masks=False):
     stage = {"curve": list(zip((0, 100), losses, strict=True)), "seconds": 1.0, "metrics": {"masks/hardness": 0.9}}
-    return {"parent": stage, "core": stage} | ({"masks": stage} if masks else {})
+    return {"parent": stage, "core": stage, "right": right} | ({"masks": stage} if masks else {})
 
 
 @pytest.fixture
 def found():
     return {
         "from scratch": [run(7.0, 5.0), run(7.0, 5.2)],
-        "magnitude": [run(6.0, 4.9), run(6.0, 5.3)],
+        "magnitude": [run(6.0, 4.9, right=0.2), run(6.0, 5.3, right=0.15)],
         "activation": [run(6.0, 4.8), run(6.0, 4.9)],
         "learnt masks": [run(6.0, 4.7, masks=True), run(6.0, 4.9, masks=True)],
     }
@@ -40,12 +40,12 @@ def test_a_claim_is_the_least_gain_of_a_seed(found):
     import pruning  # pyright: ignore[reportMissingImports]
 
     result = pruning.summarise(found)
-    assert [entry["value"] for entry in result["claims"]] == pytest.approx([-0.1, 0.2, 0.3])
-    assert [entry["holds"] for entry in result["claims"]] == [False, True, True]
+    assert [entry["value"] for entry in result["claims"]] == pytest.approx([-0.1, 0.05, 0.2, 0, 0.3, 0])
+    assert [entry["holds"] for entry in result["claims"]] == [False, True, True, False, True, False]
     assert result["arms"]["activation"]["after"]["mean"] == pytest.approx(4.85)
     table = pruning.table(result)
-    assert table[2] == "| from scratch | 7.000 ± 0.000 | 5.100 ± 0.141 |  | 1 |"
-    assert table[3] == "| magnitude | 6.000 ± 0.000 | 5.100 ± 0.283 | +0.100 -0.100 | 1 |"
+    assert table[2] == "| from scratch | 7.000 ± 0.000 | 5.100 ± 0.141 |  | 0.100 ± 0.000 | 1 |"
+    assert table[3] == "| magnitude | 6.000 ± 0.000 | 5.100 ± 0.283 | +0.100 -0.100 | 0.175 ± 0.035 | 1 |"
 
 
 def test_the_picture_shows_every_arm_and_the_parent(found, tmp_path, monkeypatch):
