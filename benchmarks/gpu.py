@@ -14,6 +14,8 @@ import copy
 import gc
 import importlib.metadata
 import importlib.util
+import re
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,7 +100,7 @@ def in_turns(ways: Mapping[str, Call], size: Size) -> tuple[dict[str, dict[str, 
             call()
             found[name] = []
         except Exception as error:  # out of memory, no kernel for it: that is a result, too
-            refused[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            refused[name] = reason(error)
             print(f"{name} did not run: {refused[name]}", flush=True)
             free()
     for _ in range(size.calls):
@@ -119,6 +121,12 @@ def in_turns(ways: Mapping[str, Call], size: Size) -> tuple[dict[str, dict[str, 
         for name, seconds in found.items()
     }
     return figures, refused
+
+
+def reason(error: Exception) -> str:
+    """The first words of an error, without the places of files that libraries put in brackets."""
+    text = re.sub(r" \(/[^)]*\)", "", str(error).splitlines()[0])
+    return textwrap.shorten(f"{type(error).__name__}: {text}", 100, placeholder=" ...")
 
 
 def require_equal_losses(found: Mapping[str, Mapping[str, Any]]) -> None:

@@ -188,6 +188,11 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         lines += [
             f"\nA training step, {training['model']}, weights in fp32 and products in bf16.\n",
             *lines_of_table(["batch", "way", "ms", "tokens a second"], rows),
+            *(
+                f"\n{name}: {way} did not run here: `{why}`."
+                for name, batch in training["batches"].items()
+                for way, why in batch["refused"].items()
+            ),
         ]
     if generation := parts.get("generation"):
         count, length, new = generation["prompts"]

@@ -26,7 +26,8 @@ HEAD_SIZES = {"cpu": 10, "cuda": 32}  # the kernels of GPUs want multiples of 8,
 
 def runs(names: dict[str, tuple[str, ...]]) -> list:
     """(device, backend) as parameters; those on a GPU are marked."""
-    marks = {"cpu": (), "cuda": (pytest.mark.gpu,)}
+    on_gpu = (pytest.mark.gpu, pytest.mark.filterwarnings("default"))  # what compiles flex warns on its own account
+    marks = {"cpu": (), "cuda": on_gpu}
     return [
         pytest.param(device, name, id=f"{device}-{name}", marks=marks[device])
         for device, backends in names.items()
