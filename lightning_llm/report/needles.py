@@ -53,7 +53,9 @@ def gate_rows(run: Run) -> list[list[str]]:
         for name, (question, bound, holds) in GATE_ASKS.items():
             if (wanted := (content.get("wanted") or {}).get(name)) is not None:
                 value = (content.get("found") or {}).get(f"gate/{name}")
-                verdict = "passed" if value is not None and is_number(value) and holds(value, wanted) else "stopped the run"
+                verdict = (
+                    "passed" if value is not None and is_number(value) and holds(value, wanted) else "stopped the run"
+                )
                 rows.append([stage, question, f"{bound} {share(wanted)}", share(value), verdict])
     return rows
 
