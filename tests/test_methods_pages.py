@@ -29,7 +29,9 @@ def test_pages_have_commands():
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS.keys())
 def test_commands_plan_as_printed(words, talker, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    program, _, *rest = (word.replace("FOLDER", str(talker)) for word in words)
+    for name in ("FOLDER", "START", "A", "B"):  # models of elsewhere, as the pages call them
+        (tmp_path / name).symlink_to(talker)
+    program, _, *rest = words
     assert program == "lightning-llm"
     assert command(["plan", *rest]) == 0, capfd.readouterr().err
     assert "total:" in capfd.readouterr().out
