@@ -1,4 +1,6 @@
-"""What the page on distillation is to show of students and teacher, from figures written by hand."""
+"""What the page on distillation is to show, from figures written by hand, and that it shows those of the results."""
+
+from pathlib import Path
 
 
 def spread(*values):
@@ -28,3 +30,15 @@ def test_a_row_for_each_weight_and_dots_for_each_seed(benchmarks, tmp_path, monk
     drawn = distillation.PICTURE.read_text()
     assert all(f"<!-- {says} -->" in drawn for says in (*distillation.TARGETS.values(), "the teacher itself"))
     assert distillation.differences(spread(1.0, 2.0), spread(0.75, 2.5)) == [0.25, -0.5]
+
+
+def test_the_page_has_the_figures_of_the_results(benchmarks):
+    import distillation  # pyright: ignore[reportMissingImports]
+    import trials  # pyright: ignore[reportMissingImports]
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "methods" / "distillation.md").read_text("utf-8")
+    result = trials.read(distillation.RESULT)
+    for table in (distillation.student_table, distillation.kept_table):
+        assert "\n".join(table(result["students"])) in page
+    assert len(result["students"]["seeds"]) >= 3
+    assert f"{result['speed']['kept']['64']['ratio']['median']:.3f} " in page

@@ -1,8 +1,12 @@
 """How the benchmark of WARP compares fronts, by hand."""
 
+from pathlib import Path
+
 import pytest
 
 from lightning_llm import compose, plan
+
+METHODS = Path(__file__).resolve().parents[2] / "docs" / "methods"
 
 
 def test_a_single_policy_has_the_prompts_and_the_rate_of_a_policy_in_two_rounds(benchmarks):
@@ -45,3 +49,13 @@ def test_the_picture_has_a_panel_of_fronts_for_each_seed(benchmarks, tmp_path, m
     assert all(f"<!-- {name} -->" in drawn for name in warp.FRONTS)
     assert drawn.count("<!-- lerp -->") == drawn.count("<!-- reward -->") == 2
     assert warp.table({"points": points})[2] == "| warp1.one | 0.100, 0.200 | 0.10, 0.20 |"
+
+
+def test_the_page_has_the_figures_of_the_results(benchmarks):
+    import claims  # pyright: ignore[reportMissingImports]
+    import trials  # pyright: ignore[reportMissingImports]
+    import warp  # pyright: ignore[reportMissingImports]
+
+    result = trials.read(claims.RESULTS / "warp.json")
+    assert "\n".join(warp.table(result)) in (METHODS / "warp.md").read_text("utf-8")
+    assert len(result["seeds"]) == len(result["fronts"]) >= 3
