@@ -157,7 +157,7 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["report", "nowhere"], ["nowhere", "no run folder"]),
         (["run", "--config-dir", "nowhere", "recipe=qwen2"], ["--config-dir", "nowhere"]),
         (["plan", "recipe=qwen2", "evaluation.questions=8000"], ["evaluation.questions", "2000 of each", "of sum"]),
-        (["plan", "recipe=qwen2", "evaluation.questions=-1"], ["evaluation: questions", "at least 0"]),
+        (["plan", "recipe=qwen2", "evaluation.questions=-1"], ["evaluation.questions", "at least 0"]),
         (["plan", "recipe=qwen2", "evaluation.tasks.sources.sum.options.task=summ"], ["options.task", "summ", "sum"]),
         (["run", "recipe=qwen2", "--bogus"], ["--bogus"]),
         (["run", "recipe=qwen2", "--cfg", "jb"], ["jb", "job"]),
@@ -192,9 +192,9 @@ def test_a_tree_is_printed_only_if_it_is_right(command, mine):
         (["generate", "model=."], ["prompt", "is missing"]),
         (["generate", "model=nowhere", "prompt=a"], ["nowhere", "artifacts"]),
         (["generate", "model=.", "prompt=a", "temprature=1"], ["temprature", "temperature"]),
-        (["generate", "model=.", "prompt=a", "temperature=-1"], ["temperature must be at least 0"]),
+        (["generate", "model=.", "prompt=a", "temperature=-1"], ["temperature: must be at least 0"]),
         (["chat", "model=."], ["holds no model"]),
-        (["chat", "model=.", "dual_chunk.chunk_size=8", "dual_chunk.local_size=8"], ["dual_chunk: local_size"]),
+        (["chat", "model=.", "dual_chunk.chunk_size=8", "dual_chunk.local_size=8"], ["dual_chunk.local_size"]),
     ],
 )
 def test_other_mistakes(words, parts, command, tmp_path):

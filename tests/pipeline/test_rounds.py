@@ -113,7 +113,7 @@ MISTAKES = {
     ],
     "stages.post.stages.rs.context=-1": ["stages.post.stages.rs.context: is -1"],
     "stages.post.stages.best.rule=bets": ["stages.post.stages.best.rule", "The nearest is best"],
-    "stages.post.rounds=0": ["stages.post: rounds"],
+    "stages.post.rounds=0": ["stages.post.rounds"],
     "+stage@stages.post.stages.more=rounds": ["stages.post.stages.more", "inside rounds"],
     "stages.post.stages.sample.prompst=3": ["prompst", "The nearest is prompts"],
     "stages.last.starts_from=post.sample": [
