@@ -22,7 +22,8 @@ stages:
   score: {data: [sample]}
 """
 
-TEXTS = [f"scale.corpora.{name}.path=null" for name in ("web", "docs", "math", "code")]
+TEXTS = [f"scale.corpora.{name}.path=null" for name in ("web", "docs", "math")]
+TEXTS += ["scale.corpora.code.max_rows=10", "stages.sft.examples=40", "stages.sft.data.max_epochs=100"]
 ASKED = [{"prompt": f"what is {number}?", "answer": str(number)} for number in range(8)]
 UNKNOWN = [*ASKED, {"prompt": "who is there?"}, {"prompt": "and who else?"}]
 

@@ -225,6 +225,7 @@ def test_ranks_draw_shares_of_the_same_record(rollouts, monkeypatch):
 
 
 def test_ties_are_left_out_of_pairs_and_counted(rollouts, monkeypatch):
+    monkeypatch.setattr(Actor, "_response", lambda self, drawn: Response(drawn.ids, "said", True))
     live = rollouts(as_pairs=True, prompts=4)
     scores = iter([1.0, 1.0, 1.0, 0.0, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 2.0])
     original = live.actor.judge
