@@ -23,7 +23,13 @@ stages:
 """
 
 TEXTS = [f"scale.corpora.{name}.path=null" for name in ("web", "docs", "math")]
-TEXTS += ["scale.corpora.code.max_rows=10", "stages.sft.examples=40", "stages.sft.data.max_epochs=100"]
+TEXTS += [
+    "stages.sample.per_prompt=2",
+    "stages.sample.max_new_tokens=4",
+    "scale.corpora.code.max_rows=10",
+    "stages.sft.examples=40",
+    "stages.sft.data.max_epochs=100",
+]
 ASKED = [{"prompt": f"what is {number}?", "answer": str(number)} for number in range(8)]
 UNKNOWN = [*ASKED, {"prompt": "who is there?"}, {"prompt": "and who else?"}]
 

@@ -13,7 +13,7 @@ from lightning_llm.data.experience import Experience
 from lightning_llm.data.token_store import TokenStoreWriter
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.evaluation.config import RandomConfig
-from lightning_llm.evaluation.judges import JudgeContext
+from lightning_llm.evaluation.judges import JudgeContext, Response
 from lightning_llm.generation.config import SamplingConfig
 from lightning_llm.models import Transformer
 from lightning_llm.settings import UserError
