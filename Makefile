@@ -32,7 +32,7 @@ lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: $(BIN)/.bench bench-peers ## make the figures of benchmarks/results and docs/performance.md again: an hour and a half on two calm cores
+bench: $(BIN)/.bench bench-peers ## make the figures of benchmarks/results and docs/performance.md again: several hours on two calm cores
 	-$(BIN)/python benchmarks/learning.py
 	-$(BIN)/python benchmarks/demo.py --clone
 	-for name in pretrain sft dpo reward generate vocabulary reward_models policy_learning distillation annealing warp pruning lengthening upcycling online_merging; do $(BIN)/python benchmarks/$$name.py; done

@@ -32,7 +32,7 @@ from lightning_llm.models import Transformer
 
 RESULT = claims.RESULTS / "warp.json"
 PICTURE = figures.IMAGES / "warp.svg"
-QUESTIONS, TOKENS = 1000, 4096  # held out; of a pass
+QUESTIONS, TOKENS = 500, 4096  # held out; of a pass
 PROMPTS = 1000  # of a policy's training in one round: 31 steps of 32
 SINGLE = [  # at nano, as the policies are there; for as many steps as one of them in two rounds
     "+stage@stages.single=rlhf", "objective@stages.single.objective=rloo", "judge@stages.single.judge=exact_answer",
@@ -59,6 +59,7 @@ class Plane:
         self.questions: list[Question] = sample_questions(
             {path.parent.name: TokenStore.open(path) for path in held_out}, QUESTIONS
         )
+        assert len(self.questions) == QUESTIONS, "the run has prepared fewer"
         self.reference = self.model("sft")
 
     def model(self, name: str) -> Transformer:

@@ -18,7 +18,7 @@ BLOCK = 2**21  # entries that are counted or multiplied at a time: wider copies 
 class LazyState(Mapping[str, Tensor]):
     """A state whose tensors are computed whenever they are read, in at least fp32, and come in the type of `like`'s.
 
-    So a merge of what lies on disk needs memory for one tensor of each model (models/shards.py).
+    So a merge of what lies on disk needs memory for a few tensors of each model (models/shards.py).
     """
 
     def __init__(self, like: State, tensor: Callable[[str], Tensor]):

@@ -32,7 +32,7 @@ class MaskedFeedForward(FeedForward):
 
 
 class MaskedTransformer(Transformer):
-    """A transformer that learns which hidden units it can do without (AFM, arXiv 2407.21075, section 3.1 and 5).
+    """A transformer that learns which hidden units it can do without (AFM, arXiv 2407.21075, sections 3.2.1 and 5).
 
     In each layer m = soft_top_k(z / std(z), budget, temperature) of scores z: they are measured by their own deviation,
     so that a temperature means the same at any learning rate. Whoever trains it sets `budget` and `temperature`.

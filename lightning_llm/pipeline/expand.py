@@ -71,7 +71,7 @@ class Node:
     """One stage as it will run."""
 
     name: str
-    kind: str  # the verb's file: prepare | score | train | merge | evaluate | gate | generate | judge | select
+    kind: str  # the file of its verb in stages/
     settings: Any  # one of stages/config.py
     inputs: dict[str, str] = field(default_factory=dict)  # role -> name of a node, or the path of a model of elsewhere
     evaluate_every: float | None = None  # tokens; not part of the settings, since it decides nothing

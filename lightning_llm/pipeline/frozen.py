@@ -105,7 +105,7 @@ def generate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig])
 
 
 def merge_figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[str, ModelConfig]) -> dict[str, Any]:
-    """Every model read, some more than once, and one written; a tensor of each in memory."""
+    """Every model read, some more than once, and one written; a few tensors of each in memory."""
     stage = recipe.stages[node.name]
     assert isinstance(stage, MergeStage)
     shape, behind = models[node.name], trained_behind(node.name, recipe.stages)

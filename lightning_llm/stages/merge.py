@@ -1,7 +1,7 @@
-"""The verb merge: one model of several, tensor by tensor, at the speed of the disk.
+"""The verb merge: one model of several, tensor by tensor.
 
 Leaves `model/`, a Hugging Face directory with the configuration and the tokenizer of the first model, in its files and
-types. Memory is needed for a tensor of each model, however large they are.
+types. Memory is needed for a few tensors of each model, however large they are.
 """
 
 from __future__ import annotations

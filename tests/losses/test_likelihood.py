@@ -351,3 +351,26 @@ def step(count, vocabulary):
 def test_memory_above_the_weights_gradient(count, mode, peak_of):
     """Dense logits would take 2.1 GB for 4,096 tokens, 0.3 GB for 640, and their gradient as much again."""
     assert peak_of(STEP.replace("MODE", mode), count, vocabulary=131_072, width=32) < 300
+
+
+KEPT_STEP = """
+from lightning_llm.losses.likelihood import token_log_likelihood
+
+def step(count, vocabulary):
+    kept = min(65, vocabulary // 2)
+    ids = (torch.randint(vocabulary, (count, 1)) + torch.arange(kept)) % vocabulary
+    hidden = torch.randn(count, width, requires_grad=True)
+    weight = torch.randn(vocabulary, width).mul_(0.02).requires_grad_()
+    weights, tail = torch.rand(count, kept).div_(kept), torch.rand(count)
+    before = status("VmRSS")
+    token_log_likelihood(hidden, weight, ids, target_weights=weights, tail_weight=tail).sum().backward()
+    return before
+"""
+
+
+@pytest.mark.slow
+def test_memory_of_kept_targets_does_not_grow_with_tokens_times_vocabulary(peak_of):
+    """64 ids of a teacher, the label and the bucket of all others: more tokens are more chunks, one at a time."""
+    few, many = (peak_of(KEPT_STEP, count, vocabulary=65_536, width=32) for count in (1024, 4096))
+    assert many < 350  # dense logits: 1.1 GB, and their gradient as much
+    assert many - few < 60  # logits of 3,072 tokens more: 805 MB
