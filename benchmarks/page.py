@@ -191,7 +191,7 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
             *(
                 f"\n{name}: {way} did not run here: `{why}`."
                 for name, batch in training["batches"].items()
-                for way, why in batch["refused"].items()
+                for way, why in batch.get("refused", {}).items()
             ),
         ]
     if generation := parts.get("generation"):

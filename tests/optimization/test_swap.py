@@ -34,8 +34,8 @@ def test_every_optimizer_trains_a_stage(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "mistake"),
     [
-        (["optimizer.betas=[0.9,0.95,0.99]"], "betas must be two numbers in [0, 1)"),
-        (["optimizer.mu_param.base_width=0"], "base_width must be positive"),
+        (["optimizer.betas=[0.9,0.95,0.99]"], "optimizer.betas: must be two numbers in [0, 1)"),
+        (["optimizer.mu_param.base_width=0"], "base_width: must be positive"),
         (["optimizer.mu_param.base_widht=64"], "The nearest is base_width"),
     ],
 )

@@ -113,7 +113,7 @@ def test_another_candidate_leaves_the_half_trained_model_as_it_was(tmp_path):
     ("words", "says"),
     [
         (["stages.pretrain.context=null"], "stages.pretrain.context: has no value"),
-        ([*ANNEAL, "stages.anneal.lr.stretch=0.5"], "stretch must be at least 1"),
+        ([*ANNEAL, "stages.anneal.lr.stretch=0.5"], "stretch: must be at least 1"),
         ([*ANNEAL, "stages.anneal.phase=aneal"], "stages.anneal.phase: 'aneal' .* anneal"),
         (["+stage@stages.anneal=anneal"], "stages.anneal.context: has no value"),
         (["stages.pretrain.lr.peak=null"], "stages.pretrain.lr.peak: has no value, .* random weights"),

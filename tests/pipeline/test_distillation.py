@@ -153,7 +153,7 @@ def test_sequences_and_own_responses_of_a_student():
         (["stages.student.learns_from=student"], "goes round in a circle"),
         (["stages.sft.learns_from=pretrain"], "stages.sft.learns_from: is given, and causal_lm knows no teacher"),
         (["stages.student.starts_from=long_context"], "stages.student.learns_from: is long_context, which the stage"),
-        (["stages.student.objective.targets=top_p"], "targets is top1, top_k or full"),
+        (["stages.student.objective.targets=top_p"], "targets: is top1, top_k or full"),
         (["+model@stages.sft.model=qwen2_7b"], "stages.sft.model: is given, and the stage starts from"),
         (["stages.student.objective.kk=3"], "kk is not a setting of distillation"),
         (

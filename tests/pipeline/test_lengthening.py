@@ -105,7 +105,7 @@ def test_the_users_own_steps():
             r"gate\.short_context: is given, and nothing is known of the model before",
         ),
         (["stages.pretrain.gate.short_context=0.1"], r"before it \(random weights\)"),
-        (["evaluation.needle.answer=gredy"], "answer is greedy or likelihood"),
+        (["evaluation.needle.answer=gredy"], "answer: is greedy or likelihood"),
         (["+scale.evaluation.needle.trails=3"], r"needle\.trails.*trials"),
     ],
 )

@@ -16,7 +16,12 @@ STUDENT = [
     "stages.student.batch_tokens=1000",
     "stages.student.lr.peak=1e-3",
 ]
-AFTER_IT = ["+stage@stages.last=sft", "stages.last.starts_from=student", "stages.last.examples=20"]
+AFTER_IT = [
+    "+stage@stages.last=sft",
+    "stages.last.starts_from=student",
+    "stages.last.examples=20",
+    "stages.last.batch_tokens=1000",
+]
 OTHER_LINE = [
     "+stage@stages.other=pretrain",
     "stages.other.tokens=2000",

@@ -362,7 +362,8 @@ def test_memory_does_not_grow_with_the_file(tokenizer_artifact, tmp_path):
     for rows in (60_000, 600_000):
         path = tmp_path / f"{rows}.jsonl.zst"
         with path.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as file:
-            file.writelines(b'{"text": "%07d one two"}\n' % number for number in range(rows))
+            for number in range(rows):
+                file.write(b'{"text": "%07d one two"}\n' % number)
         words = [sys.executable, "-c", MEASURED, str(path), str(tokenizer_artifact), str(tmp_path / f"{rows}")]
         done = subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
