@@ -71,18 +71,25 @@ def draw_bars(axes: Any, changes: Mapping[str, Any]) -> None:
     axes.invert_yaxis()
 
 
-def draw_curves(axes: Any, arms: Mapping[str, Any]) -> None:
-    """The mean loss of every arm over its tokens, with a dot for each seed at its end. What lies above all that comes
-    after a stage's first steps, as random weights do, is outside.
+def draw_curves(picture: Path, arms: Mapping[str, Any], before: tuple[str, float], tokens: str) -> None:
+    """The mean loss of every arm over its tokens, with a dot for each seed at its end, and a line at the loss of the
+    model before them. What lies above all that comes after a stage's first steps, as random weights do, is outside.
 
     Args:
         arms: each with `tokens`, `curve` and the spread `after`.
+        before: what the model is called, and its loss.
+        tokens: what is counted at the bottom.
     """
     inside: list[float] = []
-    for place, (arm, found) in enumerate(arms.items()):
-        label = f"{arm}: {found['after']['mean']:.3f}"
-        axes.plot(found["tokens"], found["curve"], color=f"C{place}", linewidth=1.6, label=label)
-        dots(axes, found["tokens"][-1], found["after"]["values"], f"C{place}")
-        inside += [*found["after"]["values"], *found["curve"][1:]]
-    margin = 0.05 * (max(inside) - min(inside))
-    axes.set_ylim(min(inside) - margin, max(inside) + margin)
+    with drawing(picture, size=(7.5, 4)) as [axes]:
+        for place, (arm, found) in enumerate(arms.items()):
+            label = f"{arm}: {found['after']['mean']:.3f}"
+            axes.plot(found["tokens"], found["curve"], color=f"C{place}", linewidth=1.6, label=label)
+            dots(axes, found["tokens"][-1], found["after"]["values"], f"C{place}")
+            inside += [*found["after"]["values"], *found["curve"][1:]]
+        margin = 0.05 * (max(inside) - min(inside))
+        axes.set_ylim(min(inside) - margin, max(inside) + margin)
+        name, loss = before
+        axes.axhline(loss, color="black", linewidth=0.8, linestyle=":", label=f"{name}: {loss:.3f}")
+        axes.set(xlabel=tokens, ylabel="held-out loss, nats per token")
+        axes.legend(fontsize=8)

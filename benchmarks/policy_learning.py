@@ -68,12 +68,12 @@ def rejection(per_prompt: int, prompts: int, *words: str) -> Arm:
 
 
 def own_answers(per_prompt: int, prompts: int) -> Arm:
-    """SFT on the first answer to each of the same prompts: nobody has selected among them."""
+    """SFT on the first answer to each of rejection sampling's prompts: nobody has selected among them."""
     return rejection(per_prompt, prompts, "stages.best.rule=first", "stages.best.minimum_score=null")
 
 
 def randomly_chosen(per_prompt: int, prompts: int) -> Arm:
-    """SFT on that answer to each of the same prompts which a number that has nothing to do with it prefers."""
+    """SFT on that answer to each of these prompts which a number that has nothing to do with it prefers."""
     return rejection(per_prompt, prompts, "judge@stages.score.judge=random", "stages.best.minimum_score=null")
 
 

@@ -124,12 +124,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
 
 def draw(result: Mapping[str, Any]) -> None:
     """Held-out loss of the small model over its tokens, the mean of the seeds, an arm a line."""
-    with figures.drawing(PICTURE, size=(7.5, 4)) as [axes]:
-        figures.draw_curves(axes, result["arms"])
-        parent = result["parent"]["mean"]
-        axes.axhline(parent, color="black", linewidth=0.8, linestyle=":", label=f"the parent: {parent:.3f}")
-        axes.set(xlabel="tokens of the small model", ylabel="held-out loss, nats per token")
-        axes.legend(fontsize=8)
+    before = ("the parent", result["parent"]["mean"])
+    figures.draw_curves(PICTURE, result["arms"], before, "tokens of the small model")
 
 
 if __name__ == "__main__":

@@ -104,12 +104,8 @@ def table(result: Mapping[str, Any]) -> list[str]:
 
 def draw(result: Mapping[str, Any]) -> None:
     """Held-out loss over the tokens that every arm sees, the mean of the seeds, with a dot a seed at its end."""
-    with figures.drawing(PICTURE, size=(7.5, 4)) as [axes]:
-        figures.draw_curves(axes, result["arms"])
-        dense = result["dense"]["mean"]
-        axes.axhline(dense, color="black", linewidth=0.8, linestyle=":", label=f"the dense model before: {dense:.3f}")
-        axes.set(xlabel="tokens after the dense model", ylabel="held-out loss, nats per token")
-        axes.legend(fontsize=8)
+    before = ("the dense model before", result["dense"]["mean"])
+    figures.draw_curves(PICTURE, result["arms"], before, "tokens after the dense model")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Every command of the pages on methods is one: what they run is planned as it is printed there."""
+"""Every command of the pages on methods is one, and so is what README's table of methods says is typed: what they run
+is planned as it is printed there."""
 
 from __future__ import annotations
 
@@ -18,9 +19,17 @@ COMMANDS = {
     for page in PAGES
     for found in INDENTED.findall(page.read_text("utf-8"))
 }
+README = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+TYPED = [
+    typed
+    for row in re.findall(r"^\| .*\]\(docs/methods/.*$", README, re.MULTILINE)
+    for typed in re.findall(r"`(recipe=[^`]*)`", row)
+]
+COMMANDS |= {f"README: {typed}": ["lightning-llm", "run", *shlex.split(typed)] for typed in TYPED}
 
 
 def test_pages_have_commands():
+    assert len(TYPED) > 12
     assert len(COMMANDS) > 25
     named = {name.partition(":")[0] for name in COMMANDS}
     assert named >= {"judges", "online_dpo", "rejection_sampling", "reward_models", "warp"}

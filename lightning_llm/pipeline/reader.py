@@ -130,7 +130,19 @@ class _Reader:
         try:
             return schema(**values)
         except ValueError as error:
-            raise refused_by(schema, path, error) from error
+            refused = refused_by(schema, path, error)
+            key, fact, _ = refused.args
+            if (stated := self._stated_at(key)) != key:
+                raise UserError(stated, f"{fact}, which {key} takes over", "Give it another value") from error
+            raise refused from error
+
+    def _stated_at(self, key: str) -> str:
+        """The setting that states a value: another one where a file says `${...}` of it."""
+        place, _, name = key.rpartition(".")
+        holder = OmegaConf.select(self.composition.config, place) if place else self.composition.config
+        node = holder._get_node(name) if isinstance(holder, DictConfig) else None
+        reference = re.fullmatch(r"\$\{([\w.]+)\}", str(node._value())) if node is not None else None
+        return self._stated_at(reference[1]) if reference else key
 
     def _refuse_chosen(self, absent: Sequence[str]) -> None:
         """An option of conf/stage/ that the user chooses for a stage which the recipe leaves out would do nothing."""

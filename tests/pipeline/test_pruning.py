@@ -108,7 +108,10 @@ def test_the_key_knows_measure_sizes_and_what_is_measured():
         ([*BY_SIZE, "stages.prune.num_hidden_layers=3"], "num_hidden_layers: is given, and magnitude ranks"),
         ([*BY_FLOW, "stages.prune.intermediate_size=null"], "stages.prune: makes nothing smaller"),
         (["stages.prune.intermediate_size=800"], "is 800, and masks learns masks for 8064"),
-        (["stages.masks.objective.intermediate_size=0"], "intermediate_size: must be a number of at least 1"),
+        (
+            ["stages.masks.objective.intermediate_size=0"],
+            "stages.masks.objective.intermediate_size: must be a number of at least 1, is 0, which stages.prune",
+        ),
         (["stages.masks.starts_from=null"], "stages.masks.starts_from: has no value: there is no model to be masked"),
         (["stages.masks.objective.budget_ramp=2"], "budget_ramp: is a share"),
         (["stages.prune.intermediate_size=0"], "intermediate_size: must be a number of at least 1"),

@@ -23,6 +23,7 @@ ADDED = [
     "stages.sample.prompts=20",
     "stages.sample.per_prompt=3",
     "stages.sample.max_new_tokens=12",
+    "stages.sample.data.tokens_per_example=24",  # the tiny vocabulary spells prompts in more tokens than nano's 14
     "+stage@stages.score=score",
     "stages.score.data=[sample]",
     "judge@stages.score.judge=reward_model",
@@ -117,7 +118,7 @@ def test_what_judging_computes_is_on_record(judged):
     record = json.loads((judged.artifact("score") / "stage.json").read_text())
     assert record["flops"] == pytest.approx(expected)
     planned = next(node.figures["flops"] for node in judged.plan.nodes if node.name == "score")
-    assert expected == pytest.approx(planned, rel=0.5)  # which takes a scale's prompts, and responses as long as may be
+    assert 0 < expected <= planned  # which takes all responses to be as long as they may be
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lightning_llm.stages import prepare, train
 from lightning_llm.stages.config import ComputeConfig, PrepareSettings
 from lightning_llm.training.config import RolloutConfig
 
+STEPS = 160  # in which rewards have risen: few of the first answers are complete, and only such ones win a pair
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -73,13 +74,13 @@ def weights(context):
     ids=["dpo", "mdpo"],
 )
 def test_rewards_rise_and_the_curves_are_written_down(objective, judge, live, inputs, context_of):
-    context = context_of(live(objective, 100, judge=judge), inputs[0], evaluate_every=5000.0)
+    context = context_of(live(objective, STEPS, judge=judge), inputs[0], evaluate_every=50.0 * STEPS)
     result = train.run(context)
     training = [line for line in lines(context) if "loss" in line]
     validation = [line for line in lines(context) if "validation/reward/mean" in line]
     first, last = (fmean(line["reward/mean"] for line in some) for some in (training[:5], training[-30:]))  # 64 a line
-    assert last > first + 0.05  # three standard errors; few of the first answers are complete, as winners must be
-    assert [line["tokens"] for line in validation] == [0, 5000, 10_000]
+    assert last > first + 0.1
+    assert [line["tokens"] for line in validation] == [0, 50 * STEPS, 100 * STEPS]
     assert validation[-1]["validation/reward/mean"] > validation[0]["validation/reward/mean"]
     assert result.metrics["validation/reward/mean"] == validation[-1]["validation/reward/mean"]
     assert training[0]["kl/reference"] == pytest.approx(0.0, abs=1e-4)
@@ -90,7 +91,7 @@ def test_rewards_rise_and_the_curves_are_written_down(objective, judge, live, in
     assert max(line["logps/gap_max"] for line in training) < 1e-3
     if objective.name == "mdpo":  # the window was drawn by the weights that learn from it
         assert max(line["kl/iterate"] for line in training) < 1e-6
-    assert len(list((context.output / "experience").iterdir())) == 100
+    assert len(list((context.output / "experience").iterdir())) == STEPS
     assert result.ledger["asked"] == training[-1]["consumed"]["asked"] > 0
     assert {"sample", "score", "judge"} <= set(result.seconds)
 
