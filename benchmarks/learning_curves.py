@@ -15,6 +15,7 @@ from trials import journal
 FIGURES = ("reward/mean", "kl/reference", "entropy", "responses/length")
 HELD_OUT = "validation/reward/mean"
 REWARDS = ("reward/mean", HELD_OUT)
+ON_THE_WAY = {"reward/ties": statistics.fmean, "kl/iterate": max, "logps/gap_max": max}
 POINTS = 32  # of a curve, at most: each is a mean over neighbouring steps
 Curve = dict[str, list[float]]  # samples, value
 
@@ -44,6 +45,14 @@ def followed(artifact: Path, responses_per_sample: float, most: float = 1.0) -> 
         "value": [round(line[HELD_OUT] / most, 5) for line in held_out],
     }
     return curves
+
+
+def on_the_way(artifact: Path) -> dict[str, float]:
+    """The mean share of a step's prompts that tie, the largest KL divergence from the iterate that has drawn, and the
+    largest difference of sampler and trainer in a token's log-probability; those that the stage has written down."""
+    lines = journal(artifact)
+    found = {name: [line[name] for line in lines if name in line] for name in ON_THE_WAY}
+    return {name: ON_THE_WAY[name](values) for name, values in found.items() if values}
 
 
 def mean(per_seed: Sequence[Mapping[str, Curve]]) -> dict[str, Any]:

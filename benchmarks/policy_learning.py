@@ -25,6 +25,7 @@ from half_way import DRAWN, EXACT, HALF_WAY, KL, HeldOut
 from trials import changes, read, spreads
 
 RESULT = claims.RESULTS / "policy_learning.json"
+PLEASED = learning_curves.HELD_OUT  # what the judge of a live stage says of its held-out prompts
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Arm:
     recipe: str
     stage: str
     words: Sequence[str] = ()
-    most: float = 1.0  # reward of a response: curves show the share of it that is earned
+    most: float | None = 1.0  # reward of a response: curves show the share of it that is earned; none: no curves
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,21 @@ def policy_gradient(objective: str, *words: str, judge: str = "exact_answer", mo
     return Arm("policy_gradients", "rlhf", (*chosen, *words), most)
 
 
-def online_dpo(judge: str) -> Arm:
-    """Online DPO right after SFT, as its stage has it: without a reward model and without online merging."""
-    words = ("+stage@stages.online=online_dpo", "stages.online.starts_from=sft", f"judge@stages.online.judge={judge}")
-    figures = ("stages.online.examples=2000", "stages.online.context=1024", "stages.online.lr.peak=5e-5")
-    return Arm("qwen2", "online", (*words, *figures))
+def online_dpo(judge: str, *words: str, most: float | None = 1.0) -> Arm:
+    """Online DPO right after SFT, without online merging."""
+    chosen = ("+stage@stages.online=online_dpo", "stages.online.starts_from=sft", f"judge@stages.online.judge={judge}")
+    drawn = (f"stages.online.examples={ONLINE_PROMPTS}", f"stages.online.rollout.per_prompt={ONLINE_PER_PROMPT}")
+    figures = ("stages.online.context=1024", "stages.online.lr.peak=5e-5")
+    return Arm("qwen2", "online", (*chosen, *drawn, *figures, *words), most)
+
+
+SAME_PROMPTS = ("data@stages.sample.data=online_prompts",)  # those that live stages ask, in their order
 
 
 def rejection(per_prompt: int, prompts: int, *words: str) -> Arm:
     """SFT on what is kept of the model's answers: by default a right one of each prompt that has one."""
     drawn = (f"stages.sample.per_prompt={per_prompt}", f"stages.sample.prompts={prompts}")
-    return Arm("rejection_sampling", "rejection", (*drawn, *words))
+    return Arm("rejection_sampling", "rejection", (*SAME_PROMPTS, *drawn, *words))
 
 
 def own_answers(per_prompt: int, prompts: int) -> Arm:
@@ -97,6 +102,7 @@ def of_online_dpo(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
     """The held-out reward rises, by more than a control's, and exact match is not what pays for it."""
     gain, exact = change["online DPO"][DRAWN], change["online DPO"][EXACT]
     control = max(change[name][DRAWN]["mean"] for name in ("random reward", "own answers, not selected"))
+    modelled = change["judged by a reward model"]
     return [
         claims.worst("Online DPO raises the held-out mean reward", gain["values"], above=0.0),
         claims.claim("It gains more than the better of two controls", gain["mean"] - control, above=0.0),
@@ -104,6 +110,8 @@ def of_online_dpo(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
             "It costs exact match at most .02, mean change over seeds",
             exact["mean"], {"values": exact["values"]}, at_least=-0.02,
         ),
+        claims.worst("A reward model as judge is pleased on held-out prompts", modelled[PLEASED]["values"], above=0.0),
+        claims.mean("That costs exact match at most .02", modelled[EXACT]["values"], at_least=-0.02),
     ]  # fmt: skip
 
 
@@ -133,6 +141,7 @@ def of_rejection_sampling(change: Mapping[str, Mapping[str, Any]]) -> list[dict[
 
 
 PROMPTS, PER_PROMPT = 1000, 8  # of a policy gradient
+ONLINE_PROMPTS, ONLINE_PER_PROMPT = 2000, 4  # of online DPO: a pair of each prompt
 BASIC = {EXACT: "exact match", DRAWN: "right when drawn", KL: "KL to SFT, nats"}
 CURVES = {"reward/mean": "mean reward of what is drawn", "kl/reference": "KL to the SFT model, nats per response"}
 PARTS = {
@@ -166,8 +175,9 @@ PARTS = {
     "online_dpo": Part(
         {
             "online DPO": online_dpo("exact_answer"),
+            "judged by a reward model": online_dpo("reward_model", "stages.online.judged_by=[reward_model]", most=None),
             "random reward": online_dpo("random"),
-            "own answers, not selected": own_answers(PER_PROMPT, PROMPTS),
+            "own answers, not selected": own_answers(ONLINE_PER_PROMPT, ONLINE_PROMPTS),
         },
         BASIC,
         CURVES,
@@ -220,20 +230,27 @@ def figures_of(folder: Path, arm: Arm) -> dict[str, Any]:
     found = {
         "before": measured.figures("sft"),
         "after": measured.figures(arm.stage),
-        "seconds": {"total": seconds_of(folder, arm)},
+        "seconds": seconds_of(folder, arm),
+        "on_the_way": learning_curves.on_the_way(artifact),
         "curves": {},
     }
-    settings = read(artifact / "stage.json")["settings"]
-    if rollout := settings.get("rollout"):
+    if rollout := read(artifact / "stage.json")["settings"].get("rollout"):
+        rewards = [line[PLEASED] for line in trials.journal(artifact) if PLEASED in line]
+        found["before"][PLEASED], found["after"][PLEASED] = rewards[0], rewards[-1]
+    if rollout and arm.most is not None:
         each = rollout["per_prompt"] / rollout["epochs"]
         found["curves"] = learning_curves.followed(artifact, each, arm.most)
     return found
 
 
-def seconds_of(folder: Path, arm: Arm) -> float:
-    """Of all stages that come after the SFT model."""
+def seconds_of(folder: Path, arm: Arm) -> dict[str, float]:
+    """Of all that comes after the SFT model: the phases of a live stage, or the stages of rejection sampling."""
     names = ("sample", "score", "best", arm.stage) if arm.stage == "rejection" else (arm.stage,)
-    return sum(read(folder / "artifacts" / name / "stage.json")["seconds"]["total"] for name in names)
+    stages = {name: read(folder / "artifacts" / name / "stage.json")["seconds"] for name in names}
+    if len(stages) == 1:
+        return stages[arm.stage]
+    each: dict[str, float] = {name: seconds["total"] for name, seconds in stages.items()}
+    return {**each, "total": sum(each.values())}
 
 
 def summarise(part: Part, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
@@ -247,18 +264,22 @@ def summarise(part: Part, found: Mapping[str, Sequence[Mapping[str, Any]]]) -> d
             "words": list(part.arms[arm].words),
             "after": after,
             "change": changes(own, after),
-            "seconds": spreads([each["seconds"] for each in runs])["total"],
+            "seconds": spreads([each["seconds"] for each in runs]),
+            "on_the_way": spreads([each["on_the_way"] for each in runs]),
             "curves": learning_curves.mean([each["curves"] for each in runs]),
         }
     judged = part.judged({arm: each["change"] for arm, each in arms.items()})
+    slowest = max(arms, key=lambda arm: max(arms[arm]["seconds"]["total"]["values"]))
+    seconds = max(arms[slowest]["seconds"]["total"]["values"])
+    judged += [claims.claim("No run takes more than three minutes (seconds)", seconds, {"arm": slowest}, at_most=180)]
     return {"claims": judged, "before": before, "arms": arms}
 
 
 def table(part: str, result: Mapping[str, Any]) -> list[str]:
     """Lines of a part's table: mean and standard deviation over the seeds; changes are within a seed."""
     columns = PARTS[part].columns
-    head = ["", *columns.values(), "change of exact match", "by seed"]
-    rows = [["SFT, half-way", *(shown(result["before"].get(name)) for name in columns), "", ""]]
+    head = ["", *columns.values(), "change of exact match", "by seed", "seconds"]
+    rows = [["SFT, half-way", *(shown(result["before"].get(name)) for name in columns), "", "", ""]]
     for arm, found in result["arms"].items():
         change = found["change"][EXACT]
         rows.append(
@@ -267,6 +288,7 @@ def table(part: str, result: Mapping[str, Any]) -> list[str]:
                 *(shown(found["after"].get(name)) for name in columns),
                 shown(change, signed=True),
                 figures.by_seed(change),
+                f"{found['seconds']['total']['mean']:.0f}",
             ]
         )
     return figures.lines_of_table(head, rows)

@@ -145,7 +145,9 @@ def test_a_committee_teaches_itself_for_two_rounds(beside, tmp_path):
         f"{inside}.pairs.minimum_score=0",
     ]
     words += [f"{inside}.{name}.data.max_epochs=1e3" for name in ("distilled", "preferred")]
-    record = run(compose("itec", overrides=[*without(own), *words]), until="itec2.preferred")
+    for stage in ("stages.rlhf", f"{inside}.reinforced"):
+        words += [f"{stage}.examples=8", f"{stage}.rollout.prompts=4", f"{stage}.rollout.max_new_tokens=8"]
+    record = run(compose("itec", overrides=[*without(own), *words]), until="itec2.reinforced")
     assert record.status == "done"
     assert {stage for stage, facts in record.stages.items() if facts["reused"]} >= {"sft", "dpo"}
     asked = [
@@ -155,11 +157,16 @@ def test_a_committee_teaches_itself_for_two_rounds(beside, tmp_path):
     assert [len(prompts) for prompts in asked] == [120, 120]
     assert not asked[0] & asked[1]  # fresh prompts in each round
     tables = [json.loads((record.artifact(f"itec{n}.best") / "table.json").read_text())["models"] for n in (1, 2)]
-    assert [list(table) for table in tables] == [["sft", "dpo"], ["itec1.distilled", "itec1.preferred"]]
+    taught = [f"itec1.{member}" for member in ("distilled", "preferred", "reinforced")]
+    assert [list(table) for table in tables] == [["sft", "dpo", "rlhf"], taught]
+    for member in ("preferred", "reinforced"):  # what the committee has found reaches all of its members
+        record_of_member = json.loads((record.artifact(f"itec1.{member}") / "stage.json").read_text())
+        distilled = json.loads((record.artifact("itec1.distilled") / "stage.json").read_text())
+        assert record_of_member["inputs"]["starts_from"]["key"] == distilled["key"]
     pairs = list(read_rows(record.artifact("itec2.pairs") / "rows.jsonl"))
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     ledger = json.loads((record.artifact("itec2.preferred") / "stage.json").read_text())["ledger"]
     assert ledger["pairs"] > 0
     assert "rewards/accuracies" in record.stages["itec2.preferred"]["metrics"]
-    again = run(record.plan.recipe, until="itec2.preferred")
+    again = run(record.plan.recipe, until="itec2.reinforced")
     assert all(facts["reused"] for facts in again.stages.values())

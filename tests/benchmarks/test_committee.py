@@ -1,0 +1,58 @@
+"""A committee and one model ask as many responses; what is said of both is against the SFT model of the same seed."""
+
+import json
+
+import pytest
+
+from lightning_llm import compose, plan
+
+pytestmark = pytest.mark.usefixtures("benchmarks")
+
+
+def test_both_arms_draw_equally_many_responses_to_the_same_prompts():
+    import committee  # pyright: ignore[reportMissingImports]
+
+    drawn = set()
+    for arm in committee.ARMS:
+        stages = plan(compose("itec", overrides=committee.words(arm))).recipe.stages
+        for turn in range(committee.ROUNDS):
+            sample = stages[f"itec{turn + 1}.sample"]
+            drawn.add((sample.prompts, sample.per_prompt * len(sample.models), tuple(sample.data.sources)))
+    assert drawn == {(committee.PROMPTS, committee.PER_PROMPT, ("questions",))}
+
+
+def test_changes_are_against_the_sft_model_of_the_seed(tmp_path, monkeypatch):
+    import committee  # pyright: ignore[reportMissingImports]
+
+    def figures(exact):
+        return {committee.EXACT: exact, committee.DRAWN: exact - 0.1}
+
+    winner = {"score": 0.5, "best_or_tied": 0.9, "right_alone": 0.1, "kept": 700}
+    found = {}
+    for arm, gain in ((committee.COMMITTEE, 0.1), (committee.ALONE, 0.04)):
+        rounds = [[figures(before + gain * turn) for turn in range(committee.ROUNDS + 1)] for before in (0.4, 0.6)]
+        found[arm] = [
+            {
+                "members": dict.fromkeys(committee.members(arm), of_seed),
+                "tables": [{"models": {f"itec{turn}.distilled": winner}} for turn in range(committee.ROUNDS)],
+            }
+            for of_seed in rounds
+        ]
+    result = {"seeds": [0, 1], **committee.summarise(found)}
+    assert [each["value"] for each in result["claims"]] == [0.2, 0.12]
+    assert committee.table(result)[2].startswith("| committee of three | distilled | 0.500 ± 0.141 | 0.600 ± 0.141")
+    assert committee.table_of_winners(result)[2] == "| 0 | itec1.distilled | 0.500 | 90.0% | 10.0% | 700 |"
+    monkeypatch.setattr(committee, "PICTURE", tmp_path / "committee.svg")
+    committee.draw(result)
+    assert committee.PICTURE.read_text().count("one model: distilled") == 1
+
+
+def test_the_page_has_the_tables_of_the_result():
+    import claims  # pyright: ignore[reportMissingImports]
+    import committee  # pyright: ignore[reportMissingImports]
+
+    result = json.loads(committee.RESULT.read_text())
+    page = (claims.RESULTS.parents[1] / "docs" / "methods" / "rejection_sampling.md").read_text("utf-8")
+    assert "\n".join(committee.table(result)) in page
+    assert "\n".join(committee.table_of_winners(result)) in page
+    assert committee.PICTURE.is_file()
