@@ -1,10 +1,11 @@
 """Does a committee teach better than one model at equal samples? iTeC for two rounds from an SFT model stopped
-half-way: SFT, DPO and mirror descent sample, against one model that samples as much, per seed. Writes
+half-way: what it has taught by three methods samples, against one model that samples as much, per seed. Writes
 results/committee.json and docs/images/committee.svg.
 
     python benchmarks/committee.py [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
-Both arms of a seed share the SFT model, ask the same prompts and judge by the exact answer.
+Both arms of a seed share the SFT model and the first round's samples, ask the same prompts, judge by the exact answer.
+What mirror descent draws while it learns in the first round is drawn by the one model as well.
 """
 
 from __future__ import annotations
@@ -20,19 +21,18 @@ from half_way import DRAWN, EXACT, HALF_WAY, HeldOut
 
 RESULT = claims.RESULTS / "committee.json"
 PICTURE = figures.IMAGES / "committee.svg"
-ROUNDS, PROMPTS, PER_PROMPT = 2, 1000, 24  # responses to a prompt in a round, by one model or by all
+ROUNDS, PROMPTS = 2, 1024
+SAMPLES = 24  # responses to a prompt in a round, by one model or by all
+OF_REINFORCED = 8  # what the member that learns while it draws has drawn in a round, for as many prompts
 INSIDE = "stages.itec.stages"
-MEMBERS = {"distilled": "sft", "preferred": "dpo", "reinforced": "rlhf"}  # a stage of each round -> before the first
+MEMBERS = ("distilled", "preferred", "reinforced")  # of a round; before the first there is the SFT model alone
 COMMITTEE, ALONE = "committee of three", "one model"
+PER_PROMPT = {COMMITTEE: [SAMPLES, SAMPLES // len(MEMBERS)], ALONE: [SAMPLES, SAMPLES + OF_REINFORCED]}
 ARMS = {  # arm -> what is typed
-    COMMITTEE: [f"{INSIDE}.sample.per_prompt={PER_PROMPT // len(MEMBERS)}"],
+    COMMITTEE: [f"{INSIDE}.reinforced.examples={PROMPTS}", f"{INSIDE}.reinforced.rollout.per_prompt={OF_REINFORCED}"],
     ALONE: [
-        f"{INSIDE}.sample.per_prompt={PER_PROMPT}",
         f"{INSIDE}.sample.models=[previous_round.distilled]",
         *(f"~{INSIDE}.{stage}" for stage in ("pairs", "preferred", "reinforced")),
-        *(f"~stages.itec.begins_with.{member}" for member in MEMBERS if member != "distilled"),
-        "~stages.rlhf",
-        "~stages.dpo",
     ],
 }
 
@@ -43,15 +43,16 @@ def members(arm: str) -> Sequence[str]:
 
 
 def names(member: str) -> list[str]:
-    """The stages of a member: before the first round, and of each round."""
-    return [MEMBERS[member], *(f"itec{turn + 1}.{member}" for turn in range(ROUNDS))]
+    """The stages of a member: the SFT model, and of each round."""
+    return ["sft", *(f"itec{turn + 1}.{member}" for turn in range(ROUNDS))]
 
 
 def words(arm: str) -> list[str]:
     """All that an arm types; its models are measured here, not by their stages."""
+    drawn = [f"{INSIDE}.sample.prompts={PROMPTS}", f"+stages.itec.by_round.sample.per_prompt={PER_PROMPT[arm]}"]
+    alone = [f"~stages.itec.begins_with.{member}" for member in MEMBERS if member != "distilled"]
     quiet = [f"{INSIDE}.{member}.evaluate=false" for member in members(arm)]
-    quiet += [f"stages.{MEMBERS[member]}.evaluate=false" for member in members(arm)]
-    return [*HALF_WAY, f"{INSIDE}.sample.prompts={PROMPTS}", *ARMS[arm], *quiet]
+    return [*HALF_WAY, *drawn, *ARMS[arm], *alone, "~stages.rlhf", "~stages.dpo", *quiet]
 
 
 def train(seed: int, arm: str, overrides: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from trials import read
 
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
-from lightning_llm.evaluation.config import ExactAnswerConfig, SubstringConfig
+from lightning_llm.evaluation.config import ExactAnswerConfig, RewardModelJudgeConfig, SubstringConfig
 from lightning_llm.evaluation.judges import JudgeContext, Response
 from lightning_llm.evaluation.preference import kl_to_reference, response_logps
 from lightning_llm.evaluation.tasks import respond, sample_questions, task_metrics
@@ -29,6 +29,7 @@ HALF_WAY = [
     *(f"+evaluation.tasks.sources.{task}.options.questions={QUESTIONS // len(TASKS)}" for task in TASKS),
 ]
 EXACT, DRAWN, KL = "tasks/exact_match", "reward/exact_answer", "kl/sft"
+MODELLED = "reward/reward_model"
 MAX_NEW_TOKENS, MAX_TOKENS = 48, 4096  # of a response; of a pass
 MEASURED = machine.REPOSITORY / "build" / "measured"  # figures of models that were measured before
 
@@ -48,10 +49,11 @@ class HeldOut:
         tasks/*               exact match of greedy answers
         reward/exact_answer   mean score of an answer drawn at temperature 1: right or not
         reward/substring      the right answer stands somewhere in it
+        reward/reward_model   mean score by the run's reward model, if it has one
         kl/sft                KL divergence from the SFT model, nats per response
         responses/length      tokens of a drawn answer
         """
-        roles = (stage, "sft", "evaluation.prepare")
+        roles = (stage, "sft", "evaluation.prepare", "reward_model")
         keys = [(self.artifacts / role).resolve().name for role in roles if (self.artifacts / role).exists()]
         kept = MEASURED / f"{hashlib.blake2b(' '.join(keys).encode(), digest_size=8).hexdigest()}.json"
         if not kept.exists():
@@ -64,9 +66,13 @@ class HeldOut:
         policy = self._model(stage)
         greedy, drawn = self._respond(policy, 0.0), self._respond(policy, 1.0)
         found = task_metrics(self.questions, greedy)
-        for config in (ExactAnswerConfig(), SubstringConfig()):
-            verdicts = config.build(JudgeContext())(self.questions, drawn)
-            found[f"reward/{config.name}"] = statistics.fmean(verdict.score for verdict in verdicts)
+        judges = {DRAWN: ExactAnswerConfig(), "reward/substring": SubstringConfig()}
+        if (reward_model := self.artifacts / "reward_model").exists():
+            judges[MODELLED] = RewardModelJudgeConfig()
+        context = JudgeContext(reward_models=[reward_model / "model"], max_tokens=MAX_TOKENS)
+        for name, config in judges.items():
+            verdicts = config.build(context)(self.questions, drawn)
+            found[name] = statistics.fmean(verdict.score for verdict in verdicts)
         found["responses/length"] = statistics.fmean(len(response.ids) for response in drawn)
         prompts, ids = [question.prompt_ids for question in self.questions], [[response.ids] for response in drawn]
         both = [response_logps(model, prompts, ids, MAX_TOKENS)[:, 0] for model in (policy, self._model("sft"))]

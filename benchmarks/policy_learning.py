@@ -21,11 +21,11 @@ import figures
 import learning_curves
 import trials
 from figures import shown
-from half_way import DRAWN, EXACT, HALF_WAY, KL, HeldOut
+from half_way import DRAWN, EXACT, HALF_WAY, KL, MODELLED, HeldOut
 from trials import changes, read, spreads
 
 RESULT = claims.RESULTS / "policy_learning.json"
-PLEASED = learning_curves.HELD_OUT  # what the judge of a live stage says of its held-out prompts
+REWARD_MODEL = "reward_model"  # the stage, and the judge that asks it
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,11 @@ class Part:
 
 def policy_gradient(objective: str, *words: str, judge: str = "exact_answer", most: float = 1.0) -> Arm:
     """The stage `rlhf` with another objective and judge."""
-    chosen = (f"objective@stages.rlhf.objective={objective}", f"judge@stages.rlhf.judge={judge}")
+    chosen = (
+        f"objective@stages.rlhf.objective={objective}",
+        f"judge@stages.rlhf.judge={judge}",
+        f"stages.rlhf.examples={PROMPTS}",
+    )
     return Arm("policy_gradients", "rlhf", (*chosen, *words), most)
 
 
@@ -70,6 +74,12 @@ def rejection(per_prompt: int, prompts: int, *words: str) -> Arm:
     """SFT on what is kept of the model's answers: by default a right one of each prompt that has one."""
     drawn = (f"stages.sample.per_prompt={per_prompt}", f"stages.sample.prompts={prompts}")
     return Arm("rejection_sampling", "rejection", (*SAME_PROMPTS, *drawn, *words))
+
+
+def picked(per_prompt: int, prompts: int) -> Arm:
+    """SFT on that answer to each of these prompts which a reward model prefers: Llama 3's way."""
+    judged = (f"judge@stages.score.judge={REWARD_MODEL}", f"stages.score.judged_by=[{REWARD_MODEL}]")
+    return rejection(per_prompt, prompts, *judged, "stages.best.minimum_score=null")
 
 
 def own_answers(per_prompt: int, prompts: int) -> Arm:
@@ -110,7 +120,7 @@ def of_online_dpo(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
             "It costs exact match at most .02, mean change over seeds",
             exact["mean"], {"values": exact["values"]}, at_least=-0.02,
         ),
-        claims.worst("A reward model as judge is pleased on held-out prompts", modelled[PLEASED]["values"], above=0.0),
+        claims.worst("Judged by a reward model it raises that judge's mean", modelled[MODELLED]["values"], above=0.0),
         claims.mean("That costs exact match at most .02", modelled[EXACT]["values"], at_least=-0.02),
     ]  # fmt: skip
 
@@ -140,8 +150,8 @@ def of_rejection_sampling(change: Mapping[str, Mapping[str, Any]]) -> list[dict[
     ]
 
 
-PROMPTS, PER_PROMPT = 1000, 8  # of a policy gradient
-ONLINE_PROMPTS, ONLINE_PER_PROMPT = 2000, 4  # of online DPO: a pair of each prompt
+PROMPTS, PER_PROMPT = 1024, 8  # of a policy gradient: 32 records of 32 prompts, two steps from each
+ONLINE_PROMPTS, ONLINE_PER_PROMPT = 2048, 4  # of online DPO: 32 steps of 64 pairs
 BASIC = {EXACT: "exact match", DRAWN: "right when drawn", KL: "KL to SFT, nats"}
 CURVES = {"reward/mean": "mean reward of what is drawn", "kl/reference": "KL to the SFT model, nats per response"}
 PARTS = {
@@ -164,6 +174,7 @@ PARTS = {
     "rejection_sampling": Part(
         {
             "right answers": rejection(PER_PROMPT, PROMPTS),
+            "picked by a reward model": picked(PER_PROMPT, PROMPTS),
             "random reward": randomly_chosen(PER_PROMPT, PROMPTS),
             "own answers, not selected": own_answers(PER_PROMPT, PROMPTS),
         },
@@ -175,7 +186,9 @@ PARTS = {
     "online_dpo": Part(
         {
             "online DPO": online_dpo("exact_answer"),
-            "judged by a reward model": online_dpo("reward_model", "stages.online.judged_by=[reward_model]", most=None),
+            "judged by a reward model": online_dpo(
+                REWARD_MODEL, f"stages.online.judged_by=[{REWARD_MODEL}]", most=None
+            ),
             "random reward": online_dpo("random"),
             "own answers, not selected": own_answers(ONLINE_PER_PROMPT, ONLINE_PROMPTS),
         },
@@ -234,9 +247,7 @@ def figures_of(folder: Path, arm: Arm) -> dict[str, Any]:
         "on_the_way": learning_curves.on_the_way(artifact),
         "curves": {},
     }
-    if rollout := read(artifact / "stage.json")["settings"].get("rollout"):
-        rewards = [line[PLEASED] for line in trials.journal(artifact) if PLEASED in line]
-        found["before"][PLEASED], found["after"][PLEASED] = rewards[0], rewards[-1]
+    rollout = read(artifact / "stage.json")["settings"].get("rollout")
     if rollout and arm.most is not None:
         each = rollout["per_prompt"] / rollout["epochs"]
         found["curves"] = learning_curves.followed(artifact, each, arm.most)
@@ -244,8 +255,9 @@ def figures_of(folder: Path, arm: Arm) -> dict[str, Any]:
 
 
 def seconds_of(folder: Path, arm: Arm) -> dict[str, float]:
-    """Of all that comes after the SFT model: the phases of a live stage, or the stages of rejection sampling."""
-    names = ("sample", "score", "best", arm.stage) if arm.stage == "rejection" else (arm.stage,)
+    """Of all that comes after the SFT model: the phases of a live stage, or each stage where there are several."""
+    names = ["sample", "score", "best", arm.stage] if arm.stage == "rejection" else [arm.stage]
+    names += [REWARD_MODEL] if any(REWARD_MODEL in word for word in arm.words) else []
     stages = {name: read(folder / "artifacts" / name / "stage.json")["seconds"] for name in names}
     if len(stages) == 1:
         return stages[arm.stage]

@@ -36,6 +36,7 @@ class Cache:
         self.rows = rows
         self.asked = [model.config.layer_attention(layer) for layer in layers]
         self.slots = slots_of_layers(model.config, positions)
+        self.heads = model.config.num_key_value_heads
         self.lengths: list[int] = []  # tokens of each row in use
         self.prompts: list[tuple[int, int]] = []  # of each row in use: which, and how long
         self.seen = 0  # prompts so far
@@ -46,13 +47,20 @@ class Cache:
         self.keys: list[Tensor] = []  # made by the first prompts, in the type that they are computed in
         self.values: list[Tensor] = []
 
-    def add(self, layer: int, k: Tensor, v: Tensor, rows: Tensor, slots: Tensor) -> None:
-        """Put keys and values [T, K, D] into rows [T] and slots [T]."""
+    def places(self, rows: Tensor, slots: Tensor, of: int) -> Tensor:
+        """Where tokens stand among all rows, heads and slots of a layer that has `of` slots: [T * K] of rows [T] and
+        slots [T]."""
+        heads = torch.arange(self.heads, device=rows.device)
+        return ((rows[:, None] * self.heads + heads) * of + slots[:, None]).flatten()
+
+    def add(self, layer: int, k: Tensor, v: Tensor, places: Tensor) -> None:
+        """Put keys and values [T, K, D] into `places` [T * K]."""
         if layer == len(self.keys):
             shape = (self.rows, k.shape[1], self.slots[layer], k.shape[2])
             self.keys.append(k.new_zeros(shape))
             self.values.append(v.new_zeros(shape))
-        self.keys[layer][rows, :, slots], self.values[layer][rows, :, slots] = k, v
+        for stored, new in ((self.keys[layer], k), (self.values[layer], v)):
+            stored.view(-1, stored.shape[-1]).index_copy_(0, places, new.flatten(0, 1))
 
     def remove(self, row: int) -> None:
         """Forget a request; the last one moves into its row."""
@@ -117,7 +125,7 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], 
     """
     batch = SegmentBatch.from_documents(prompts).to(cache.device)
     segments = Segments(batch.lengths, batch.prefixes)
-    places: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # slots of a layer -> which tokens go where
+    places: dict[int, tuple[Tensor, Tensor]] = {}  # slots of a layer -> which tokens, and where they go
     for slots in set(cache.slots):
         tokens, rows, row = [], [], len(cache.lengths)
         for begin, length, count in zip(batch.cu_seqlens.tolist(), batch.lengths, copies, strict=False):
@@ -126,14 +134,14 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], 
             rows += [torch.full_like(kept, row + copy) for copy in range(count)]
             row += count
         chosen = torch.cat(tokens).to(cache.device)
-        places[slots] = chosen, torch.cat(rows).to(cache.device), batch.positions[chosen] % slots
+        places[slots] = chosen, cache.places(torch.cat(rows).to(cache.device), batch.positions[chosen] % slots, slots)
 
     last = batch.cu_seqlens[1:] - 1
     firsts = torch.tensor([0, *copies[:-1]], device=cache.device).cumsum(0) + len(cache.lengths)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        tokens, rows, slots = places[cache.slots[layer]]
-        cache.add(layer, k[tokens], v[tokens], rows, slots)
+        tokens, where = places[cache.slots[layer]]
+        cache.add(layer, k[tokens], v[tokens], where)
         asked, is_last = cache.asked[layer], layer == len(cache.slots) - 1
         if cache.dual_chunk is not None:
             attended = cache.dual_chunk.attend(q, k, v, batch.lengths, asked.scale, asked.softcap)
@@ -168,11 +176,11 @@ def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
     rows = torch.arange(count, device=cache.device)
     shared = cache.find_shared()
     masks = {slots: cache.mask(slots, model.embed_tokens.weight.dtype) for slots in set(cache.slots)}
-    places = {slots: positions % slots for slots in set(cache.slots)}
+    places = {slots: cache.places(rows, positions % slots, slots) for slots in set(cache.slots)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slots, asked = cache.slots[layer], cache.asked[layer]
-        cache.add(layer, k, v, rows, places[slots])
+        cache.add(layer, k, v, places[slots])
         filled = min(longest + 1, slots)
         keys, values = cache.keys[layer][:count, :, :filled], cache.values[layer][:count, :, :filled]
         mask = masks[slots]

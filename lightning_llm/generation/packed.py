@@ -1,8 +1,9 @@
 """A model's weights laid out for the products of generation on a CPU: few rows at a time, and nothing is trained.
 
-oneDNN multiplies with a matrix that was reordered once at nearly the processor's full rate, also when there are only a
-few rows; an ordinary product reorders it in every step. And it applies what follows, the activation and the product of
-a gated linear unit, before results leave the registers.
+oneDNN multiplies with a large matrix that was reordered once at nearly the processor's full rate, also when there are
+only a few rows; an ordinary product reorders it in every step. And it applies what follows, the activation and the
+product of a gated linear unit, before results leave the registers. A call costs some 40 microseconds, so small matrices
+stay as they are.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from lightning_llm.models.soft_cap import soft_capped
 from lightning_llm.models.transformer import Transformer
 
 LARGEST = 2**31  # bytes of weights: packed ones stand in memory beside the model's own
+SMALLEST = 2**20  # entries of a matrix that is packed; one of half as many gains nothing
 ROWS = 32  # that the layout is made for; any number can be multiplied
 NOTHING: tuple[str, list[float], str] = ("none", [], "")
 ACTIVATIONS = {"silu": ("swish", [], ""), "gelu_pytorch_tanh": ("gelu", [], "tanh")}  # as oneDNN calls them
@@ -75,14 +77,14 @@ class PackedFeedForward(nn.Module):
 class Packed:
     """A model for generation: its layers and `logits`, in other products where that is faster.
 
-    Norms and embeddings are the model's own, so that `refresh` packs the matrices anew and that is all.
+    Norms, embeddings and small matrices are the model's own, so that `refresh` packs the others anew and that is all.
     """
 
     def __init__(self, model: Transformer):
         self.model, self.config = model, model.config
         self.is_packed = can_be_packed(model)
         self.body: Transformer = with_packed_weights(model) if self.is_packed else model  # what runs
-        self.head = PackedLinear(model.head_weight, None) if self.is_packed else None
+        self.head = PackedLinear(model.head_weight, None) if self.is_packed and is_large(model.head_weight) else None
 
     def refresh(self) -> None:
         """Take over the weights as they are now."""
@@ -97,11 +99,16 @@ class Packed:
         return soft_capped(self.head(hidden), self.config.final_logit_softcapping)
 
 
+def is_large(weight: Tensor) -> bool:
+    """Whether a matrix is packed."""
+    return weight.numel() >= SMALLEST
+
+
 def with_packed_weights(module: Any) -> Any:
     """A copy of a module, and of those in it, that shares all parameters and multiplies with packed ones."""
-    if isinstance(module, FeedForward):
+    if isinstance(module, FeedForward) and is_large(module.gate_proj.weight):
         return PackedFeedForward(module)
-    if isinstance(module, nn.Linear):
+    if isinstance(module, nn.Linear) and is_large(module.weight):
         return PackedLinear(module.weight, module.bias)
     copied = copy.copy(module)
     copied._modules = {

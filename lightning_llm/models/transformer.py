@@ -28,14 +28,23 @@ from lightning_llm.settings import UserError
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # layer, q [T, H, D], k and v [T, K, D] -> [T, H, D]
 
 
+def scaled_to_unit(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight, [.., n] of x [.., n] and weight [n], all float32."""
+    return (x * inverse_rms(x, eps)).mul_(weight)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / rms(x) over the last axis, [.., 1] of [.., n]."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
 class ScaledToUnit(torch.autograd.Function):
-    """x / rms(x) * weight with its own backward: a third of the time of torch's composed rms_norm on a CPU."""
+    """`scaled_to_unit` with its own backward: a third of the time of torch's composed rms_norm on a CPU."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """[.., n] of x [.., n] and weight [n], all float32."""
-        size = x.shape[-1]
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(size).add_(eps).rsqrt_()
+        inverse = inverse_rms(x, eps)
         unit = x * inverse
         ctx.save_for_backward(unit, inverse, weight)
         return unit * weight
@@ -68,7 +77,8 @@ class RMSNorm(nn.Module):
         if self.offset:
             weight = weight + self.offset
         if x.is_cpu:
-            return ScaledToUnit.apply(exact, weight, self.eps).to(x.dtype)
+            scaled = ScaledToUnit.apply if torch.is_grad_enabled() else scaled_to_unit
+            return scaled(exact, weight, self.eps).to(x.dtype)
         return rms_norm(exact, weight.shape, weight, self.eps).to(x.dtype)
 
 

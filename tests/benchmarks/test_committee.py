@@ -5,6 +5,8 @@ import json
 import pytest
 
 from lightning_llm import compose, plan
+from lightning_llm.pipeline.order import ancestors
+from lightning_llm.stages.config import GenerateStage, TrainStage
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
 
@@ -15,10 +17,18 @@ def test_both_arms_draw_equally_many_responses_to_the_same_prompts():
     drawn = set()
     for arm in committee.ARMS:
         stages = plan(compose("itec", overrides=committee.words(arm))).recipe.stages
-        for turn in range(committee.ROUNDS):
-            sample = stages[f"itec{turn + 1}.sample"]
-            drawn.add((sample.prompts, sample.per_prompt * len(sample.models), tuple(sample.data.sources)))
-    assert drawn == {(committee.PROMPTS, committee.PER_PROMPT, ("questions",))}
+        needed = ancestors("itec2.distilled", stages)  # what the compared model has learnt from
+        count = 0
+        for name in needed:
+            stage = stages[name]
+            if isinstance(stage, GenerateStage):
+                count += stage.prompts * stage.per_prompt * len(stage.models)
+                assert tuple(stage.data.sources) == ("questions",)
+            elif isinstance(stage, TrainStage) and stage.rollout is not None:
+                count += stage.examples * stage.rollout.per_prompt
+        assert not needed & {"dpo", "rlhf"}  # nothing is learnt from an answer that no model has given
+        drawn.add(count)
+    assert drawn == {1024 * (24 + 8 + 24)}
 
 
 def test_changes_are_against_the_sft_model_of_the_seed(tmp_path, monkeypatch):

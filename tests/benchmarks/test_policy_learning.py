@@ -23,17 +23,32 @@ def test_every_arm_draws_equally_many_responses_of_the_same_model():
     from half_way import HALF_WAY  # pyright: ignore[reportMissingImports]
 
     for part in policy_learning.PARTS.values():
-        drawn = set()
+        drawn, sources = set(), set()
         for arm in part.arms.values():
-            stages = plan(compose(arm.recipe, overrides=[*HALF_WAY, *arm.words])).recipe.stages
+            planned = plan(compose(arm.recipe, overrides=[*HALF_WAY, *arm.words]))
+            stages = planned.recipe.stages
             learns, samples = stages[arm.stage], stages.get("sample")
             assert learns.starts_from == "sft"
             assert stages["sft"].examples == 17_500
             if arm.stage == "rejection":
                 drawn.add(samples.prompts * samples.per_prompt)
+                sources.add(tuple(samples.data.sources))
             else:
-                drawn.add(learns.examples * learns.rollout.per_prompt)
-        assert drawn == {8000}
+                drawn.add(responses_of(learns.rollout, steps_of(planned, arm.stage)))
+                sources.add(tuple(learns.data.sources))
+        assert drawn == {8192}
+        assert sources == {("prompts",)}
+
+
+def steps_of(planned, stage):
+    return next(node.figures["steps"] for node in planned.nodes if node.name == stage)
+
+
+def responses_of(rollout, steps):
+    """As many as are drawn in so many optimizer steps, of which the last record's are as many as any other's."""
+    records, rest = divmod(steps, rollout.steps * rollout.epochs)
+    assert not rest
+    return records * rollout.steps * rollout.prompts * rollout.per_prompt
 
 
 def journal(folder, *lines):

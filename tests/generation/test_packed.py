@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.generation import packed as layout
 from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import Sampler, sample
 from lightning_llm.generation.packed import Packed, PackedLinear
@@ -20,6 +21,12 @@ KINDS = {
         "attn_logit_softcapping": 5.0,
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def any_size(monkeypatch):
+    """Matrices of these models are small."""
+    monkeypatch.setattr(layout, "SMALLEST", 0)
 
 
 def build(**settings):
@@ -47,6 +54,22 @@ def test_packed_layers_are_the_models(kind):
         expected, found = model(batch), packed.body(batch)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(packed.logits(expected), model.logits(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_small_matrices_stay_as_they_are(monkeypatch):
+    """Of this model the head alone is packed, and refreshed when the model is trained."""
+    model = build()
+    monkeypatch.setattr(layout, "SMALLEST", model.embed_tokens.weight.numel())
+    packed = Packed(model)
+    assert [module for module in packed.body.modules() if isinstance(module, PackedLinear)] == []
+    assert isinstance(packed.head, PackedLinear)
+    hidden = torch.randn(3, model.config.hidden_size)
+    with torch.no_grad():
+        model.embed_tokens.weight.mul_(2)
+        packed.refresh()
+        torch.testing.assert_close(packed.logits(hidden), model.logits(hidden), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(layout, "SMALLEST", model.embed_tokens.weight.numel() + 1)
+    assert Packed(model).head is None
 
 
 def test_a_refreshed_sampler_is_a_new_one():
