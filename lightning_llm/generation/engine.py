@@ -24,7 +24,7 @@ from lightning_llm.models.transformer import Transformer
 from lightning_llm.settings import UserError
 
 GREEDY = Sampling()
-REFILL = 8  # new prompts are computed when an eighth of the places is free: a few at a time cost more
+REFILL = 16  # new prompts are computed when a sixteenth of the places is free: one at a time costs more
 Listener = Callable[
     [int, int, bool], bool
 ]  # response, its new token, whether that is its last -> whether to end it here
