@@ -1,7 +1,7 @@
 """Is the average of an annealing better than its last weights, and does annealing tell a good data set from a bad one?
 Writes results/annealing.json and docs/images/annealing.svg.
 
-    python benchmarks/annealing.py [--parts averages constant_rate data] [--seeds 0 1 2] [--jobs 4] [overrides ...]
+    python benchmarks/annealing.py [--parts averages data] [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
 A part's figures replace those that are there. All anneals of a seed start from one model, which the store holds after
 the first: long_context of recipe qwen2, and the half-trained one of recipe judge_data.
@@ -29,17 +29,12 @@ from lightning_llm.data.embedded.text import READERS
 RESULT = claims.RESULTS / "annealing.json"
 PICTURE = figures.IMAGES / "annealing.svg"
 ANNEAL = ["+stage@stages.anneal=anneal", "stages.anneal.starts_from=long_context"]
-AVERAGES = {  # part -> what is averaged on the way -> settings of the stage
-    "averages": {
-        "rate to 0, second half (as conf/stage/anneal.yaml)": [],
-        "rate to 0, all of it": ["stages.anneal.averaging.from_share=0"],
-        "rate to 0, EMA of 0.99": ["stages.anneal.averaging.method=ema", "stages.anneal.averaging.from_share=0"],
-    },
-    "constant_rate": {
-        "constant rate, second half": ["stages.anneal.lr.schedule=constant", "stages.anneal.lr.final=null"],
-    },
+WAYS = {  # what is averaged on the way -> settings of the stage
+    "rate to 0, second half (as conf/stage/anneal.yaml)": [],
+    "rate to 0, all of it": ["stages.anneal.averaging.from_share=0"],
+    "rate to 0, EMA of 0.99": ["stages.anneal.averaging.method=ema", "stages.anneal.averaging.from_share=0"],
 }
-PARTS = (*AVERAGES, "data")
+AVERAGES, DATA = PARTS = ("averages", "data")
 DEFAULT, INSTRUCTIONS, SCRAMBLED = "default mix", "instructions", "scrambled web"
 PERPLEXITY, TASKS = "perplexity/", "tasks/exact_match"
 Figures = dict[str, list[dict[str, float]]]  # what was done -> metrics of each seed
@@ -117,7 +112,7 @@ def judged(found: Figures) -> dict[str, Any]:
 
 def verdicts(part: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     """What the papers say, on the worst of the seeds."""
-    if part in AVERAGES:
+    if part == AVERAGES:
         says = "The average of an annealing predicts held-out text better than its last weights (nats)"
         return [claims.worst(f"{says}: {name}", each["gain"]["values"], above=0.0) for name, each in found.items()]
     right = "Annealing on demonstrations raises exact match (change against the default mix)"
@@ -135,9 +130,8 @@ def measure(part: str, arguments: Namespace) -> trials.Result:
 
 def measured(part: str, arguments: Namespace) -> dict[str, Any]:
     """All figures of a part."""
-    if part in AVERAGES:
-        ways = AVERAGES[part]
-        return averaged(trials.of_arms(lambda seed, name, words: anneal(seed, ways[name], words), ways, arguments))
+    if part == AVERAGES:
+        return averaged(trials.of_arms(lambda seed, name, words: anneal(seed, WAYS[name], words), WAYS, arguments))
     with tempfile.TemporaryDirectory() as folder:
         source = f"stages.candidate.data.sources.candidate.path={scrambled(Path(folder) / 'scrambled.jsonl')}"
         candidates = {INSTRUCTIONS: [], SCRAMBLED: [source]}
@@ -150,11 +144,6 @@ def measured(part: str, arguments: Namespace) -> dict[str, Any]:
 # ---- what docs/methods/annealing.md shows ----
 
 
-def all_averages(result: dict[str, Any]) -> dict[str, Any]:
-    """Of all parts that are there."""
-    return {name: found for part in AVERAGES if part in result for name, found in result[part]["found"].items()}
-
-
 def average_table(result: dict[str, Any]) -> list[str]:
     """Lines of the table of averages: nats per token, mean over domains, and the gain of each seed."""
     rows = [
@@ -164,19 +153,19 @@ def average_table(result: dict[str, Any]) -> list[str]:
             f"{found['average']['mean']:.4f}",
             figures.by_seed(found["gain"], "+.4f", ", "),
         ]
-        for name, found in all_averages(result).items()
+        for name, found in result[AVERAGES]["found"].items()
     ]
     return figures.lines_of_table(["annealing", "last weights", "average", "gain, by seed"], rows)
 
 
 def data_table(result: dict[str, Any]) -> list[str]:
     """Lines of the table of data sets: against the default's annealing, nats and exact match; none without them."""
-    if "data" not in result:
+    if DATA not in result:
         return []
     rows = [
         [name, f"{found['nats']['mean']:.4f}", figures.by_seed(found["change"], "+.4f", ", "),
          f"{found['right']['mean']:.3f}", figures.by_seed(found["right_change"], "+.3f", ", ")]
-        for name, found in result["data"]["found"].items()
+        for name, found in result[DATA]["found"].items()
     ]  # fmt: skip
     head = ["30 % of", "nats", "against the default, by seed", "exact match", "against the default"]
     return figures.lines_of_table(head, rows)
@@ -184,19 +173,20 @@ def data_table(result: dict[str, Any]) -> list[str]:
 
 def table(part: str, found: dict[str, Any]) -> list[str]:
     """Lines of a part's table."""
-    return (average_table if part in AVERAGES else data_table)({part: found})
+    return (average_table if part == AVERAGES else data_table)({part: found})
 
 
 def draw(part: str, result: dict[str, Any]) -> None:
     """The gain of each average with a dot a seed, and what each data set changes in every domain: one picture of all
     parts."""
-    count = 1 + ("data" in result)
+    count = 1 + (DATA in result)
     with figures.drawing(PICTURE, columns=count, size=(1.5 + 5 * count, 3.4)) as panels:
-        gains = {name.partition(" (")[0]: found["gain"] for name, found in all_averages(result).items()}
+        averages = result[AVERAGES]["found"] if AVERAGES in result else {}
+        gains = {name.partition(" (")[0]: found["gain"] for name, found in averages.items()}
         figures.draw_bars(panels[0], gains)
         panels[0].set(xlabel="nats per token that the average gains over the last weights")
-        if "data" in result:
-            _draw_domains(panels[1], result["data"]["found"])
+        if DATA in result:
+            _draw_domains(panels[1], result[DATA]["found"])
 
 
 def _draw_domains(axes: Any, data: dict[str, Any]) -> None:

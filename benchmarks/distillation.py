@@ -6,7 +6,7 @@
 Writes results/distillation.json and docs/images/distillation.svg. `students` sweeps the mixture of label and teacher
 over the recipe `distillation`, a Hydra multirun for each kind of target and seed; a teacher is asked once. Of the first
 seed's teacher and student it also measures how much of their divergence is left in what is kept. Without a teacher that
-is there, one for each seed, the recipe trains them.
+is there, one for each seed, the recipe trains them, of its own, larger shape. The result says what each teacher was.
 """
 
 from __future__ import annotations
@@ -91,9 +91,22 @@ def read_student(run: Path) -> dict[str, Any]:
         "teacher": held_out_text.measure(artifacts["teacher"], prepared),
         "tokens": record["metrics"]["tokens"],
         "seconds": record["seconds"]["train"],
+        "origin": origin(artifacts["teacher"]),
         "asked": {name: asked["metrics"][name] for name in ("tokens", "tokens_per_second", "bytes_per_token")},
         "artifacts": {node: str(path) for node, path in artifacts.items()},
     }
+
+
+def origin(model: Path) -> dict[str, Any]:
+    """What a teacher was: the key of its artifact and the tokens that it was trained on, by its stage.json; None for
+    either where the folder has no such record, as a model of elsewhere.
+
+    Args:
+        model: an artifact, or the directory of a model.
+    """
+    records = [path for path in (model / "stage.json", model.parent / "stage.json") if path.is_file()]
+    record = read(records[0]) if records else {}
+    return {"key": record.get("key"), "tokens": record.get("metrics", {}).get("tokens")}
 
 
 def students(teachers: dict[int, list[str]], overrides: Sequence[str], jobs: int) -> dict[str, Any]:
@@ -154,6 +167,7 @@ def students(teachers: dict[int, list[str]], overrides: Sequence[str], jobs: int
         "claims": judged,
         "students": table,
         "teacher": teacher,
+        "teachers": {str(each["seed"]): each["origin"] for each in found["top_k"] if each["weight"] == 1},
         "tokens": found["top_k"][-1]["tokens"],
         "asked": {targets: runs[-1]["asked"] for targets, runs in found.items()},
         "kept": kept,

@@ -114,11 +114,10 @@ def table(result: Mapping[str, Any]) -> list[str]:
             figures.shown(found["after"]),
             figures.by_seed(gains[arm]) if arm in gains else "",
             figures.shown(found["right"]),
-            f"{found['seconds']['mean']:.0f}",
         ]
         for arm, found in result["arms"].items()
     ]
-    head = ["small model", "nats before", "nats after", f"below `{BASELINE}`, by seed", "tokens found", "seconds"]
+    head = ["small model", "nats before", "nats after", f"below `{BASELINE}`, by seed", "tokens found"]
     return figures.lines_of_table(head, rows)
 
 

@@ -37,10 +37,11 @@ class Group:
     candidates: tuple[Candidate, ...]
     kept: tuple[int, ...] = ()
 
-    def share_right(self, right_from: float) -> float | None:
-        """Share of the candidates that score at least `right_from`: 1 is the easiest; None where nobody has judged."""
+    def share_right(self, right_from: float | None) -> float | None:
+        """Share of the candidates that score at least `right_from`: 1 is the easiest; None where nobody has judged, or
+        where no score is right (`right_from` is None)."""
         scores = [candidate.score for candidate in self.candidates]
-        if any(score is None for score in scores):
+        if right_from is None or any(score is None for score in scores):
             return None
         return sum(score is not None and score >= right_from for score in scores) / len(scores)
 
@@ -155,8 +156,12 @@ def keep_share(classes: Sequence[int], share: float, chance: random.Random, *, b
 # ---- who won where ----
 
 
-def who_won(groups: Sequence[Group], models: Sequence[str], *, right_from: float, bins: int) -> dict[str, Any]:
+def who_won(groups: Sequence[Group], models: Sequence[str], *, right_from: float | None, bins: int) -> dict[str, Any]:
     """The table of a selection, by model, by task and by difficulty.
+
+    Args:
+        right_from: the score from which a response is right. None: scores only rank the responses to a prompt, so what
+            is said of right ones is None, and there are no classes of difficulty.
 
     Returns:
         models: samples, mean score, share right, share of the prompts where it is among the best (ties count for all),
@@ -166,11 +171,13 @@ def who_won(groups: Sequence[Group], models: Sequence[str], *, right_from: float
     return {
         "models": {model: _of_model(model, groups, right_from) for model in models},
         "tasks": _by(groups, models, right_from, lambda group: group.task),
-        "difficulty": _by(groups, models, right_from, lambda group: _difficulty(group, right_from, bins)),
+        "difficulty": {}
+        if right_from is None
+        else _by(groups, models, right_from, lambda group: _difficulty(group, right_from, bins)),
     }
 
 
-def _of_model(model: str, groups: Sequence[Group], right_from: float) -> dict[str, float | None]:
+def _of_model(model: str, groups: Sequence[Group], right_from: float | None) -> dict[str, float | None]:
     own = [[c for c in group.candidates if c.model == model] for group in groups]
     every = [candidate for candidates in own for candidate in candidates]
     scores = [candidate.score for candidate in every if candidate.score is not None]
@@ -179,20 +186,20 @@ def _of_model(model: str, groups: Sequence[Group], right_from: float) -> dict[st
     for group, candidates in zip(groups, own, strict=True):
         if judged and candidates:
             best += max(map(_score, candidates)) == max(map(_score, group.candidates))
-            right = {c.model for c in group.candidates if _score(c) >= right_from}
-            alone += right == {model}
+            if right_from is not None:
+                alone += {c.model for c in group.candidates if _score(c) >= right_from} == {model}
     return {
         "samples": len(every),
         "complete": _mean([candidate.is_complete for candidate in every]),
         "score": _mean(scores) if judged else None,
-        "right": _mean([score >= right_from for score in scores]) if judged else None,
+        "right": None if right_from is None or not judged else _mean([score >= right_from for score in scores]),
         "best_or_tied": best / len(groups) if judged else None,
-        "right_alone": alone / len(groups) if judged else None,
+        "right_alone": None if right_from is None or not judged else alone / len(groups),
         "kept": _kept(groups, model),
     }
 
 
-def _by(groups: Sequence[Group], models: Sequence[str], right_from: float, name_of: Any) -> dict[str, Any]:
+def _by(groups: Sequence[Group], models: Sequence[str], right_from: float | None, name_of: Any) -> dict[str, Any]:
     classes: dict[str, list[Group]] = defaultdict(list)
     for group in groups:
         classes[name_of(group)].append(group)

@@ -65,7 +65,8 @@ def check_judging(key: str, stage: JudgeStage) -> None:
 
 
 def check_selection(key: str, stage: SelectStage, stages: Mapping[str, StageConfig]) -> None:
-    """Refuse rules that are none, and those that go by scores where nobody has judged.
+    """Refuse rules that are none, those that go by scores where nobody has judged, and those that go by what a score
+    is where it is known up to a constant of the prompt.
 
     Raises:
         UserError: names the key.
@@ -75,6 +76,7 @@ def check_selection(key: str, stage: SelectStage, stages: Mapping[str, StageConf
     one_of(f"{key}.rule", stage.rule, ("best", "random") if stage.form == "pairs" else RULES)
     one_of(f"{key}.balance", stage.balance, ("none", "difficulty"))
     _names_stages(key, stage.data)
+    _check_scores_are_compared(key, stage, stages)
     if stage.rule == "threshold" and stage.minimum_score is None:
         what = "has no value, and rule=threshold keeps what reaches it"
         raise UserError(f"{key}.minimum_score", what, f"Give {key}.minimum_score=...")
@@ -92,6 +94,19 @@ def check_selection(key: str, stage: SelectStage, stages: Mapping[str, StageConf
         if stage.balance != "none":
             what = f"is by {stage.balance}, and nobody has judged what {name} has sampled"
             raise UserError(f"{key}.balance", what, f"{remedy}, or set it to none")
+
+
+def judge_that_asks_reward_model(stage: SelectStage, stages: Mapping[str, StageConfig]) -> str | None:
+    """The first stage behind a selection whose scores are a reward model's, alone or in a mixture; None: there is none.
+
+    Such a score is known up to a constant of its prompt: it ranks the responses to one prompt, and no value of it says
+    that a response is right.
+    """
+    for name in stage.data:
+        judging = stages.get(name)
+        if isinstance(judging, JudgeStage) and judging.judge.needs_reward_model:
+            return name
+    return None
 
 
 def check_selected_rows(stages: Mapping[str, StageConfig]) -> None:
@@ -121,3 +136,20 @@ def _names_stages(key: str, data: Sequence[str]) -> None:
         raise UserError(f"{key}.data", "names no stage", "Name one, as [sample]")
     if len(set(data)) < len(data):
         raise UserError(f"{key}.data", "names a stage twice", "Take one away")
+
+
+def _check_scores_are_compared(key: str, stage: SelectStage, stages: Mapping[str, StageConfig]) -> None:
+    judging = judge_that_asks_reward_model(stage, stages)
+    if judging is None:
+        return
+    why = f"{judging} asks a reward model, whose scores are known up to a constant of the prompt"
+    if stage.rule == "threshold":
+        remedy = f"Set {key}.rule=best and {key}.minimum_score=null"
+        raise UserError(f"{key}.rule", f"is threshold, and {why}", remedy)
+    if stage.minimum_score is not None:
+        what = f"is {stage.minimum_score:g}, and {why}"
+        raise UserError(f"{key}.minimum_score", what, f"Set {key}.minimum_score=null, or let a verifier judge")
+    if stage.balance != "none":
+        what = f"is by {stage.balance}, the share of right responses, and {why}"
+        remedy = f"Set {key}.balance=none (and {key}.keep=1, or as many are drawn by chance), or let a verifier judge"
+        raise UserError(f"{key}.balance", what, remedy)

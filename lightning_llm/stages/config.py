@@ -305,7 +305,8 @@ class SelectStage(StageConfig):
     per_prompt: int = 1  # responses that are kept of a prompt, at most; of different text
     keep: float = 1.0  # share of the rows that stay
     balance: str = "none"  # none | difficulty: what stays is drawn from hard and easy prompts alike
-    right_from: float = 0.5  # a response of this score is right; the share of right ones is a prompt's difficulty
+    # a response of this score is right; the share of right ones is a prompt's difficulty; a reward model's have neither
+    right_from: float = 0.5
     bins: int = 4  # of difficulty
 
     def __post_init__(self):
@@ -499,7 +500,7 @@ class SelectSettings:
     per_prompt: int
     keep: float
     balance: str
-    right_from: float
+    right_from: float | None  # none: scores of a reward model, of which none says that a response is right
     bins: int
     seed: int
 

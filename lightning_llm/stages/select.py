@@ -133,9 +133,8 @@ def _class(group: Group, settings: SelectSettings) -> int:
     share = group.share_right(settings.right_from)
     if share is None:
         if settings.balance != "none":
-            raise UserError(
-                "balance", "is by difficulty, and nobody has judged the responses", "Name a stage of kind judge in data"
-            )
+            what = "is by difficulty, and nobody has judged which responses are right"
+            raise UserError("balance", what, "Name a stage of kind judge in data, of a judge that is no reward model")
         return 0
     return difficulty_class(share, settings.bins)
 
@@ -185,7 +184,8 @@ def _keeps_none(context: StageContext, groups: Sequence[Group], rows: int) -> Us
 def metrics_of(
     prompts: Sequence[Prompt], groups: Sequence[Group], rows: int, settings: SelectSettings
 ) -> dict[str, float]:
-    """rows, and of all responses and of those that are kept the mean score and the share that is right."""
+    """rows, and of all responses and of those that are kept the mean score and, where a score can be, the share that
+    is right."""
     metrics = {"rows": float(rows), "prompts": float(len(prompts))}
     metrics["prompts/kept"] = sum(bool(group.kept) for group in groups) / len(groups)
     for name, candidates in (
@@ -195,7 +195,8 @@ def metrics_of(
         scores = [candidate.score for candidate in candidates if candidate.score is not None]
         if scores:
             metrics[f"score/{name}"] = sum(scores) / len(scores)
-            metrics[f"right/{name}"] = sum(score >= settings.right_from for score in scores) / len(scores)
+            if settings.right_from is not None:
+                metrics[f"right/{name}"] = sum(score >= settings.right_from for score in scores) / len(scores)
     shares = [share for group in groups if (share := group.share_right(settings.right_from)) is not None]
     if shares:
         metrics["right/any"] = sum(share > 0 for share in shares) / len(shares)  # what K samples reach at best
@@ -211,6 +212,8 @@ def as_text(table: dict[str, Any]) -> list[str]:
     }
     lines = []
     for title, entries in parts.items():
+        if not entries:
+            continue
         rows = [[title, *next(iter(entries.values()), {})]]
         rows += [[name, *map(_shown, entry.values())] for name, entry in entries.items()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

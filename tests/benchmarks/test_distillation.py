@@ -1,5 +1,6 @@
 """What the page on distillation is to show, from figures written by hand, and that it shows those of the results."""
 
+import json
 from pathlib import Path
 
 
@@ -30,6 +31,18 @@ def test_a_row_for_each_weight_and_dots_for_each_seed(benchmarks, tmp_path, monk
     drawn = distillation.PICTURE.read_text()
     assert all(f"<!-- {says} -->" in drawn for says in (*distillation.TARGETS.values(), "the teacher itself"))
     assert distillation.differences(spread(1.0, 2.0), spread(0.75, 2.5)) == [0.25, -0.5]
+
+
+def test_a_result_says_what_its_teachers_were(benchmarks, tmp_path):
+    import distillation  # pyright: ignore[reportMissingImports]
+
+    elsewhere, artifact = tmp_path / "elsewhere", tmp_path / "artifact"
+    (artifact / "model").mkdir(parents=True)
+    elsewhere.mkdir()
+    (artifact / "stage.json").write_text(json.dumps({"key": "4be1", "metrics": {"tokens": 750_000, "loss": 4.0}}))
+    for named in (artifact, artifact / "model"):
+        assert distillation.origin(named) == {"key": "4be1", "tokens": 750_000}
+    assert distillation.origin(elsewhere) == {"key": None, "tokens": None}
 
 
 def test_the_page_has_the_figures_of_the_results(benchmarks):

@@ -130,6 +130,26 @@ def test_who_won_where_by_hand():
     }  # fmt: skip
 
 
+def test_a_table_of_scores_that_only_rank():
+    """Shifting all scores of a prompt changes nothing but their mean: no share of right ones is said."""
+
+    def table(shift):
+        scored = [("sft", 1.0), ("sft", -2.0), ("dpo", 1.5), ("dpo", 0.0)]
+        group = Group("sum", tuple(Candidate(f"{n}", m, True, s + shift) for n, (m, s) in enumerate(scored)), (2,))
+        return who_won([group], ["sft", "dpo"], right_from=None, bins=4)
+
+    found, shifted = table(0.0), table(7.0)
+    assert found["models"]["sft"] == {
+        "samples": 2, "complete": 1.0, "score": -0.5, "right": None, "best_or_tied": 0.0, "right_alone": None,
+        "kept": 0,
+    }  # fmt: skip
+    for model in ("sft", "dpo"):
+        assert shifted["models"][model] == found["models"][model] | {"score": found["models"][model]["score"] + 7}
+    assert found["tasks"]["sum"] == {"prompts": 1, "right": None, "kept": 1, "kept_of": {"sft": 0, "dpo": 1}}
+    assert shifted["tasks"] == found["tasks"]
+    assert found["difficulty"] == {}
+
+
 def test_a_table_without_a_judge():
     groups = [Group("sum", (Candidate("a", "sft", True), Candidate("b", "dpo", False)), (0,))]
     table = who_won(groups, ["sft", "dpo"], right_from=0.5, bins=4)

@@ -1,4 +1,5 @@
-"""Verifiers, and the process that a model's code runs in: what it may not do it cannot, and no verdict is forged."""
+"""Verifiers, and the process that a model's code runs in: what it may not do it cannot, and neither an exit code nor
+anything printed passes for a verdict. Code that looks for the verdict in its own interpreter can forge one."""
 
 import os
 import re
@@ -78,8 +79,21 @@ FORGERIES = {
 
 
 @pytest.mark.parametrize("code", FORGERIES.values(), ids=FORGERIES.keys())
-def test_no_verdict_is_forged(code):
+def test_neither_leaving_nor_printing_passes_for_a_verdict(code):
     assert not passes(code, TESTS, SMALL)
+
+
+KNOWN_FORGERIES = {  # docs/methods/judges.md says so; whoever closes one moves it up to the others
+    "walks to the calling frame": "import os, sys\nframe = sys._getframe(1).f_locals\n"
+    "os.write(frame['answer'], frame['token'])\nos._exit(0)",
+    "claims to equal everything": "class Anything:\n    def __eq__(self, other): return True\n"
+    "def double(x): return Anything()",
+}
+
+
+@pytest.mark.parametrize("code", KNOWN_FORGERIES.values(), ids=KNOWN_FORGERIES.keys())
+def test_known_forgeries_pass(code):
+    assert passes(code, TESTS, SMALL)
 
 
 def tries(what, error="OSError", first=""):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
+import lightning_llm
 from lightning_llm import compose, plan
 from lightning_llm.settings import UserError
 
 ROUND = "stages.itec.stages"
 SCORE = "judge@stages.score.judge"
+RANKED = [f"{SCORE}=reward_model", "stages.score.judged_by=[reward_model]"]
+MIXED = [f"{SCORE}=weighted", f"{SCORE}.parts.form.judge=reward_model", "stages.score.judged_by=[reward_model]"]
+IN_ROUNDS = [f"judge@{ROUND}.score.judge=reward_model", f"{ROUND}.score.judged_by=[reward_model]"]
+NO_MINIMUM = [f"{ROUND}.best.minimum_score=null", f"{ROUND}.pairs.minimum_score=null"]
 WRONG = {  # recipe, overrides, what is said
     "a reward model is asked, and there is none": (
         "rejection_sampling",
@@ -81,6 +87,35 @@ WRONG = {  # recipe, overrides, what is said
         ],
         "stages.best.balance: is by difficulty, and nobody has judged what sample has sampled",
     ),
+    "a minimum of what is known up to a constant": (
+        "rejection_sampling",
+        RANKED,
+        "stages.best.minimum_score: is 0.5, and score asks a reward model, whose scores are known up to a constant of "
+        "the prompt. Set stages.best.minimum_score=null, or let a verifier judge",
+    ),
+    "a minimum of a mixture with a part of that kind": (
+        "rejection_sampling",
+        MIXED,
+        "stages.best.minimum_score: is 0.5, and score asks a reward model",
+    ),
+    "a threshold of such a score": (
+        "rejection_sampling",
+        [*RANKED, "stages.best.rule=threshold", "stages.best.minimum_score=null"],
+        "stages.best.rule: is threshold, and score asks a reward model, whose scores are known up to a constant of the "
+        "prompt. Set stages.best.rule=best and stages.best.minimum_score=null",
+    ),
+    "a minimum of such a score for pairs, in rounds": (
+        "itec",
+        [*IN_ROUNDS, f"{ROUND}.best.minimum_score=null", f"{ROUND}.best.balance=none"],
+        f"{ROUND}.pairs.minimum_score: is 0.5, and itec1.score asks a reward model",
+    ),
+    "a balance by how many are right, of which no such score tells": (
+        "itec",
+        [*IN_ROUNDS, *NO_MINIMUM],
+        f"{ROUND}.best.balance: is by difficulty, the share of right responses, and itec1.score asks a reward model, "
+        "whose scores are known up to a constant of the prompt. "
+        f"Set {ROUND}.best.balance=none (and {ROUND}.best.keep=1",
+    ),
     "pairs for a stage that learns from conversations": (
         "rejection_sampling",
         ["stages.best.form=pairs"],
@@ -114,24 +149,44 @@ def test_what_is_wrong_is_told_at_once(case):
 
 
 ROUNDS = "stages.warp.stages"
-ASKED = {  # recipe -> the stages that judge, as they are typed, and how the first of them is called in the plan
-    "rejection_sampling": (["stages.score"], "score"),
-    "policy_gradients": (["stages.rlhf"], "rlhf"),
-    "warp": ([f"{ROUNDS}.one", f"{ROUNDS}.two"], "warp1.one"),
-    "itec": ([f"{ROUND}.score"], "itec1.score"),
+ASKED = {  # recipe -> stages that judge, as they are typed, the first of them in the plan, and what else is typed
+    "rejection_sampling": (["stages.score"], "score", ["stages.best.minimum_score=null"]),
+    "policy_gradients": (["stages.rlhf"], "rlhf", []),
+    "warp": ([f"{ROUNDS}.one", f"{ROUNDS}.two"], "warp1.one", []),
+    "itec": ([f"{ROUND}.score"], "itec1.score", [*NO_MINIMUM, f"{ROUND}.best.balance=none", f"{ROUND}.best.keep=1"]),
 }
 
 
 @pytest.mark.parametrize("recipe", ASKED)
 def test_a_reward_model_comes_in_where_it_is_named(recipe):
-    typed, judge = ASKED[recipe]
+    typed, judge, more = ASKED[recipe]
     words = [word for key in typed for word in (f"judge@{key}.judge=reward_model", f"{key}.judged_by=[reward_model]")]
+    words += more
     plain, asked = ({node.name: node for node in plan(compose(recipe, overrides=more)).nodes} for more in ([], words))
     assert asked.keys() - plain.keys() == {"reward_model", "reward_model.prepare", "reward_model.evaluate"}
     assert asked[judge].inputs["reward_model.0"] == "reward_model"
     order = list(asked)
     assert order.index("sft") < order.index("reward_model") < order.index(judge)
     assert asked["sft"] == plain["sft"]  # what others are does not change
+
+
+@pytest.mark.parametrize("recipe", ["rejection_sampling", "itec"])
+def test_the_words_of_a_reward_model_stand_in_the_recipes_header(recipe):
+    typed, _, more = ASKED[recipe]
+    header = (Path(lightning_llm.__file__).parents[1] / "conf" / "recipe" / f"{recipe}.yaml").read_text("utf-8")
+    header = header.partition("defaults:")[0].replace("\n# ", " ")
+    for word in [f"judge@{typed[0]}.judge=reward_model", f"{typed[0]}.judged_by=[reward_model]", *more]:
+        assert f" {word}" in header
+
+
+@pytest.mark.parametrize("words", [RANKED, MIXED])
+def test_no_score_of_a_reward_model_is_right(words):
+    def settings(*more):
+        nodes = plan(compose("rejection_sampling", overrides=["stages.best.minimum_score=null", *more])).nodes
+        return next(node.settings for node in nodes if node.name == "best")
+
+    assert settings(*words).right_from is None
+    assert settings().right_from == 0.5
 
 
 def test_an_optional_stage_may_be_asked_for_by_itself():

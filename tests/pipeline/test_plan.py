@@ -84,7 +84,7 @@ def test_a_reward_model_reads_all_that_was_sampled(tiny):
     words = [*tiny, "stages.sample.prompts=50", "stages.sample.per_prompt=4", "stages.sample.max_new_tokens=10"]
     words = [word for word in words if not word.startswith(("stages.online_dpo", "stages.reward_model"))]
     words += ["stages.sample.models=[sft,dpo]", "stages.score.judged_by=[first,second]"]
-    words += ["judge@stages.score.judge=reward_model"]
+    words += ["judge@stages.score.judge=reward_model", "stages.best.minimum_score=null"]
     for name in ("first", "second"):
         words += [f"+stage@stages.{name}=reward_model", f"stages.{name}.starts_from=sft", f"stages.{name}.lr.peak=1e-5"]
         words += [f"stages.{name}.tokens=2e4", f"stages.{name}.batch_tokens=1e3", f"stages.{name}.context=1024"]

@@ -132,6 +132,20 @@ def test_hard_prompts_weigh_as_much_as_easy_ones(inputs, context_of):
     assert sum(entry["kept"] for entry in table["difficulty"].values()) == 4
 
 
+def test_scores_that_only_rank_say_nothing_of_right_ones(inputs, context_of):
+    context = context_of(settings(right_from=None), inputs)
+    result = select.run(context)
+    table = json.loads((context.output / "table.json").read_text())
+    assert not [name for name in result.metrics if name.startswith("right/")]
+    assert {"score/all", "score/kept"} <= result.metrics.keys()
+    assert [entry["right"] for part in ("models", "tasks") for entry in table[part].values()] == [None] * 4
+    said = context.console.stream.getvalue()
+    assert "who won" in said
+    assert "by difficulty" not in said
+    with pytest.raises(UserError, match="balance: is by difficulty, and nobody has judged which responses are right"):
+        run(context_of, inputs, right_from=None, balance="difficulty", keep=0.5)
+
+
 def test_a_control_asks_nobody(inputs, context_of):
     alone = {role: path for role, path in inputs.items() if role != "verdicts.0"}
     result, rows, table = run(context_of, alone, rule="first")
