@@ -467,6 +467,7 @@ class _Expansion:
         tokens = round(length_in_tokens(f"stages.{name}", stage, batch))
         lr = resolve_learning_rate(self._with_peak(name, stage), tokens, batch)
         self.ended_at[name] = learning_rate(lr, tokens, tokens)
+        draws = stage.starts_from is None or stage.objective.draws
         return TrainSettings(
             model=replace(self.models[name], published={}, tokenizer="train"),
             objective=stage.objective,
@@ -483,6 +484,8 @@ class _Expansion:
             rollout=stage.rollout,
             judge=stage.judge,
             averaging=stage.averaging if stage.averaging.is_on else None,
+            # siblings by `seed_offset` begin as one model; nothing is said, and no key changed, where none is drawn
+            seed_of_parameters=self.recipe.seed if stage.seed_offset and draws else None,
         )
 
     def _with_peak(self, name: str, stage: TrainStage) -> LearningRateConfig:
