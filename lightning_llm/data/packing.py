@@ -440,7 +440,11 @@ class StageData:
     def validation(
         self, context: int, max_tokens: int, limit: int = VALIDATION_TOKENS
     ) -> Iterator[tuple[str, SegmentBatch]]:
-        """Held-out rows of each source, in batches of at most `max_tokens`; the same rows at any time of any stage.
+        """Held-out rows of each source, in batches of at most `max_tokens`; the same rows at any time of a stage.
+
+        They are the first `limit` tokens of an order that no seed and no stage changes. So stages of one limit, which
+        follows from their tokens (`stages/train.py:validation_tokens`), have the same rows where they read the same
+        prepared data and context; of two limits the smaller one's rows are among the larger one's.
 
         Args:
             limit: tokens of each source, about.

@@ -76,7 +76,10 @@ class VLLMSampler:
             self.parameters(**self.options(sampling, limit, stop_ids, seed_of(seed, number)))
             for number, limit in zip(own, limits, strict=True)
         ]
-        return [read(output) for output in self.llm.generate(requests, wanted, use_tqdm=False)] if requests else []
+        if not requests:
+            return []
+        is_greedy = not sampling.temperature
+        return [read(output, is_greedy=is_greedy) for output in self.llm.generate(requests, wanted, use_tqdm=False)]
 
     @staticmethod
     def options(sampling: Sampling, limit: int, stop_ids: Collection[int], seed: int) -> dict[str, Any]:
@@ -103,8 +106,15 @@ def seed_of(seed: int, number: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def read(output: Any) -> Sample:
-    """A sample from what vLLM says of a request."""
+def read(output: Any, *, is_greedy: bool) -> Sample:
+    """A sample from what vLLM says of a request.
+
+    Args:
+        is_greedy: each token was certain, so that its log-probability is 0, as of our engine's; vLLM tells that of a
+            softmax.
+    """
     [response] = output.outputs
     ids = list(response.token_ids)
+    if is_greedy:
+        return Sample(ids, [0.0] * len(ids))
     return Sample(ids, [of_place[id].logprob for id, of_place in zip(ids, response.logprobs, strict=True)])

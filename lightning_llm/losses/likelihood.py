@@ -85,9 +85,9 @@ def token_log_likelihood(
 
 def kl_divergence(
     student_hidden: Float[Tensor, "tokens student_width"],
-    student_weight: Float[Tensor, "vocabulary student_width"],
+    student_weight: Float[Tensor, "student_vocabulary student_width"],
     teacher_hidden: Float[Tensor, "tokens teacher_width"],
-    teacher_weight: Float[Tensor, "vocabulary teacher_width"],
+    teacher_weight: Float[Tensor, "teacher_vocabulary teacher_width"],
     *,
     direction: str = "forward",
     beta: float = 0.5,
@@ -106,13 +106,15 @@ def kl_divergence(
     times its token_weight. Forward is Gemma 2's distillation (arXiv 2408.00118, section 3.2) less the teacher's
     entropy, reverse MiniLLM's (arXiv 2306.08543, equation 1), the last GKD's (arXiv 2306.13649, equation 1). The slopes
     for the student's logits are q - p, q (log q - log p - KL) and q (g - sum q g) with g = (1 - beta) log (q / m).
+    Where the student has more ids, p is 0 of those that the teacher lacks: q goes to 0 there as well. Reverse would be
+    infinite, so that it wants heads of one size.
 
     Two heads of any widths; both logits exist for one chunk at a time. How the gradients come about with and without
     `token_weights` is told at `token_log_likelihood`; nothing flows to the teacher.
 
     Args:
         student_hidden, teacher_hidden: what predicts, after the final norms, of the same tokens.
-        student_weight, teacher_weight: the heads, over the same vocabulary.
+        student_weight, teacher_weight: the heads. The teacher's ids are the first of the student's, or all of them.
         direction: forward | reverse | jensen_shannon.
         beta: of jensen_shannon, in (0, 1): towards 0 its slopes are forward's times beta, towards 1 reverse's times
             1 - beta.
@@ -133,21 +135,26 @@ def kl_divergence(
     if not 0 < beta < 1:
         raise ValueError(f"beta must lie in (0, 1), got {beta}")
     _refuse_ranges(temperature, (student_softcap, teacher_softcap), chunk)
-    if len(student_weight) != len(teacher_weight):
-        raise ValueError(f"the heads have {len(student_weight)} and {len(teacher_weight)} ids; both need the same")
+    of_student, of_teacher = len(student_weight), len(teacher_weight)
+    if of_teacher > of_student:
+        raise ValueError(f"the teacher has {of_teacher} ids, the student {of_student}; give so many rows of its head")
+    if direction == "reverse" and of_teacher < of_student:
+        raise ValueError(
+            f"the student has {of_student} ids, the teacher {of_teacher}: the reverse divergence is infinite"
+        )
     if len(teacher_hidden) != len(student_hidden):
         raise ValueError("teacher_hidden has a row per row of student_hidden")
     if token_weights is not None and token_weights.shape != (len(student_hidden),):
         raise ValueError(f"token_weights has one entry per row of student_hidden, got {tuple(token_weights.shape)}")
     products = _product_dtype(student_hidden, student_weight)
-    of_teacher = _product_dtype(teacher_hidden, teacher_weight)
-    exact = torch.promote_types(torch.promote_types(products, of_teacher), torch.float32)
+    products_of_teacher = _product_dtype(teacher_hidden, teacher_weight)
+    exact = torch.promote_types(torch.promote_types(products, products_of_teacher), torch.float32)
     chunk = chunk or max(_default_chunk(student_weight) // 2, 1)  # there are two logits for each id
     student = _Head(products, exact, student_softcap, temperature, chunk)
     teacher = _Teacher(
         teacher_hidden.detach(),
-        teacher_weight.detach().to(of_teacher),
-        replace(student, products=of_teacher, softcap=teacher_softcap),
+        teacher_weight.detach().to(products_of_teacher),
+        replace(student, products=products_of_teacher, softcap=teacher_softcap),
         direction,
         beta,
     )
@@ -248,7 +255,7 @@ class _Teacher:
     """The dense target of each token: a distribution that comes of a head of its own."""
 
     hidden: Tensor  # [n, e]
-    matrix: Tensor  # [V, e]
+    matrix: Tensor  # [U, e], U at most the student's V
     head: _Head
     direction: str
     beta: float
@@ -259,7 +266,7 @@ class _Teacher:
     def compare(self, logits: Tensor) -> _Divergence:
         """Uses up the student's logits [n, V]."""
         states = self.hidden.to(self.head.products)
-        own = self.head._logits(states, self.matrix, torch.empty_like(logits))
+        own = self.head._logits(states, self.matrix, logits.new_empty(len(logits), len(self.matrix)))  # [n, U]
         return _Divergence(logits, own, self.direction, self.beta)
 
 
@@ -404,14 +411,19 @@ class _Likelihood:
 
 
 class _Divergence:
-    """Divergences `values` [n] of a chunk. Uses up the student's and the teacher's logits [n, V]."""
+    """Divergences `values` [n] of a chunk. Uses up the student's logits [n, V] and the teacher's [n, U].
+
+    Of ids from U on, which the teacher has not, p is 0: what is multiplied with it is left out, not computed.
+    """
 
     def __init__(self, student: Tensor, teacher: Tensor, direction: str, beta: float):
         log_q, log_p = _log_softmax_(student), _log_softmax_(teacher)
+        self.ids_of_teacher = log_p.shape[1]  # U
+        common = log_q[:, : self.ids_of_teacher]
         self.p = self.slopes = None
         if direction == "forward":
             self.p = log_p.exp()
-            self.values = log_p.sub_(log_q).mul_(self.p).sum(1)
+            self.values = log_p.sub_(common).mul_(self.p).sum(1)
             self.q = log_q.exp_()
             return
         self.q, self.slopes = log_q.exp(), log_q  # for the probabilities q: up to a constant, which the softmax forgets
@@ -419,8 +431,10 @@ class _Divergence:
             self.slopes.sub_(log_p)
             self.values = (self.q * self.slopes).sum(1)
             return
-        log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-        self.slopes.sub_(log_m).mul_(1 - beta)
+        log_m = torch.logaddexp(log_p + math.log(beta), common + math.log1p(-beta))
+        common.sub_(log_m)  # a view: the slopes of these ids
+        self.slopes[:, self.ids_of_teacher :] = -math.log1p(-beta)  # there m is (1 - beta) q
+        self.slopes.mul_(1 - beta)
         of_teacher = log_m.neg_().add_(log_p).mul_(log_p.exp_()).sum(1)
         self.values = beta * of_teacher + (self.q * self.slopes).sum(1)
 
@@ -430,7 +444,8 @@ class _Divergence:
         Through the softmax, q (g - sum q g) of slopes g for q; of the forward direction, where g is -p / q, at once.
         """
         if self.p is not None:
-            return self.q.sub_(self.p).mul_(factors[:, None])
+            self.q[:, : self.ids_of_teacher].sub_(self.p)
+            return self.q.mul_(factors[:, None])
         assert self.slopes is not None, "of all other directions"
         mean = (self.q * self.slopes).sum(1, keepdim=True)
         return self.slopes.sub_(mean).mul_(self.q).mul_(factors[:, None])

@@ -57,7 +57,10 @@ class LinearConfig(MergeConfig):
 @option("merge", "warm")
 @dataclass
 class WarmConfig(MergeConfig):
-    """The mean of reward models that began as one (Ramé et al. 2024): more robust than one, as cheap as one."""
+    """The mean of reward models that began as one (Ramé et al. 2024): more robust than one, as cheap as one.
+
+    Siblings by `seed_offset` begin as one, with one head; so do reward models that go on from one.
+    """
 
     implementation: ClassVar[str] = "lightning_llm.merging.methods:merge_warm"
     needs_start: ClassVar[bool] = False

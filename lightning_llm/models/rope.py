@@ -29,6 +29,23 @@ def inverse_frequencies(rope_parameters: dict[str, Any], head_size: int, device:
     return frequencies * (kept + (1 - kept) / rope_parameters["factor"])
 
 
+def lengthened_theta(theta: float, context: int, longer: int) -> float:
+    """The base with which as many pairs as before make a whole turn within a longer context.
+
+    theta' = theta^(ln(T' / 2 pi) / ln(T / 2 pi)), of contexts T and T' in tokens (Liu et al. 2023, arXiv 2310.05209:
+    the critical dimension of a base and a length). With 500,000 and 8,192 to 32,768 tokens it is AFM's 6,315,089
+    (arXiv 2407.21075), whose report prints the base and not the law.
+
+    Raises:
+        ValueError: a context is too short for a turn, or the base is none.
+    """
+    if min(context, longer) < 7:
+        raise ValueError(f"contexts must have at least 7 tokens, more than 2 pi, got {context} and {longer}")
+    if theta <= 1:
+        raise ValueError(f"theta must be above 1, got {theta:g}")
+    return theta ** (math.log(longer / (2 * math.pi)) / math.log(context / (2 * math.pi)))
+
+
 def kept_by_wavelength(rope_parameters: dict[str, Any], frequencies: Tensor) -> Tensor:
     """Which share of each frequency Llama 3.1 leaves unstretched [D/2] (released code; the report is silent on it).
 

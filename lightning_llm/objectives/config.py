@@ -20,7 +20,7 @@ class ObjectiveConfig(Buildable):
     needs_teacher: ClassVar[bool] = False  # learns from the stage or model that `learns_from` names
     needs_samples: ClassVar[bool] = False  # learns from responses that the policy itself draws meanwhile
     is_scored: ClassVar[bool] = False  # what it trains is a reward model
-    draws: ClassVar[bool] = False  # gives the model parameters of its own, by the stage's seed
+    draws: ClassVar[bool] = False  # gives the model parameters of its own, by the recipe's seed
 
 
 @option("objective", "causal_lm")

@@ -80,12 +80,14 @@ class Distillation(CausalLM):
         config, model, teacher = self.config, self.model, self.teacher.on(self.device)
         with torch.no_grad():
             of_teacher = teacher(batch)[batch.predictors]  # [N, e]
-        common = min(len(model.head_weight), len(teacher.head_weight))  # rows beyond the tokenizer's ids are padding
         divergence = kl_divergence(
             hidden,
-            model.head_weight[:common],
+            model.head_weight,
             of_teacher,
-            teacher.head_weight[:common],
+            # Rows beyond the tokenizer's ids are padding, and heads of one tokenizer may have more or fewer of them.
+            # The student's own stay in: they are sampled from, so their mass has to go, as it does from what is kept.
+            # What the teacher has beyond them no student could say: its distribution is that over ids of both.
+            teacher.head_weight[: len(model.head_weight)],
             direction=config.direction,
             beta=config.beta,
             token_weights=counted,

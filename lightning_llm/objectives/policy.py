@@ -60,7 +60,11 @@ class PolicyGradient(Objective):
         raise NotImplementedError
 
     def loss(self, batch: SegmentBatch) -> LossSum:
-        """`policy_loss` of the policy as it is now, with rewards, KL and entropy as the samples tell them."""
+        """`policy_loss` of the policy as it is now, and what only the objective knows of it.
+
+        What was drawn is told once, beside the batch: `reward/mean`, `kl/reference` and `entropy` are figures of the
+        window (`training/rollout.py:figures`).
+        """
         logps = token_logps(self.model, batch)  # [N]
         advantages = self.advantages(batch) if any(batch.target_counts) else logps.new_zeros(0, 1)  # [P, G]
         loss, metrics = self.policy_loss(batch, logps, advantages)
@@ -69,22 +73,16 @@ class PolicyGradient(Objective):
 
     @torch.no_grad()
     def metrics(self, batch: SegmentBatch, logps: Tensor, advantages: Tensor) -> Metrics:
-        """Sums over responses, and over tokens for `entropy`: minus the log-probability of what was drawn."""
+        """Sums over responses for `kl/iterate`, over prompts for the others."""
         sampled, responses = batch.columns["sampled_logps"], advantages.numel()
         if not responses:
             return {}
         rewards = batch.groups(batch.columns["rewards"])
-        found: Metrics = {
-            "reward/mean": (rewards.sum(), responses),
+        return {
             "reward/std": (rewards.std(dim=1).sum(), rewards.shape[0]),
             "advantages/unequal": ((advantages != 0).any(dim=1).sum(), rewards.shape[0]),
             "kl/iterate": (trust_region(*self._by_response(batch, logps, sampled)).sum(), responses),
-            "entropy": (-batch.sum_by_segment(sampled).sum(), sum(batch.target_counts)),
         }
-        if "reference_logps" in batch.columns:
-            difference = kl_estimate(sampled, batch.columns["reference_logps"], "k1")
-            found["kl/reference"] = (batch.sum_by_segment(difference).sum(), responses)
-        return found
 
     @staticmethod
     def _by_response(batch: SegmentBatch, *token_values: Tensor) -> list[Tensor]:

@@ -207,6 +207,7 @@ class _Expansion:
                 yield Node(f"{name}.teacher", "score", _teacher(stage.objective, train), asked)
                 inputs["teacher"] = f"{name}.teacher"
             else:
+                self._refuse_larger_head(name, stage.learns_from, stage.objective)
                 inputs["teacher_model"] = self._source(stage.learns_from)
         if stage.optimizer.online_merging.is_on:
             assert stage.starts_from is not None, "checked"
@@ -221,6 +222,21 @@ class _Expansion:
             yield self._evaluation(name, contexts[-1], tokenizer, held_out, source, has_reference=reference)
             if stage.gate.is_on:
                 yield self._gate(name, stage)
+
+    def _refuse_larger_head(self, name: str, teacher: str, objective: DistillationConfig) -> None:
+        """Refuse a student whose head has rows for which KL(student || teacher) is infinite.
+
+        To leave these rows out would train all others well and let the student go on sampling them.
+        """
+        if objective.direction != "reverse":
+            return  # nor is the config.json of a teacher of elsewhere read for it
+        own, others = self.models[name].vocab_size, self._shape(teacher).vocab_size
+        if own > others:
+            raise UserError(
+                f"stages.{name}.objective.direction",
+                f"is reverse, which is infinite of ids that the teacher lacks: it has {others:,}, the student {own:,}",
+                "Choose forward or jensen_shannon, or a teacher with as many",
+            )
 
     def _gate(self, name: str, stage: TrainStage) -> Node:
         """It stands before all that is made from the stage, and in nobody's key: it lets pass or stops, and makes
@@ -470,6 +486,7 @@ class _Expansion:
         tokens = round(length_in_tokens(f"stages.{name}", stage, batch))
         lr = resolve_learning_rate(self._with_peak(name, stage), tokens, batch)
         self.ended_at[name] = learning_rate(lr, tokens, tokens)
+        draws = stage.starts_from is None or stage.objective.draws
         return TrainSettings(
             model=replace(self.models[name], published={}, tokenizer="train"),
             objective=stage.objective,
@@ -486,6 +503,8 @@ class _Expansion:
             rollout=stage.rollout,
             judge=stage.judge,
             averaging=stage.averaging if stage.averaging.is_on else None,
+            # siblings by `seed_offset` begin as one model; nothing is said, and no key changed, where none is drawn
+            seed_of_parameters=self.recipe.seed if stage.seed_offset and draws else None,
         )
 
     def _with_peak(self, name: str, stage: TrainStage) -> LearningRateConfig:

@@ -153,7 +153,9 @@ class TrainStage(StageConfig):
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     data: DataConfig = field(default_factory=DataConfig)
     evaluate: bool = True
-    seed_offset: int = 0  # added to the recipe's seed: runs that differ in the order of their data (WARM, WARP)
+    # added to the recipe's seed: runs that begin as one model and differ in the order of their data, in what a rollout
+    # samples and in what online merging drops (WARM, WARP)
+    seed_offset: int = 0
     rollout: RolloutConfig | None = None  # learn from what the policy itself says to the prompts of `data`
     judge: JudgeConfig | None = None  # what its responses are worth
     judged_by: list[str] = field(default_factory=list)  # reward models: stages, artifacts or directories
@@ -411,6 +413,13 @@ class TrainSettings:
     rollout: RolloutConfig | None = came_later(None)
     judge: JudgeConfig | None = came_later(None)
     averaging: AveragingConfig | None = came_later(None)  # none: its model is what the last step leaves
+    # what draws new parameters, where it is not `seed`: runs of other `seed_offset` begin as one model
+    seed_of_parameters: int | None = came_later(None)
+
+    @property
+    def draws_by(self) -> int:
+        """The seed of all that is drawn anew for the stage's model: random weights, heads, scores of masks."""
+        return self.seed if self.seed_of_parameters is None else self.seed_of_parameters
 
 
 @dataclass

@@ -194,7 +194,7 @@ def count_of_rows(name: str, tokens: int, planned: float, rows: float) -> str:
 
 
 def build_model(context: StageContext) -> Transformer:
-    """Random weights from the seed, or those of `starts_from`; with this stage's RoPE and room for its context."""
+    """Random weights by `draws_by`, or those of `starts_from`; with this stage's RoPE and room for its context."""
     settings: TrainSettings = context.settings
     if "starts_from" in context.inputs:
         directory = model_directory(context.inputs["starts_from"])
@@ -202,7 +202,7 @@ def build_model(context: StageContext) -> Transformer:
         model = (RewardModel if goes_on else Transformer).from_pretrained(directory)
     else:
         model = Transformer(settings.model)
-        model.reset_parameters(settings.seed)
+        model.reset_parameters(settings.draws_by)
     config: ModelConfig = model.config
     if settings.rope_theta is not None:
         config = set_rope_theta(config, settings.rope_theta)
@@ -221,7 +221,7 @@ def build_objective(context: StageContext, model: Transformer, tokenizer: Tokeni
     config = settings.objective
     parts: dict[str, Any] = {"formatting_ids": tokenizer.formatting_ids} if config.needs_reference else {}
     if config.draws:
-        parts["seed"] = settings.seed
+        parts["seed"] = settings.draws_by
     if "teacher_model" in context.inputs:
         parts["teacher"] = build_teacher(context)
     if config.needs_reference and "reference" not in context.inputs and settings.rollout is None:

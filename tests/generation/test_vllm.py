@@ -40,6 +40,8 @@ class LLM:
                 self.model, [prompt["prompt_token_ids"]], max_new_tokens=asked.max_tokens,
                 stop_ids=asked.stop_token_ids, sampling=asked.sampling, seed=asked.seed,
             )  # fmt: skip
+            if not asked.sampling.temperature:  # there a greedy token has the log-probability of a softmax
+                found.logps = [-1.5] * len(found.ids)
             logprobs = [{id: SimpleNamespace(logprob=logp)} for id, logp in zip(found.ids, found.logps, strict=True)]
             answers.append(SimpleNamespace(outputs=[SimpleNamespace(token_ids=tuple(found.ids), logprobs=logprobs)]))
         return answers
@@ -64,7 +66,8 @@ def test_the_interface_is_the_engines(directory, monkeypatch):
     greedy = sampler.sample(prompts, max_new_tokens=20, stop_ids={7, 19})
     model = Transformer.from_pretrained(directory)
     expected = sample(model, prompts, max_new_tokens=20, stop_ids={7, 19}, context=40)
-    assert [each.ids for each in greedy] == [each.ids for each in expected]
+    assert greedy == expected
+    assert {logp for each in greedy for logp in each.logps} == {0.0}  # of what was drawn from: nothing else could come
     assert len(greedy[1].ids) <= 10
     options = {"max_new_tokens": 6, "stop_ids": (), "samples": 4, "sampling": Sampling(0.9, 20, 0.9, 0.01)}
     drawn = sampler.sample(prompts, seed=1, **options)

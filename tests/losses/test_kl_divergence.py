@@ -22,10 +22,11 @@ def dense(
         return torch.softmax(logits / temperature, 1)
 
     def kl(a, b):
-        return torch.special.xlogy(a, a / b).sum(1)
+        return torch.where(a > 0, a * torch.log(torch.where(a > 0, a, 1.0) / b), 0.0).sum(1)
 
     q = probabilities(student, weight, student_softcap)
     p = probabilities(teacher, teacher_weight, teacher_softcap)
+    p = torch.nn.functional.pad(p, (0, q.shape[1] - p.shape[1]))  # of ids that the teacher lacks: never
     if direction == "forward":
         return kl(p, q)
     if direction == "reverse":
@@ -72,6 +73,50 @@ def test_values_and_gradients_are_the_dense_ones(options, direction, mode, dtype
     (0.25 * got.sum()).backward()
     for own, exact in zip(tensors[:2], double[:2], strict=True):
         torch.testing.assert_close(own.grad.double(), exact.grad, **precision)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mode", ["gradient in forward", "gradient in backward"])
+@pytest.mark.parametrize(
+    ("direction", "options"),
+    [
+        ("forward", {}),
+        ("forward", {"student_softcap": 2.0, "teacher_softcap": 3.0, "temperature": 0.8}),
+        ("jensen_shannon", {"beta": 0.2}),
+        ("jensen_shannon", {"student_softcap": 2.0, "temperature": 1.7, "beta": 0.9}),
+    ],
+)
+def test_ids_that_the_teacher_lacks_have_no_probability(direction, options, mode, dtype):
+    """The student is normalised over all its ids, and its mass goes from those that the teacher has not."""
+    tensors = case(dtype)
+    tensors[3] = tensors[3][:-7]
+    double = [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+    factors = some_weights()
+    expected = dense(*double, direction=direction, **options) * factors
+    if mode == "gradient in forward":
+        got = kl_divergence(*tensors, direction=direction, chunk=8, token_weights=factors.to(dtype), **options)
+    else:
+        got = kl_divergence(*tensors, direction=direction, chunk=8, **options) * factors.to(dtype)
+    precision = {"rtol": 1e-10, "atol": 1e-10} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(got.double(), expected, **precision)
+    expected.sum().backward()
+    got.sum().backward()
+    for own, exact in zip(tensors[:2], double[:2], strict=True):
+        torch.testing.assert_close(own.grad.double(), exact.grad, **precision)
+    assert tensors[1].grad[-7:].abs().amin() > 0
+
+
+def test_two_ids_of_which_the_teacher_has_one_by_hand():
+    # p = (1, 0), q = (1/4, 3/4); m = (5/8, 3/8)
+    hidden, weight = torch.ones(1, 1), torch.tensor([[1.0], [3.0]]).log()
+    one, log = torch.zeros(1, 1), lambda value: torch.tensor(value).log()
+    expected = {
+        "forward": log(4.0),
+        "jensen_shannon": 0.5 * log(1.6) + 0.5 * (0.25 * log(0.4) + 0.75 * log(2.0)),
+    }
+    for direction, value in expected.items():
+        got = kl_divergence(hidden, weight, one, torch.zeros(1, 1), direction=direction)
+        torch.testing.assert_close(got, value[None])
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
@@ -190,6 +235,14 @@ def test_half_precision_sums_in_float32(teacher_type):
 def test_arguments_out_of_range_are_refused(named, message):
     with pytest.raises(ValueError, match=message):
         kl_divergence(*case(), **named)
+
+
+def test_heads_between_which_there_is_no_divergence_are_refused():
+    student, weight, teacher, teacher_weight = case()
+    with pytest.raises(ValueError, match="student has 41 ids, the teacher 40: the reverse divergence is infinite"):
+        kl_divergence(student, weight, teacher, teacher_weight[1:], direction="reverse")
+    with pytest.raises(ValueError, match="teacher has 41 ids, the student 40"):
+        kl_divergence(student, weight[1:], teacher, teacher_weight)
 
 
 def test_tokens_with_different_factors_want_no_token_weights():

@@ -362,15 +362,22 @@ def step(count, vocabulary):
     hidden = torch.randn(count, width, requires_grad=True)
     weight = torch.randn(vocabulary, width).mul_(0.02).requires_grad_()
     weights, tail = torch.rand(count, kept).div_(kept), torch.rand(count)
+    token_weights = torch.ones(count) if "MODE" == "forward" else None
     before = status("VmRSS")
-    token_log_likelihood(hidden, weight, ids, target_weights=weights, tail_weight=tail).sum().backward()
+    options = {"target_weights": weights, "tail_weight": tail, "token_weights": token_weights}
+    token_log_likelihood(hidden, weight, ids, **options).sum().backward()
     return before
 """
 
 
 @pytest.mark.slow
-def test_memory_of_kept_targets_does_not_grow_with_tokens_times_vocabulary(peak_of):
-    """64 ids of a teacher, the label and the bucket of all others: more tokens are more chunks, one at a time."""
-    few, many = (peak_of(KEPT_STEP, count, vocabulary=65_536, width=32) for count in (1024, 4096))
+@pytest.mark.parametrize("mode", ["forward", "backward"])
+def test_memory_of_kept_targets_does_not_grow_with_tokens_times_vocabulary(mode, peak_of):
+    """64 ids of a teacher, the label and the bucket of all others: more tokens are more chunks, one at a time.
+
+    Distillation makes its gradients in the forward pass.
+    """
+    step = KEPT_STEP.replace("MODE", mode)
+    few, many = (peak_of(step, count, vocabulary=65_536, width=32) for count in (1024, 4096))
     assert many < 350  # dense logits: 1.1 GB, and their gradient as much
     assert many - few < 60  # logits of 3,072 tokens more: 805 MB

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
+from lightning_llm import compose
 from lightning_llm.models.config import ModelConfig, set_rope_scaling, set_rope_theta
-from lightning_llm.models.rope import attention_factor, inverse_frequencies, rotate, rotation
+from lightning_llm.models.rope import attention_factor, inverse_frequencies, lengthened_theta, rotate, rotation
 
 
 def turned(x: torch.Tensor, positions: list[int], theta: float = 100.0) -> torch.Tensor:
@@ -38,6 +39,33 @@ def test_a_larger_base_leaves_the_rest_of_the_model():
     assert after.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
     assert set_rope_theta(after, 1e4) == before
     assert before.rope_parameters["rope_theta"] == 1e4
+
+
+def test_the_law_gives_afms_base():
+    """arXiv 2407.21075: from 500,000 at 8,192 tokens to 6,315,089 at 32,768; the recipe may refer to the figure."""
+    assert round(lengthened_theta(500_000, 8192, 32_768)) == 6_315_089
+    published = compose("qwen2", overrides=["model=afm_on_device"]).model
+    assert published.published["long_context_rope_theta"] == 6_315_089
+    assert published.rope_parameters["rope_theta"] == 500_000
+
+
+@pytest.mark.parametrize(("theta", "context", "longer"), [(1e4, 2048, 8192), (5e5, 8192, 131_072), (1e6, 4096, 512)])
+def test_as_many_pairs_make_a_whole_turn_in_a_longer_context(theta, context, longer):
+    """The index at which theta^(-2i/D) T is 2 pi, as a share of all pairs; the way back leads back."""
+
+    def last_turning(base, length):
+        return math.log(length / (2 * math.pi)) / math.log(base)
+
+    found = lengthened_theta(theta, context, longer)
+    assert last_turning(found, longer) == pytest.approx(last_turning(theta, context), rel=1e-12)
+    assert lengthened_theta(found, longer, context) == pytest.approx(theta, rel=1e-9)
+    assert (found > theta) == (longer > context)
+
+
+@pytest.mark.parametrize("wrong", [(1e4, 6, 512), (1e4, 512, 6), (1.0, 512, 1024)])
+def test_no_base_without_a_turn(wrong):
+    with pytest.raises(ValueError, match=r"at least 7 tokens|above 1"):
+        lengthened_theta(*wrong)
 
 
 def test_interpolation_is_a_slower_walk():

@@ -140,7 +140,33 @@ def test_held_out_rows_are_measured_by_their_labels(student, teacher, batch):
     torch.testing.assert_close(part.loss.double(), -of_label[batch.target_mask].sum(), rtol=1e-5, atol=1e-4)
 
 
-def test_rows_of_padding_in_one_head_do_not_matter(student, batch):
+@pytest.mark.parametrize("direction", ["forward", "jensen_shannon"])
+def test_rows_that_the_teacher_lacks_lose_their_mass(direction, teacher, batch):
+    """A head that is padded further, as 152,064 rows against 151,936: it is sampled from, so it is normalised whole."""
+    student = transformer(1, vocab_size=24)
+    config = DistillationConfig(targets="full", teacher_weight=1.0, direction=direction, beta=0.3)
+    part = config.build(student, teacher=teacher).loss(batch)
+    p = torch.nn.functional.pad(log_probabilities(teacher, batch).exp().detach(), (0, 4))
+    q = log_probabilities(student, batch).exp()
+    m = 0.3 * p + 0.7 * q
+    kl = torch.special.xlogy(p, p) - p * q.log()
+    if direction == "jensen_shannon":
+        kl = 0.3 * (torch.special.xlogy(p, p) - p * m.log()) + 0.7 * q * (q / m).log()
+    assert_same(part, kl.sum(1)[batch.target_mask].sum(), student)
+
+
+def test_what_is_kept_and_what_is_asked_agree_on_rows_that_the_teacher_lacks(teacher, batch):
+    """Of all that a teacher of 20 ids expects: 18 ids, the label, and a bucket of the one left and all padding."""
+    gradients = []
+    for config in (DistillationConfig(targets="top_k", k=18), DistillationConfig(targets="full")):
+        student = transformer(1, vocab_size=24)
+        part = config.build(student, teacher=teacher).loss(with_columns(batch, teacher, k=18))
+        part.loss.backward()
+        gradients.append(student.head_weight.grad[20:])
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=1e-3)
+
+
+def test_rows_of_padding_in_the_teachers_head_do_not_matter(student, batch):
     wider = transformer(2, vocab_size=24)
     part = DistillationConfig(targets="full", teacher_weight=1.0).build(student, teacher=wider).loss(batch)
     p = wider.logits(wider(batch)[batch.predictors])[:, :20].double().softmax(1).detach()

@@ -283,10 +283,9 @@ def test_metrics(policy, iterates, reference):
     )
     means = {name: (total / count).item() for name, (total, count) in metrics.items()}
     numbers = [0, 1, 2, 2]
-    assert means["reward/mean"] == pytest.approx(REWARDS[numbers].mean().item())
+    told_of_the_window = {"reward/mean", "kl/reference", "entropy"}  # training/rollout.py:figures
+    assert not told_of_the_window & metrics.keys()
     assert means["reward/std"] == pytest.approx(deviation(0.3, 1.0) / 2)
-    assert means["kl/reference"] == pytest.approx((earlier - reference).sum(1)[numbers].mean().item())
-    assert means["entropy"] == pytest.approx(-earlier[numbers].sum().item() / 7)
     log_ratio = (table(policy) - earlier).sum(1)[numbers].detach()
     assert means["kl/iterate"] == pytest.approx(
         (log_ratio.exp() * log_ratio - log_ratio.expm1()).mean().item(), rel=1e-4

@@ -116,6 +116,16 @@ def test_the_weight_of_a_teacher_leaves_what_it_says_alone():
     assert len(set(taught)) == len(taught)
 
 
+def test_no_reverse_divergence_from_a_teacher_with_fewer_ids(talker):
+    words = [*STUDENT, f"stages.student.learns_from={talker}", "model.vocab_size=2048"]
+    full = "stages.student.objective.targets=full"
+    refused = r"stages\.student\.objective\.direction: is reverse, .* it has \d+, the student 2,048\. Choose forward"
+    with pytest.raises(UserError, match=refused):
+        nodes_of(*words, full, "stages.student.objective.direction=reverse")
+    nodes = nodes_of(*words, full, "stages.student.objective.direction=jensen_shannon")
+    assert nodes["student"].settings.model.vocab_size == 2048
+
+
 def test_a_teacher_of_elsewhere_brings_its_tokenizer_and_vocabulary(talker):
     nodes = nodes_of(*STUDENT, f"stages.student.learns_from={talker}")
     assert nodes["student.tokenizer"].settings.source == str(talker)

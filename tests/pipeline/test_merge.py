@@ -123,8 +123,18 @@ def test_a_loop_of_merges_is_made_of_rounds(tmp_path):
 def test_reward_models_are_evaluated_on_what_the_first_holds_out():
     nodes = nodes_of(*COMMITTEE)
     assert nodes["warm.evaluate"].inputs == {"data": "first.prepare", "tokenizer": "tokenizer", "model": "warm"}
-    assert (nodes["first"].settings.seed, nodes["second"].settings.seed) == (0, 1)
     assert nodes["warm"].figures["parameters"] == nodes["first"].figures["parameters"]
+
+
+def test_an_offset_moves_the_order_of_data_and_not_what_is_drawn():
+    nodes = nodes_of(*COMMITTEE, "stages.sft.seed_offset=5", "seed=3")
+    first, second = (nodes[name].settings for name in ("first", "second"))
+    assert (first.seed, second.seed) == (3, 4)
+    assert first.draws_by == second.draws_by == 3
+    assert first.seed_of_parameters is None  # its key is as it was before there was such a setting
+    assert (nodes["sft"].settings.seed, nodes["sft"].settings.seed_of_parameters) == (8, None)  # nothing is drawn
+    begun = nodes_of("stages.pretrain.seed_offset=1")["pretrain"].settings  # random weights
+    assert (begun.seed, begun.draws_by) == (1, 0)
 
 
 @pytest.mark.parametrize(
@@ -186,6 +196,23 @@ def test_a_run_by_the_command_line(given, tmp_path, monkeypatch, capsys):
     assert cli.command(["run", "recipe=qwen2", *words]) == 0  # once more: nothing is made
     folder = Path(capsys.readouterr().out.splitlines()[-1])
     assert all(stage["reused"] for stage in json.loads((folder / "run.json").read_text())["stages"].values())
+
+
+@pytest.mark.slow
+def test_reward_models_of_a_committee_begin_with_one_head(given):
+    """At a rate too small to change a weight: what they end with is what they began with."""
+    still = [word.replace("lr.peak=3e-5", "lr.peak=1e-30") for word in COMMITTEE]
+    record = run(
+        compose("qwen2", overrides=[*given, *still, "scale.corpora.comparisons.options.rows=300"]), until="warm"
+    )
+    one, two, both = (RewardModel.from_pretrained(record.artifact(n) / "model") for n in ("first", "second", "warm"))
+    for name, parameter in one.named_parameters():
+        assert torch.equal(parameter, two.get_parameter(name)), name
+        torch.testing.assert_close(parameter, both.get_parameter(name))
+    journals = [(record.artifact(name) / "metrics.jsonl").read_text().splitlines() for name in ("first", "second")]
+    losses = [[line["loss"] for line in map(json.loads, journal) if "loss" in line] for journal in journals]
+    assert losses[0]
+    assert losses[0] != losses[1]  # of one model: other rows in each step
 
 
 @pytest.mark.slow

@@ -14,15 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
+from lightning_llm.data.config import DataConfig, SourceConfig
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.models import Transformer
 from lightning_llm.models.compilation import refuse_absent_compiler
-from lightning_llm.objectives.config import CausalLMConfig
+from lightning_llm.objectives.config import CausalLMConfig, PruningMasksConfig, RewardModelConfig
 from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.settings import UserError
-from lightning_llm.stages import score, train
-from lightning_llm.stages.config import ComputeConfig, ScoreSettings
+from lightning_llm.stages import prepare, score, train
+from lightning_llm.stages.config import ComputeConfig, PrepareSettings, ScoreSettings
 from lightning_llm.stages.context import model_directory
 
 
@@ -258,6 +259,37 @@ def test_a_loss_that_is_no_number_stops_the_stage(settings, prepared, tokenizer_
     context = context_of(wild, {"data": prepared["text"], "tokenizer": tokenizer_artifact})
     with pytest.raises(FloatingPointError, match="loss became nan"):
         train.run(context)
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [CausalLMConfig(), PruningMasksConfig(intermediate_size=32), RewardModelConfig()],
+    ids=lambda objective: objective.name,
+)
+def test_siblings_begin_as_one_model_and_read_in_another_order(
+    objective, settings, prepared, tokenizer_artifact, context_of
+):
+    """Random weights, scores of masks and heads are drawn by one seed, the order of rows by another."""
+    named, inputs = {"objective": objective}, {"data": prepared["text"], "tokenizer": tokenizer_artifact}
+    if objective.is_scored:
+        source = SourceConfig(path="embedded:comparisons", options={"rows": 200, "held_out": 20})
+        named["data"] = DataConfig("comparisons", "rankings", {"comparisons": source}, max_epochs=50)
+        named |= {"context": [{"at": 0, "value": 128}], "batch_tokens": [{"at": 0, "value": 600}]}
+        rows = context_of(PrepareSettings(named["data"], [128], ["train", "validation"], seed=0), inputs)
+        prepare.run(rows)
+        inputs["data"] = rows.output
+
+    def begun(seed, seed_of_parameters):
+        asked = settings(seed=seed, seed_of_parameters=seed_of_parameters, **named)
+        _, built, data, _ = train.prepare_training(context_of(asked, inputs))
+        (batch,) = data.window(0, micro_batch_tokens=2**20).mine
+        return built.model.state_dict(), batch.input_ids
+
+    (one, rows), (sibling, others), (stranger, _) = begun(3, None), begun(4, 3), begun(4, None)
+    assert one.keys() == sibling.keys()
+    assert all(torch.equal(sibling[name], tensor) for name, tensor in one.items())
+    assert not torch.equal(rows, others)
+    assert not all(torch.equal(stranger[name], tensor) for name, tensor in one.items())
 
 
 def test_what_does_not_belong_together_is_refused(
