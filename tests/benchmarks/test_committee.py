@@ -1,7 +1,5 @@
 """A committee and one model ask as many responses; what is said of both is against the SFT model of the same seed."""
 
-import json
-
 import pytest
 
 from lightning_llm import compose, plan
@@ -55,14 +53,3 @@ def test_changes_are_against_the_sft_model_of_the_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(committee, "PICTURE", tmp_path / "committee.svg")
     committee.draw(result)
     assert committee.PICTURE.read_text().count("one model: distilled") == 1
-
-
-def test_the_page_has_the_tables_of_the_result():
-    import claims  # pyright: ignore[reportMissingImports]
-    import committee  # pyright: ignore[reportMissingImports]
-
-    result = json.loads(committee.RESULT.read_text())
-    page = (claims.RESULTS.parents[1] / "docs" / "methods" / "rejection_sampling.md").read_text("utf-8")
-    assert "\n".join(committee.table(result)) in page
-    assert "\n".join(committee.table_of_winners(result)) in page
-    assert committee.PICTURE.is_file()
