@@ -147,7 +147,7 @@ def test_a_committee_teaches_itself_for_two_rounds(beside, tmp_path):
     words += [f"{inside}.{name}.data.max_epochs=1e3" for name in ("distilled", "preferred")]
     for stage in ("stages.rlhf", f"{inside}.reinforced"):
         words += [f"{stage}.examples=8", f"{stage}.rollout.prompts=4", f"{stage}.rollout.max_new_tokens=8"]
-    record = run(compose("itec", overrides=[*without(own), *words]), until="itec2.reinforced")
+    record = run(compose("itec", overrides=[*without(own), *words]), until="itec2.preferred")
     assert record.status == "done"
     assert {stage for stage, facts in record.stages.items() if facts["reused"]} >= {"sft", "dpo"}
     asked = [
@@ -168,5 +168,5 @@ def test_a_committee_teaches_itself_for_two_rounds(beside, tmp_path):
     ledger = json.loads((record.artifact("itec2.preferred") / "stage.json").read_text())["ledger"]
     assert ledger["pairs"] > 0
     assert "rewards/accuracies" in record.stages["itec2.preferred"]["metrics"]
-    again = run(record.plan.recipe, until="itec2.reinforced")
+    again = run(record.plan.recipe, until="itec2.preferred")
     assert all(facts["reused"] for facts in again.stages.values())
