@@ -79,8 +79,8 @@ def program(*words: str, cwd: Path) -> subprocess.CompletedProcess:
         (["--help"], 1.2, "run"),
         (["run", "--help"], 1.2, "qwen2_57b_a14b"),
         (["generate", "--help"], 1.2, "top_k"),
-        (["generate", "model=a", "prompt=b", "--cfg", "job"], 2.0, "max_new_tokens: 256"),
-        (["run", "recipe=qwen2", "--cfg", "job"], 2.0, "beta: 0.1"),
+        (["generate", "model=a", "prompt=b", "--cfg", "job"], 3.0, "max_new_tokens: 256"),
+        (["run", "recipe=qwen2", "--cfg", "job"], 3.0, "beta: 0.1"),
     ],
 )
 def test_it_answers_soon(words, seconds, shown, tmp_path):

@@ -84,11 +84,13 @@ class Packed:
         self.model, self.config = model, model.config
         self.is_packed = can_be_packed(model)
         self.body: Transformer = with_packed_weights(model) if self.is_packed else model  # what runs
-        self.head = PackedLinear(model.head_weight, None) if self.is_packed and is_large(model.head_weight) else None
+        self.head: Any = None
+        if self.is_packed and is_large(model.head_weight):
+            self.head = PackedLinear(model.head_weight, None) if self.body.lm_head is None else self.body.lm_head
 
     def refresh(self) -> None:
         """Take over the weights as they are now."""
-        for module in (*self.body.modules(), self.head):
+        for module in {*self.body.modules(), self.head}:
             if isinstance(module, PackedLinear):
                 module.refresh()
 

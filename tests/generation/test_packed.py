@@ -59,16 +59,16 @@ def test_packed_layers_are_the_models(kind):
 def test_small_matrices_stay_as_they_are(monkeypatch):
     """Of this model the head alone is packed, and refreshed when the model is trained."""
     model = build()
-    monkeypatch.setattr(layout, "SMALLEST", model.embed_tokens.weight.numel())
+    monkeypatch.setattr(layout, "SMALLEST", model.head_weight.numel())
     packed = Packed(model)
-    assert [module for module in packed.body.modules() if isinstance(module, PackedLinear)] == []
     assert isinstance(packed.head, PackedLinear)
+    assert [module for module in packed.body.modules() if isinstance(module, PackedLinear)] == [packed.head]
     hidden = torch.randn(3, model.config.hidden_size)
     with torch.no_grad():
-        model.embed_tokens.weight.mul_(2)
+        model.head_weight.mul_(2)
         packed.refresh()
         torch.testing.assert_close(packed.logits(hidden), model.logits(hidden), rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(layout, "SMALLEST", model.embed_tokens.weight.numel() + 1)
+    monkeypatch.setattr(layout, "SMALLEST", model.head_weight.numel() + 1)
     assert Packed(model).head is None
 
 
