@@ -18,7 +18,7 @@ from lightning_llm.stages import prepare, train
 from lightning_llm.stages.config import ComputeConfig, PrepareSettings
 from lightning_llm.training.config import RolloutConfig
 
-STEPS = 160  # in which rewards have risen: few of the first answers are complete, and only such ones win a pair
+STEPS = 200  # in which rewards have risen: few of the first answers are complete, and only such ones win a pair
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -79,7 +79,7 @@ def test_rewards_rise_and_the_curves_are_written_down(objective, judge, live, in
     training = [line for line in lines(context) if "loss" in line]
     validation = [line for line in lines(context) if "validation/reward/mean" in line]
     first, last = (fmean(line["reward/mean"] for line in some) for some in (training[:5], training[-30:]))  # 64 a line
-    assert last > first + 0.05  # three standard errors of the first
+    assert last > first + 0.1
     assert [line["tokens"] for line in validation] == [0, 50 * STEPS, 100 * STEPS]
     assert validation[-1]["validation/reward/mean"] > validation[0]["validation/reward/mean"]
     assert result.metrics["validation/reward/mean"] == validation[-1]["validation/reward/mean"]
