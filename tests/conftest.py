@@ -8,9 +8,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`make test`): a core and a thread each,
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for what the tests start
+
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+settings.load_profile("unhurried")
 
 TINY = [  # overrides of qwen2 at nano
     "scale.pretraining_tokens=40_000",

@@ -5,12 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_llm.batch import SegmentBatch
 
-unhurried = settings(deadline=None)  # a busy machine is no failure
 tokens = st.lists(st.integers(0, 999), min_size=1, max_size=6)
 documents = st.lists(tokens, min_size=1, max_size=8)
 groups = st.lists(st.tuples(tokens, st.lists(tokens, max_size=4)), min_size=1, max_size=5)
@@ -50,7 +49,6 @@ def targets_of(batch):
     return list(zip(*(field.tolist() for field in fields), strict=True))
 
 
-@unhurried
 @given(masked(documents))
 def test_documents_predict_all_but_their_first_token(drawn):
     segments, masks = drawn
@@ -63,7 +61,6 @@ def test_documents_predict_all_but_their_first_token(drawn):
     assert (batch.num_tokens, batch.num_segments) == (len(batch.input_ids), len(segments))
 
 
-@unhurried
 @given(groups)
 def test_groups_are_prompts_followed_by_their_responses(drawn):
     batch = from_groups(drawn)
@@ -83,7 +80,6 @@ def test_groups_are_prompts_followed_by_their_responses(drawn):
     assert targets_of(batch) == expected_targets(segments, prefixes, masks)
 
 
-@unhurried
 @given(groups)
 def test_every_response_to_a_prompt_supervises_its_first_and_its_last_token(drawn):
     batch = from_groups(drawn)
@@ -95,7 +91,6 @@ def test_every_response_to_a_prompt_supervises_its_first_and_its_last_token(draw
             assert targets[s, starts[s + 1] - 1][1]
 
 
-@unhurried
 @given(documents)
 def test_the_end_mark_is_always_a_target(drawn):
     batch = SegmentBatch.from_documents([[*document, 1000] for document in drawn])
@@ -103,7 +98,6 @@ def test_the_end_mark_is_always_a_target(drawn):
     assert counted.tolist() == list(range(len(drawn)))
 
 
-@unhurried
 @given(groups)
 def test_targets_are_the_tokens_that_their_positions_name(drawn):
     batch = from_groups(drawn)
@@ -114,7 +108,6 @@ def test_targets_are_the_tokens_that_their_positions_name(drawn):
     assert torch.equal(batch.positions[batch.predictors] + 1, batch.positions[batch.target_positions])
 
 
-@unhurried
 @given(masked(documents), st.randoms())
 def test_the_order_of_documents_changes_nothing_about_their_targets(drawn, random):
     segments, masks = drawn
@@ -129,7 +122,6 @@ def test_the_order_of_documents_changes_nothing_about_their_targets(drawn, rando
     assert shuffled.target_counts == [batch.target_counts[s] for s in order]
 
 
-@unhurried
 @given(masked(documents), st.data())
 def test_sums_by_segment_take_only_what_counts(drawn, data):
     batch = SegmentBatch.from_documents(*drawn)

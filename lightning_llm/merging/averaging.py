@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_llm.merging.states import LazyState, Merge, State, refuse_unlike, wide
+from lightning_llm.merging.states import LazyState, Merge, State, refuse_unlike
 
 
 @Merge
@@ -27,7 +27,7 @@ def linear(states: Sequence[State], weights: Sequence[float] | None = None) -> L
     refuse_unlike(states)
     shares = [1 / len(states)] * len(states) if weights is None else list(weights)
     refuse_weights(shares, len(states))
-    return LazyState(states[0], lambda name: weighted_sum([wide(state[name]) for state in states], shares))
+    return LazyState(states[0], states, lambda name: lambda entries: weighted_sum(entries, shares))
 
 
 @Merge
@@ -67,8 +67,7 @@ def between(start: State, end: State, t: float, *, like: State) -> LazyState:
         like: whose types the tensors have.
     """
     refuse_unlike([start, end])
-
-    return LazyState(like, lambda name: moved(wide(start[name]), wide(end[name]), t))
+    return LazyState(like, [start, end], lambda name: lambda ends: moved(*ends, t))
 
 
 def follow(average: State, newest: State, share: float) -> None:

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from lightning_llm.settings import Buildable, option
 
+BLOCK = 2**21  # entries of each model that are merged at a time: wider copies stay small
+
 
 @dataclass
 class MergeConfig(Buildable):

@@ -9,14 +9,14 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_llm.merging.averaging import share, weighted_sum
-from lightning_llm.merging.states import BLOCK, LazyState, Merge, State, differences, layer_of, refuse_unlike, wide
+from lightning_llm.merging.states import LazyState, Merge, Rule, State, blocks, differences, layer_of, refuse_unlike
 
 STRAIGHT = 1e-6  # below this sine of the angle an arc is a line, or the way round is not known
 
@@ -29,8 +29,12 @@ def slerp(a: State, b: State, t: float) -> LazyState:
         ValueError: the states are of different models, or t is out of range.
     """
     refuse_unlike([a, b])
-    weights = layer_weights(a, lambda name: [wide(a[name]), wide(b[name])], share(t, "t"))
-    return LazyState(a, lambda name: weighted_sum([wide(a[name]), wide(b[name])], weights(name)))
+    weights = layer_weights(a, lambda name: blocks([a, b], name), share(t, "t"))
+
+    def rule_of(name: str) -> Rule:
+        return lambda ends: weighted_sum(ends, weights(name))
+
+    return LazyState(a, [a, b], rule_of)
 
 
 @Merge
@@ -53,21 +57,22 @@ def slerp_task_vectors(init: State, states: Sequence[State], t: float | None = N
     if t is not None and len(states) != 2 and not math.isclose(t, 1 / len(states)):
         raise ValueError(f"t is for two models; {len(states)} have t = 1 / {len(states)}, got {t:g}")
     place = share(0.5 if t is None else t, "t")
-    weights = layer_weights(init, lambda name: differences(init, states, name), place)
+    everyone = [init, *states]
+    weights = layer_weights(init, lambda name: (differences(*entries) for entries in blocks(everyone, name)), place)
 
-    def tensor(name: str) -> Tensor:
-        return weighted_sum([wide(init[name]), *differences(init, states, name)], [1.0, *weights(name)])
+    def rule_of(name: str) -> Rule:
+        return lambda entries: weighted_sum([entries[0], *differences(*entries)], [1.0, *weights(name)])
 
-    return LazyState(states[0], tensor)
+    return LazyState(states[0], everyone, rule_of)
 
 
 def layer_weights(
-    names: State, vectors: Callable[[str], Sequence[Tensor]], t: float
+    names: State, vectors: Callable[[str], Iterable[Sequence[Tensor]]], t: float
 ) -> Callable[[str], Sequence[float]]:
     """A function from a parameter's name to the weights of its layer's vectors.
 
-    A layer is read when the first of its parameters is asked for, tensor by tensor: all that is kept of it are
-    the inner products of its vectors.
+    A layer is read when the first of its parameters is asked for, block by block: all that is kept of it are the inner
+    products of its vectors.
     """
     layers: dict[str, list[str]] = defaultdict(list)
     for name in names:
@@ -80,12 +85,14 @@ def layer_weights(
     return lambda name: of_layer(layer_of(name))
 
 
-def inner_products(vectors: Sequence[Tensor]) -> np.ndarray:
-    """Of each with each, [M, M] in float64."""
-    products = np.zeros((len(vectors), len(vectors)))
-    for blocks in zip(*(vector.flatten().split(BLOCK) for vector in vectors), strict=True):
-        flat = torch.stack(blocks).double()
-        products += (flat @ flat.T).cpu().numpy()
+def inner_products(vectors: Iterable[Sequence[Tensor]]) -> np.ndarray:
+    """Of each of M vectors with each, [M, M] in float64; they come in blocks of the same entries."""
+    products = None
+    for entries in vectors:
+        flat = torch.stack(list(entries)).double()
+        of_block = (flat @ flat.T).cpu().numpy()
+        products = of_block if products is None else products + of_block
+    assert products is not None  # also an empty tensor has a block
     return products
 
 

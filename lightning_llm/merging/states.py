@@ -10,22 +10,35 @@ from typing import Generic, ParamSpec
 import torch
 from torch import Tensor
 
+from lightning_llm.merging.config import BLOCK
+
 State = Mapping[str, Tensor]
+Rule = Callable[[Sequence[Tensor]], Tensor]  # the same entries of several states -> what they become
 Arguments = ParamSpec("Arguments")
-BLOCK = 2**21  # entries that are counted or multiplied at a time: wider copies stay small
 
 
 class LazyState(Mapping[str, Tensor]):
-    """A state whose tensors are computed whenever they are read, in at least fp32, and come in the type of `like`'s.
+    """A state whose tensors are computed whenever they are read, block by block, in at least fp32, and come in the type
+    of `like`'s.
 
-    So a merge of what lies on disk needs memory for a few tensors of each model (models/shards.py).
+    So a merge of what lies on disk (models/shards.py) needs memory for the tensor that it makes and a few blocks.
     """
 
-    def __init__(self, like: State, tensor: Callable[[str], Tensor]):
-        self._like, self._tensor = like, tensor
+    def __init__(self, like: State, states: Sequence[State], rule_of: Callable[[str], Rule]):
+        """
+        Args:
+            states: what is merged.
+            rule_of: of a parameter's name, how the same entries of all states become one; asked whenever it is read.
+        """
+        self._like, self._states, self._rule_of = like, states, rule_of
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensor(name).to(dtype_of(self._like, name))
+        rule, first = self._rule_of(name), self._states[0][name]
+        merged = torch.empty(first.shape, dtype=dtype_of(self._like, name), device=first.device)
+        sources = blocks(self._states, name)
+        for place, entries in zip(merged.view(-1).split(BLOCK), sources, strict=True):
+            place.copy_(rule(entries))
+        return merged
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)
@@ -70,10 +83,15 @@ def refuse_unlike(states: Sequence[State]) -> None:
             raise ValueError(f"state {number} and state 0 are of different models: only one has {min(other)}")
 
 
-def differences(init: State, states: Sequence[State], name: str) -> list[Tensor]:
-    """Of one parameter: what each state has moved away from `init`, in at least fp32."""
-    start = wide(init[name])
-    return [wide(state[name]) - start for state in states]
+def blocks(states: Sequence[State], name: str) -> Iterator[list[Tensor]]:
+    """Of one parameter: the same entries of all states, flat, in at least fp32, so many at a time."""
+    for entries in zip(*(state[name].flatten().split(BLOCK) for state in states), strict=True):
+        yield [wide(some) for some in entries]
+
+
+def differences(start: Tensor, *others: Tensor) -> list[Tensor]:
+    """What each has moved away from the start."""
+    return [other - start for other in others]
 
 
 def layer_of(name: str) -> str:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from lightning_llm.merging.averaging import share
-from lightning_llm.merging.states import BLOCK, LazyState, Merge, State, differences, refuse_unlike, wide
+from lightning_llm.merging.averaging import share, weighted_sum
+from lightning_llm.merging.states import LazyState, Merge, Rule, State, blocks, differences, refuse_unlike
 
 DIGITS = 2**16  # an fp32 number's bits are two digits of this base; as integers they are in the order of its size
 
@@ -27,10 +27,12 @@ def task_arithmetic(init: State, states: Sequence[State], scale: float = 1.0) ->
     """
     refuse_unlike([init, *states])
 
-    def tensor(name: str) -> Tensor:
-        return added(init[name], torch.stack(differences(init, states, name)).sum(0), scale)
+    shares = [scale] * len(states)
 
-    return LazyState(states[0], tensor)
+    def rule(entries: Sequence[Tensor]) -> Tensor:
+        return weighted_sum([entries[0], *differences(*entries)], [1.0, *shares])
+
+    return LazyState(states[0], [init, *states], lambda name: rule)
 
 
 @Merge
@@ -51,17 +53,17 @@ def ties(init: State, states: Sequence[State], density: float = 0.2, scale: floa
     positive_share(density, "density")
 
     def sizes(state: State) -> Callable[[], Iterable[Tensor]]:
-        return lambda: (differences(init, [state], name)[0].abs() for name in init)
+        return lambda: (differences(*each)[0].abs() for name in init for each in blocks([init, state], name))
 
     thresholds = [largest_from(sizes(state), density) for state in states]
 
-    def tensor(name: str) -> Tensor:
-        kept = torch.stack(differences(init, states, name))
+    def rule(entries: Sequence[Tensor]) -> Tensor:
+        kept = torch.stack(differences(*entries))
         for vector, least in zip(kept, thresholds, strict=True):
             vector[vector.abs().float() < least] = 0.0
-        return added(init[name], agreed_mean(kept), scale)
+        return added(entries[0], agreed_mean(kept), scale)
 
-    return LazyState(states[0], tensor)
+    return LazyState(states[0], [init, *states], lambda name: rule)
 
 
 @Merge
@@ -82,22 +84,24 @@ def dare(init: State, states: Sequence[State], density: float = 0.1, scale: floa
     refuse_unlike([init, *states])
     positive_share(density, "density")
 
-    def tensor(name: str) -> Tensor:
-        moved = differences(init, states, name)
-        total = torch.zeros_like(moved[0])
-        for place, vector in enumerate(moved):
-            total += dropped(vector, density, seeded(seed, name, place), rescale=True)
-        return added(init[name], total, scale)
+    def rule_of(name: str) -> Rule:
+        draws = [seeded(seed, name, place) for place in range(len(states))]
 
-    return LazyState(states[0], tensor)
+        def rule(entries: Sequence[Tensor]) -> Tensor:
+            moved = zip(differences(*entries), draws, strict=True)
+            return added(entries[0], sum(dropped(vector, density, draw, rescale=True) for vector, draw in moved), scale)
+
+        return rule
+
+    return LazyState(states[0], [init, *states], rule_of)
 
 
 # ---- of one tensor ----
 
 
 def added(start: Tensor, vector: Tensor, scale: float) -> Tensor:
-    """start + scale * vector, in at least fp32."""
-    return wide(start).add(vector, alpha=scale)
+    """start + scale * vector."""
+    return start.add(vector, alpha=scale)
 
 
 def agreed_mean(vectors: Tensor) -> Tensor:
@@ -140,7 +144,7 @@ def largest_from(sizes: Callable[[], Iterable[Tensor]], density: float) -> float
     second by the lower 16 among those that have the upper ones of the answer.
 
     Args:
-        sizes: gives all tensors anew, none of them negative; rounded to fp32 they are what is compared.
+        sizes: gives all entries anew, in flat blocks, none negative; rounded to fp32 they are what is compared.
     """
     upper = counted(sizes(), lambda bits: bits >> 16)
     wanted = max(math.ceil(density * int(upper.sum())), 1)
@@ -153,9 +157,8 @@ def largest_from(sizes: Callable[[], Iterable[Tensor]], density: float) -> float
 def counted(sizes: Iterable[Tensor], digit: Callable[[Tensor], Tensor]) -> Tensor:
     """How often each digit occurs among the entries' bits."""
     counts = torch.zeros(DIGITS, dtype=torch.int64)
-    for tensor in sizes:
-        for block in tensor.flatten().split(BLOCK):
-            counts += torch.bincount(digit(block.float().view(torch.int32)), minlength=DIGITS).cpu()
+    for block in sizes:
+        counts += torch.bincount(digit(block.float().view(torch.int32)), minlength=DIGITS).cpu()
     return counts
 
 

@@ -28,6 +28,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from lightning_llm.models.config import SIZES
+from lightning_llm.pipeline import faster_hydra as faster_hydra  # for what it does
 from lightning_llm.pipeline.mistakes import (
     COMMAND_LINE,
     as_user_error,

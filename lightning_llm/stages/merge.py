@@ -1,7 +1,7 @@
 """The verb merge: one model of several, tensor by tensor.
 
 Leaves `model/`, a Hugging Face directory with the configuration and the tokenizer of the first model, in its files and
-types. Memory is needed for a few tensors of each model, however large they are.
+types. Memory is needed for the tensor that is written, and for a few blocks of entries of each model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.merging.spherical import inner_products
-from lightning_llm.merging.states import State, differences
+from lightning_llm.merging.states import State, blocks, differences
 from lightning_llm.models import ModelConfig
 from lightning_llm.models.families import CLASSIFIER, read_config, read_head
 from lightning_llm.models.reward import GRADING_FILE
@@ -93,7 +93,9 @@ def mean_angle(start: State, states: Sequence[State]) -> float:
 
     Vectors of models that learnt apart are nearly at right angles (WARP, appendix C.2); one that is 0 counts as such.
     """
-    products = sum(inner_products(differences(start, states, name)) for name in start)
+    everyone = [start, *states]
+    of_tensors = ((differences(*entries) for entries in blocks(everyone, name)) for name in start)
+    products = sum(map(inner_products, of_tensors))
     lengths = np.sqrt(np.diag(products))  # pyright: ignore[reportArgumentType, reportCallIssue]
     norms = np.outer(lengths, lengths)
     cosines = np.divide(products, norms, out=np.zeros_like(norms), where=norms > 0)

@@ -16,7 +16,7 @@ from lightning_llm.data.packing import Feed, StageData, iterate_batches, next_cu
 from lightning_llm.data.token_store import TokenStore
 from lightning_llm.settings import UserError
 
-LOOSE = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LOOSE = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 DOCUMENTS = st.lists(st.integers(1, 70), min_size=1, max_size=12)
 
 

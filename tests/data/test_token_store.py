@@ -16,7 +16,7 @@ SEGMENT = st.lists(st.tuples(st.integers(0, 69_999), st.booleans()), min_size=1,
 @pytest.mark.parametrize("form", ["conversations", "pairs"])
 @pytest.mark.parametrize("vocabulary", [65_536, 70_000])
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_come_back(tmp_path_factory, form, vocabulary, data):
     rows = data.draw(st.lists(st.lists(SEGMENT, min_size=3, max_size=3), max_size=5))
     rows = rows if form == "pairs" else [row[:1] for row in rows]

@@ -61,14 +61,14 @@ def test_templates_show_json_as_in_transformers(tokenizer, shown, tmp_path):
 
 
 @given(text=TEXTS)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_text_encodes_as_in_transformers_and_decodes_to_itself(tokenizer, theirs, text):
     assert tokenizer.encode(text) == theirs.encode(text)
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @given(question=TEXTS, answer=TEXTS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_prompt_and_response_are_the_whole_conversation(tokenizer, question, answer):
     prompt = [{"role": "user", "content": question}]
     whole = tokenizer.render([*prompt, {"role": "assistant", "content": answer}])

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_llm.batch import SegmentBatch
@@ -110,7 +110,6 @@ def plain_calibration_error(margins, bins):
     return total / len(asked)
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(-4, 4).filter(lambda m: abs(20 / (1 + math.exp(-m)) % 1 - 0.5) < 0.49), min_size=1))
 def test_calibration_error_is_counted_right(margins):
     found = calibration_error(torch.tensor(margins, dtype=torch.float64))

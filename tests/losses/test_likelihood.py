@@ -99,7 +99,7 @@ def test_gradients_by_finite_differences(tail, options):
     torch.autograd.gradcheck(summed, (hidden, weight))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(count=st.integers(0, 20), chunk=st.integers(1, 25), seed=st.integers(0, 99), weighted=st.booleans())
 def test_the_chunk_makes_no_difference(count, chunk, seed, weighted):
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -20,14 +20,12 @@ from lightning_llm.losses.policy import (
     trust_region,
 )
 
-unhurried = settings(deadline=None)
 REWARDS = arrays("float64", st.tuples(st.integers(1, 4), st.integers(2, 6)), elements=st.floats(-50, 50))
 
 
 # ---- advantages ----
 
 
-@unhurried
 @given(REWARDS)
 def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(rewards):
     expected = [[r - (sum(row) - r) / (len(row) - 1) for r in row] for row in rewards.tolist()]
@@ -36,7 +34,6 @@ def test_leave_one_out_is_the_reward_less_the_mean_of_the_others(rewards):
     torch.testing.assert_close(found.sum(1), torch.zeros(len(rewards), dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-@unhurried
 @given(REWARDS)
 def test_group_normalised_is_in_units_of_the_deviation(rewards):
     for row, found in zip(
@@ -66,7 +63,6 @@ def test_the_penalty_is_beta_times_the_log_ratio():
 nats = st.floats(-30, 0)
 
 
-@unhurried
 @given(st.lists(st.tuples(nats, nats, st.floats(-5, 5)), min_size=1, max_size=8))
 def test_each_loss_is_its_formula(actions):
     logps, old, advantages = (torch.tensor(column, dtype=torch.float64) for column in zip(*actions, strict=True))

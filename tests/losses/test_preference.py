@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_llm.losses.preference import chosen_nll, dpo_loss, formatting_mask, ipo_loss
@@ -16,7 +16,6 @@ CASES = {  # policy_chosen, policy_rejected, reference_chosen, reference_rejecte
     "far apart": (-1.0, -9000.0, -5000.0, -2.0),  # a naive log(sigmoid(x)) overflows here
 }
 nats = st.floats(-500, 0)
-unhurried = settings(deadline=None)  # a busy machine is no failure
 
 
 def plain_margin(case):
@@ -54,7 +53,6 @@ def test_ipo_is_the_published_formula(case, beta):
     torch.testing.assert_close(ipo_loss(*one_pair(case), beta=beta), expected)
 
 
-@unhurried
 @given(shift=st.floats(-100, 100), case=st.tuples(nats, nats, nats, nats))
 def test_only_differences_from_the_reference_count(shift, case):
     for loss in (dpo_loss, ipo_loss):
@@ -62,7 +60,6 @@ def test_only_differences_from_the_reference_count(shift, case):
         torch.testing.assert_close(before, after, rtol=1e-8, atol=1e-8)
 
 
-@unhurried
 @given(case=st.tuples(nats, nats, nats, nats), noise=st.floats(0, 0.49))
 def test_swapped_labels_are_what_label_smoothing_mixes_in(case, noise):
     right = dpo_loss(*one_pair(case), beta=0.1)
@@ -108,7 +105,6 @@ def test_chosen_nll_is_per_token_and_costs_nothing_without_tokens():
     torch.testing.assert_close(nll, torch.tensor([2.0, 0.5, 0.0]))
 
 
-@unhurried
 @given(st.lists(st.integers(0, 9), max_size=20), st.sets(st.integers(0, 9)))
 def test_formatting_mask_marks_the_formatting_ids(ids, formatting):
     mask = formatting_mask(torch.tensor(ids, dtype=torch.int64), formatting)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_llm.losses.reward import (
@@ -16,7 +16,6 @@ from lightning_llm.losses.reward import (
     soft_label_loss,
 )
 
-unhurried = settings(deadline=None)
 scores = st.floats(-300, 300)
 
 
@@ -29,7 +28,6 @@ def exact(*values):
     return [torch.tensor([value], dtype=torch.float64) for value in values]
 
 
-@unhurried
 @given(scores, scores, scores, st.floats(0, 3), st.floats(0.01, 0.99))
 def test_each_loss_is_its_formula(a, b, c, margin, p):
     found = [

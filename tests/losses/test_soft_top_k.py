@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from lightning_llm.losses.soft_top_k import soft_top_k
 
-unhurried = settings(deadline=None)
 SCORES = arrays("float64", st.tuples(st.integers(1, 3), st.integers(2, 12)), elements=st.floats(-20, 20))
 
 
@@ -27,7 +26,6 @@ def closed_form(scores: list[float], k: float, temperature: float) -> list[float
     return [1.0] * len(scores)
 
 
-@unhurried
 @given(SCORES, st.floats(0.02, 0.98), st.floats(0.05, 10))
 def test_it_is_the_closed_form_and_keeps_the_budget(scores, share, temperature):
     k = share * scores.shape[1]

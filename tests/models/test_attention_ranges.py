@@ -50,7 +50,7 @@ def kernel_pairs(segments: Segments, window: int | None) -> np.ndarray:
     return seen
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(GROUPS, WINDOWS)
 def test_ranges_and_their_window_are_the_batch(groups, window):
     segments = segments_of(groups)
@@ -71,7 +71,7 @@ def test_documents_are_not_gathered():
     assert ranges_of(Segments([3, 2], [-1, -1]), torch.device("cpu")).key_index is None
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(GROUPS, WINDOWS)
 def test_tiles_are_those_that_hold_a_pair(groups, window):
     segments = segments_of(groups)

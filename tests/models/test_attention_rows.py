@@ -28,7 +28,7 @@ def cost(segments: Segments, window: int | None) -> int:
     return sum(call.rows * call.queries * call.keys + CALL_COST for call in calls)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(GROUPS)
 def test_stacking_never_costs_more_than_a_loop_over_segments(groups):
     pairs = sum(prompt**2 + sum(n * (n + prompt) for n in responses) for prompt, responses in groups)
@@ -56,7 +56,7 @@ def test_no_mask_is_longer_than_a_block():
     assert all(call.mask is not None or call.queries == 5000 for call in calls)  # the prompt and its first response
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(GROUPS, st.one_of(st.none(), st.integers(1, 400)))
 def test_rows_hold_each_query_once_and_the_keys_it_sees(groups, window):
     segments = segments_of(groups)

@@ -126,7 +126,7 @@ def test_an_altered_artifact_is_never_used(store, how):
     assert len(list((store.root / ".damaged").iterdir())) == 1
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(contents=st.lists(st.binary(max_size=200), min_size=1, max_size=4), data=st.data())
 def test_any_flipped_byte_is_seen(tmp_path_factory, contents, data):
     store = Store(tmp_path_factory.mktemp("store"))
