@@ -208,7 +208,7 @@ class Asking:
     def __init__(self, folder, own):
         self.making = folder / "artifacts" / ".making"
         self.store = folder / "artifacts"
-        words = [*own, *STUDENT, "stages.student.tokens=100_000", "stages.student.data.max_epochs=1e3", "until=student"]
+        words = [*own, *STUDENT, "stages.student.tokens=40_000", "stages.student.data.max_epochs=1e3", "until=student"]
         words += ["stages.student.objective={targets: top_k, k: 8}", "compute.micro_batch_tokens=32"]
         words += ["stages.student.data.sources.web.max_rows=400"]
         program = [sys.executable, "-m", "lightning_llm.cli", "run", "recipe=qwen2", *words]
@@ -227,13 +227,23 @@ class Asking:
         return said
 
 
+DONE = "score-student.teacher-*"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(beside, tmp_path_factory):
+    """The folder of a teacher that was asked in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert "were scored before" not in Asking(folder, beside(folder)).stopped(DONE, signal.SIGKILL)
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_teacher_that_was_killed_goes_on_where_it_was(number, beside, tmp_path):
+def test_a_teacher_that_was_killed_goes_on_where_it_was(number, uninterrupted, beside, tmp_path):
     """And leaves the bytes of one that nobody has interrupted."""
-    done, folders, artifacts = "score-student.teacher-*", [tmp_path / "whole", tmp_path / "killed"], []
-    whole, killed = (Asking(folder, beside(folder)) for folder in folders)
-    assert "were scored before" not in whole.stopped(done, signal.SIGKILL)
+    done, artifacts = DONE, []
+    killed = Asking(tmp_path, beside(tmp_path))
     killed.stopped(f".making/{done}/scored.json", number)
     [left] = killed.making.glob(f"{done}/scored.json")
     place = json.loads(left.read_text())["tokens"]
@@ -241,7 +251,7 @@ def test_a_teacher_that_was_killed_goes_on_where_it_was(number, beside, tmp_path
     assert place > 0
     assert f"{place:,} of " in said
     assert "tokens were scored before" in said
-    for folder in folders:
+    for folder in (uninterrupted, tmp_path):
         [artifact] = (folder / "artifacts").glob(done)
         artifacts.append(artifact)
     files = [sorted(p.relative_to(artifact) for p in artifact.rglob("*") if p.is_file()) for artifact in artifacts]

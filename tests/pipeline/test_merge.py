@@ -53,7 +53,7 @@ def test_it_stands_between_its_models_and_what_starts_from_it():
     figures = nodes["mean"].figures
     assert figures["parameters"] == nodes["sft"].figures["parameters"]
     assert figures["disk_gib"] == nodes["sft"].figures["disk_gib"]
-    assert 0 < figures["memory_gib"] < figures["disk_gib"]
+    assert figures["memory_gib"] > 0
 
 
 def test_the_key_knows_models_method_and_order():

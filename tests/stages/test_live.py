@@ -18,7 +18,7 @@ from lightning_llm.stages import prepare, train
 from lightning_llm.stages.config import ComputeConfig, PrepareSettings
 from lightning_llm.training.config import RolloutConfig
 
-STEPS = 200  # in which rewards have risen: few of the first answers are complete, and only such ones win a pair
+STEPS = 40  # in which answers have become short
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
@@ -68,20 +68,17 @@ def weights(context):
     return load_file(context.output / "model" / "model.safetensors")
 
 
-@pytest.mark.parametrize(
-    ("objective", "judge"),
-    [(DPOConfig(), SubstringConfig()), (MDPOConfig(), LengthConfig(per_token=0.2))],
-    ids=["dpo", "mdpo"],
-)
-def test_rewards_rise_and_the_curves_are_written_down(objective, judge, live, inputs, context_of):
-    context = context_of(live(objective, STEPS, judge=judge), inputs[0], evaluate_every=50.0 * STEPS)
+@pytest.mark.parametrize("objective", [DPOConfig(), MDPOConfig()], ids=["dpo", "mdpo"])
+def test_rewards_rise_and_the_curves_are_written_down(objective, live, inputs, context_of):
+    settings = live(objective, STEPS, judge=LengthConfig(per_token=0.2))
+    context = context_of(settings, inputs[0], evaluate_every=50.0 * STEPS)
     result = train.run(context)
     training = [line for line in lines(context) if "loss" in line]
     validation = [line for line in lines(context) if "validation/reward/mean" in line]
-    first, last = (fmean(line["reward/mean"] for line in some) for some in (training[:5], training[-30:]))  # 64 a line
+    first, last = (fmean(line["reward/mean"] for line in some) for some in (training[:5], training[-10:]))  # 64 a line
     assert last > first + 0.1
     assert [line["tokens"] for line in validation] == [0, 50 * STEPS, 100 * STEPS]
-    assert validation[-1]["validation/reward/mean"] > validation[0]["validation/reward/mean"]
+    assert validation[-1]["validation/reward/mean"] > validation[0]["validation/reward/mean"] + 0.1
     assert result.metrics["validation/reward/mean"] == validation[-1]["validation/reward/mean"]
     assert training[0]["kl/reference"] == pytest.approx(0.0, abs=1e-4)
     assert training[-1]["kl/reference"] > 0.1
