@@ -67,7 +67,7 @@ def between(start: State, end: State, t: float, *, like: State) -> LazyState:
         like: whose types the tensors have.
     """
     refuse_unlike([start, end])
-    return LazyState(like, [start, end], lambda name: lambda ends: moved(*ends, t))
+    return LazyState(like, [start, end], lambda name: lambda ends: moved(ends[0], ends[1], t))
 
 
 def follow(average: State, newest: State, share: float) -> None:

@@ -84,12 +84,15 @@ def dare(init: State, states: Sequence[State], density: float = 0.1, scale: floa
     refuse_unlike([init, *states])
     positive_share(density, "density")
 
+    shares = [scale] * len(states)
+
     def rule_of(name: str) -> Rule:
         draws = [seeded(seed, name, place) for place in range(len(states))]
 
         def rule(entries: Sequence[Tensor]) -> Tensor:
             moved = zip(differences(*entries), draws, strict=True)
-            return added(entries[0], sum(dropped(vector, density, draw, rescale=True) for vector, draw in moved), scale)
+            kept = [dropped(vector, density, draw, rescale=True) for vector, draw in moved]
+            return weighted_sum([entries[0], *kept], [1.0, *shares])
 
         return rule
 

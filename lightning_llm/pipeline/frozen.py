@@ -106,7 +106,7 @@ def generate_figures(recipe: Recipe, node: Node, models: dict[str, ModelConfig])
 
 
 def merge_figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: dict[str, ModelConfig]) -> dict[str, Any]:
-    """Every model read, some more than once, and one written; in memory one tensor, and a few blocks of each model."""
+    """Every model read, some more than once, and one written; in memory one tensor, and blocks of each model."""
     stage = recipe.stages[node.name]
     assert isinstance(stage, MergeStage)
     shape, behind = models[node.name], trained_behind(node.name, recipe.stages)
@@ -117,7 +117,7 @@ def merge_figures(recipe: Recipe, node: Node, nodes: dict[str, Node], models: di
     return {
         "starts_from": ", ".join(stage.models),
         **held,
-        "memory_gib": 4 * (largest + 4 * len(node.inputs) * min(BLOCK, largest)) / GIB,  # differences of a block, and more
+        "memory_gib": 4 * (largest + 4 * len(node.inputs) * min(BLOCK, largest)) / GIB,
         "disk_gib": 4 * total / GIB,
         "seconds": 4 * total * (read + 1) / DISK_BYTES_PER_SECOND,
     }
