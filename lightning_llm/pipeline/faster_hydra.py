@@ -13,6 +13,7 @@ from typing import Any
 from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
@@ -42,14 +43,20 @@ def load_single_config(self: ConfigLoaderImpl, default: Any, repo: Any) -> Any:
 
 
 def merge_at_once(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> DictConfig:
-    """All files in one merge: after each omegaconf goes through the whole tree."""
-    merged = Merged(OmegaConf.create())
-    try:
-        with flag_override(merged.config, "no_deepcopy_set_nodes", True):
-            merged.config.merge_with(*(self._load_single_config(each, repo).config for each in defaults))
-    except OmegaConfBaseException:
-        return merge_one_by_one(self, defaults, repo)  # says in which file the mistake is
-    return merge_one_by_one(self, [merged], repo)  # pyright: ignore[reportArgumentType]
+    """Files one after the other, and what is whose part is gone through once behind the last: omegaconf does so after
+    each."""
+    config = OmegaConf.create()
+    vars(config)["_re_parent"] = lambda: None  # in the place of the method
+    with flag_override(config, "no_deepcopy_set_nodes", True):
+        for default in defaults:
+            try:
+                config.merge_with(self._load_single_config(default, repo).config)
+            except OmegaConfBaseException as error:
+                says = f"{type(error).__name__} raised while composing config:\n{error}"
+                raise ConfigCompositionException(f"In '{default.config_path}': {says}") from error
+    del vars(config)["_re_parent"]
+    config._re_parent()
+    return merge_one_by_one(self, [Merged(config)], repo)  # pyright: ignore[reportArgumentType]
 
 
 def load_configuration(
