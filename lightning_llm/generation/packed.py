@@ -3,7 +3,7 @@
 oneDNN multiplies with a large matrix that was reordered once at nearly the processor's full rate, also when there are
 only a few rows; an ordinary product reorders it in every step. And it applies what follows, the activation and the
 product of a gated linear unit, before results leave the registers. A call costs some 40 microseconds, so small matrices
-stay as they are.
+are kept transposed instead: a product with few rows then reads both of its factors in their own order.
 """
 
 from __future__ import annotations
@@ -58,6 +58,24 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise.binary(x, factor, self.packed, self.bias, "mul")
 
 
+class TransposedLinear(nn.Module):
+    """x W^T + b with W^T in its own memory: a third faster for 8 rows of a small matrix, a tenth to a fifth for 32."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None):
+        super().__init__()
+        self.weight, self.bias = weight, bias  # of the model, by reference
+        self.transposed = torch.empty(weight.shape[::-1])
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copy the weights as they are now."""
+        self.transposed.copy_(self.weight.detach().T)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, r] of x [T, c]."""
+        return x @ self.transposed if self.bias is None else torch.addmm(self.bias, x, self.transposed)
+
+
 class PackedFeedForward(nn.Module):
     """down(act(gate x) * up x) in three products and nothing else."""
 
@@ -77,21 +95,21 @@ class PackedFeedForward(nn.Module):
 class Packed:
     """A model for generation: its layers and `logits`, in other products where that is faster.
 
-    Norms, embeddings and small matrices are the model's own, so that `refresh` packs the others anew and that is all.
+    Norms and embeddings are the model's own, so that `refresh` lays out matrices anew and that is all.
     """
 
     def __init__(self, model: Transformer):
         self.model, self.config = model, model.config
         self.is_packed = can_be_packed(model)
         self.body: Transformer = with_packed_weights(model) if self.is_packed else model  # what runs
-        self.head: Any = None
-        if self.is_packed and is_large(model.head_weight):
-            self.head = PackedLinear(model.head_weight, None) if self.body.lm_head is None else self.body.lm_head
+        self.head: nn.Module | None = None
+        if self.is_packed:
+            self.head = laid_out(model.head_weight, None) if self.body.lm_head is None else self.body.lm_head
 
     def refresh(self) -> None:
         """Take over the weights as they are now."""
         for module in {*self.body.modules(), self.head}:
-            if isinstance(module, PackedLinear):
+            if isinstance(module, PackedLinear | TransposedLinear):
                 module.refresh()
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -106,12 +124,17 @@ def is_large(weight: Tensor) -> bool:
     return weight.numel() >= SMALLEST
 
 
+def laid_out(weight: Tensor, bias: Tensor | None) -> PackedLinear | TransposedLinear:
+    """A product with a matrix in the order that suits its size."""
+    return PackedLinear(weight, bias) if is_large(weight) else TransposedLinear(weight, bias)
+
+
 def with_packed_weights(module: Any) -> Any:
     """A copy of a module, and of those in it, that shares all parameters and multiplies with packed ones."""
     if isinstance(module, FeedForward) and is_large(module.gate_proj.weight):
         return PackedFeedForward(module)
-    if isinstance(module, nn.Linear) and is_large(module.weight):
-        return PackedLinear(module.weight, module.bias)
+    if isinstance(module, nn.Linear):
+        return laid_out(module.weight, module.bias)
     copied = copy.copy(module)
     copied._modules = {
         name: None if part is None else with_packed_weights(part) for name, part in module._modules.items()

@@ -7,7 +7,7 @@ from lightning_llm.batch import SegmentBatch
 from lightning_llm.generation import packed as layout
 from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import Sampler, sample
-from lightning_llm.generation.packed import Packed, PackedLinear
+from lightning_llm.generation.packed import Packed, PackedLinear, TransposedLinear
 from lightning_llm.models import ModelConfig, Transformer
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -23,10 +23,11 @@ KINDS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def any_size(monkeypatch):
-    """Matrices of these models are small."""
-    monkeypatch.setattr(layout, "SMALLEST", 0)
+@pytest.fixture(autouse=True, params=[PackedLinear, TransposedLinear])
+def kind_of_linear(monkeypatch, request):
+    """What all products are: matrices of these models are small, and each kind takes any size."""
+    monkeypatch.setattr(layout, "SMALLEST", 0 if request.param is PackedLinear else 2**20)
+    return request.param
 
 
 def build(**settings):
@@ -43,12 +44,13 @@ def build(**settings):
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-def test_packed_layers_are_the_models(kind):
+def test_packed_layers_are_the_models(kind, kind_of_linear):
     model = build(**kind)
     packed = Packed(model)
     assert packed.is_packed
     assert not any(type(module) is torch.nn.Linear for module in packed.body.modules())
-    assert any(isinstance(module, PackedLinear) for module in packed.body.modules())
+    assert any(isinstance(module, kind_of_linear) for module in packed.body.modules())
+    assert isinstance(packed.head, kind_of_linear)
     batch = SegmentBatch.from_documents([list(range(9)), [7, 7, 30], [1]])
     with torch.inference_mode():
         expected, found = model(batch), packed.body(batch)
@@ -56,20 +58,21 @@ def test_packed_layers_are_the_models(kind):
         torch.testing.assert_close(packed.logits(expected), model.logits(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_small_matrices_stay_as_they_are(monkeypatch):
-    """Of this model the head alone is packed, and refreshed when the model is trained."""
+def test_a_matrix_is_laid_out_by_its_size(monkeypatch):
+    """Of this model the head alone is packed, all others are transposed; both are refreshed when the model is trained."""
     model = build()
     monkeypatch.setattr(layout, "SMALLEST", model.head_weight.numel())
     packed = Packed(model)
-    assert isinstance(packed.head, PackedLinear)
     assert [module for module in packed.body.modules() if isinstance(module, PackedLinear)] == [packed.head]
-    hidden = torch.randn(3, model.config.hidden_size)
+    batch = SegmentBatch.from_documents([list(range(9)), [7, 7, 30], [1]])
     with torch.no_grad():
-        model.head_weight.mul_(2)
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert not torch.allclose(packed.body(batch), model(batch), rtol=1e-2)
         packed.refresh()
+        torch.testing.assert_close(packed.body(batch), model(batch), rtol=1e-4, atol=1e-4)
+        hidden = model(batch)
         torch.testing.assert_close(packed.logits(hidden), model.logits(hidden), rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(layout, "SMALLEST", model.head_weight.numel() + 1)
-    assert Packed(model).head is None
 
 
 def test_a_refreshed_sampler_is_a_new_one():
