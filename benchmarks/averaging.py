@@ -1,5 +1,5 @@
-"""Is an average of models worth more than one of them? Three DPO models of an SFT model stopped half-way, which differ in
-the order of their pairs or in beta, and what they become together. Writes results/averaging.json and
+"""Is an average of models worth more than one of them? Three DPO models of an SFT model stopped half-way, which differ
+in the order of their pairs or in beta, and what they become together. Writes results/averaging.json and
 docs/images/averaging.svg.
 
     python benchmarks/averaging.py [--seeds 0 1 2] [--jobs 4] [overrides ...]
@@ -21,8 +21,8 @@ from half_way import DRAWN, EXACT, HALF_WAY, KL, HeldOut
 RESULT = claims.RESULTS / "averaging.json"
 PICTURE = figures.IMAGES / "averaging.svg"
 DPO = (  # the recipe's own as nano has them, with its 20 steps of warm-up: what is typed is not scaled
-    "starts_from=sft", "examples=2000", "context=1024", "batch_tokens=2048", "lr.peak=1.5e-4", "lr.warmup_share=0.45511111",
-    "objective.nll_weight=1.0",
+    "starts_from=sft", "examples=2000", "context=1024", "batch_tokens=2048", "lr.peak=1.5e-4",
+    "lr.warmup_share=0.45511111", "objective.nll_weight=1.0",
 )  # fmt: skip
 SINGLE = {  # stage -> in what it differs from the recipe's `dpo`
     "dpo": None,
@@ -88,7 +88,8 @@ def summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         each["change"] = trials.changes(models["sft"]["figures"], each["figures"])
     gains = {name: models[name]["change"][EXACT]["values"] for name in TITLES}
     of_singles = [sum(each) / len(SINGLE) for each in zip(*(gains[name] for name in SINGLE), strict=True)]
-    shares = [half / whole for half, whole in zip(*(models[n]["figures"][KL]["values"] for n in ("half", "linear")))]
+    kls = {name: models[name]["figures"][KL]["values"] for name in ("half", "linear")}
+    shares = [half / whole for half, whole in zip(kls["half"], kls["linear"], strict=True)]
     return {
         "claims": [
             claims.mean(

@@ -59,7 +59,7 @@ def test_packed_layers_are_the_models(kind, kind_of_linear):
 
 
 def test_a_matrix_is_laid_out_by_its_size(monkeypatch):
-    """Of this model the head alone is packed, all others are transposed; both are refreshed when the model is trained."""
+    """Of this model the head alone is packed, the others are transposed; all are refreshed after a step of training."""
     model = build()
     monkeypatch.setattr(layout, "SMALLEST", model.head_weight.numel())
     packed = Packed(model)
