@@ -35,7 +35,7 @@ lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types
 bench: $(BIN)/.bench bench-peers ## make the figures of benchmarks/results and docs/performance.md again: several hours on two calm cores
 	-$(BIN)/python benchmarks/learning.py
 	-$(BIN)/python benchmarks/demo.py --clone
-	-for name in pretrain sft dpo reward generate vocabulary reward_models policy_learning distillation annealing averaging warp pruning lengthening upcycling online_merging committee; do $(BIN)/python benchmarks/$$name.py; done
+	-for name in pretrain sft dpo reward generate vocabulary reward_models policy_learning distillation annealing averaging warp pruning lengthening upcycling online_merging committee merging; do $(BIN)/python benchmarks/$$name.py; done
 	$(BIN)/python benchmarks/page.py
 
 bench-gpu: $(BIN)/.bench ## the part of docs/performance.md that needs an NVIDIA GPU

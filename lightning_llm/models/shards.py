@@ -117,6 +117,7 @@ def write_shards(
             for name in ordered:
                 tensor = state[name].to(like.dtype_of(name)).contiguous()
                 total += out.write(tensor.flatten().view(torch.uint8).numpy().data)
+                del tensor  # before the next one is made
                 count += 1
                 done(count)
     finish_weights(directory, like.files, total)

@@ -1,5 +1,7 @@
 """Models that differ in one setting, what they become together, and what is said of both."""
 
+from pathlib import Path
+
 import pytest
 
 from lightning_llm import compose, plan
@@ -42,3 +44,14 @@ def test_what_is_said_is_against_the_sft_model_of_the_seed(tmp_path, monkeypatch
     averaging.draw(result)
     for title in averaging.TITLES.values():
         assert averaging.PICTURE.read_text().count(f"<!-- {title.replace('`', '')} -->")
+
+
+def test_the_page_has_the_figures_of_the_result():
+    import averaging  # pyright: ignore[reportMissingImports]
+    import claims  # pyright: ignore[reportMissingImports]
+    import trials  # pyright: ignore[reportMissingImports]
+
+    result = trials.read(claims.RESULTS / "averaging.json")
+    page = Path(__file__).parents[2] / "docs" / "methods" / "averaging.md"
+    assert "\n".join(averaging.table(result)) in page.read_text("utf-8")
+    assert len(result["seeds"]) == 3
