@@ -115,3 +115,14 @@ def test_every_step_is_compared_with_the_stage_before_the_first(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"stages": made}))
     rises = [found.get("short_context") for found in lengthening.read_stages(tmp_path).values()]
     assert rises == [None, pytest.approx(0.04), pytest.approx(0.08)]
+
+
+def test_the_page_has_the_figures_of_the_result(benchmarks):
+    import claims  # pyright: ignore[reportMissingImports]
+    import lengthening  # pyright: ignore[reportMissingImports]
+    import trials  # pyright: ignore[reportMissingImports]
+
+    result = trials.read(claims.RESULTS / "lengthening.json")
+    page = Path(__file__).parents[2] / "docs" / "methods" / "context_lengthening.md"
+    assert "\n".join(lengthening.table(result)) in page.read_text("utf-8")
+    assert set(result["reached"].values()) == {lengthening.LAST}
