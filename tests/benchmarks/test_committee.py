@@ -1,5 +1,7 @@
 """A committee and one model ask as many responses; what is said of both is against the SFT model of the same seed."""
 
+from pathlib import Path
+
 import pytest
 
 from lightning_llm import compose, plan
@@ -53,3 +55,15 @@ def test_changes_are_against_the_sft_model_of_the_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(committee, "PICTURE", tmp_path / "committee.svg")
     committee.draw(result)
     assert committee.PICTURE.read_text().count("one model: distilled") == 1
+
+
+def test_the_page_has_the_figures_of_the_result():
+    import claims  # pyright: ignore[reportMissingImports]
+    import committee  # pyright: ignore[reportMissingImports]
+    import trials  # pyright: ignore[reportMissingImports]
+
+    result = trials.read(claims.RESULTS / "committee.json")
+    page = (Path(__file__).parents[2] / "docs" / "methods" / "rejection_sampling.md").read_text("utf-8")
+    assert "\n".join(committee.table(result)) in page
+    assert "\n".join(committee.table_of_winners(result)) in page
+    assert len(result["seeds"]) == 3

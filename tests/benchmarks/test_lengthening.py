@@ -1,6 +1,7 @@
 """Contexts that grow in steps: what claims take from the stages of runs, also where a gate has stopped one."""
 
 import json
+from pathlib import Path
 
 import pytest
 
