@@ -26,7 +26,6 @@ def task_arithmetic(init: State, states: Sequence[State], scale: float = 1.0) ->
         ValueError: the states are of different models.
     """
     refuse_unlike([init, *states])
-
     shares = [scale] * len(states)
 
     def rule(entries: Sequence[Tensor]) -> Tensor:
@@ -83,7 +82,6 @@ def dare(init: State, states: Sequence[State], density: float = 0.1, scale: floa
     """
     refuse_unlike([init, *states])
     positive_share(density, "density")
-
     shares = [scale] * len(states)
 
     def rule_of(name: str) -> Rule:

@@ -1,7 +1,6 @@
-"""Hydra's composition in half of its time, and once in a command: the same trees, without what Hydra does again for
-every file of a tree, or composes only to know whether a command is a sweep.
+"""Hydra's composition in half of its time: the same trees, without what Hydra does again for every file of a tree.
 
-Importing this exchanges four of Hydra's own functions (hydra-core 1.3, whose last release is of 2023). Recipes are made
+Importing this exchanges three of Hydra's own functions (hydra-core 1.3, whose last release is of 2023). Recipes are made
 of up to 150 files.
 """
 
@@ -12,16 +11,13 @@ from typing import Any
 
 from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
 of_hydra = defaults_list._create_interpolation_map
 load_single = ConfigLoaderImpl._load_single_config
 merge_one_by_one = ConfigLoaderImpl._compose_config_from_defaults_list
-compose = ConfigLoaderImpl.load_configuration
 
 
 @dataclass
@@ -59,29 +55,6 @@ def merge_at_once(self: ConfigLoaderImpl, defaults: list[Any], repo: Any) -> Dic
     return merge_one_by_one(self, [Merged(config)], repo)  # pyright: ignore[reportArgumentType]
 
 
-def load_configuration(
-    self: ConfigLoaderImpl,
-    config_name: str | None,
-    overrides: list[str],
-    run_mode: RunMode,
-    from_shell: bool = True,
-    validate_sweep_overrides: bool = True,
-) -> DictConfig:
-    """A tree. One that was composed to know the mode (nothing else leaves sweeps unchecked) is used in the next call,
-    if that asks for the same and nothing in it is missing, which only one of the modes allows."""
-    asked = config_name, tuple(overrides)
-    known, config = vars(self).pop("composed_for_mode", (None, None))
-    if known == asked and config is not None and "???" not in config.hydra.runtime.choices.values():
-        parsed = OverridesParser.create().parse_overrides(overrides)
-        self.validate_sweep_overrides_legal(parsed, run_mode, from_shell)
-        return config
-    config = compose(self, config_name, overrides, run_mode, from_shell, validate_sweep_overrides)
-    if not validate_sweep_overrides:
-        vars(self)["composed_for_mode"] = asked, config
-    return config
-
-
 defaults_list._create_interpolation_map = interpolation_map
 ConfigLoaderImpl._load_single_config = load_single_config
 ConfigLoaderImpl._compose_config_from_defaults_list = merge_at_once
-ConfigLoaderImpl.load_configuration = load_configuration

@@ -54,6 +54,10 @@ def test_it_stands_between_its_models_and_what_starts_from_it():
     assert figures["parameters"] == nodes["sft"].figures["parameters"]
     assert figures["disk_gib"] == nodes["sft"].figures["disk_gib"]
     assert figures["memory_gib"] > 0
+    [paper] = [node for node in plan(compose("qwen2", "paper", ARC)).nodes if node.name == "mean"]
+    figures = paper.figures  # of 7B weights: the largest tensor, and four blocks of each model
+    assert figures["memory_gib"] == pytest.approx(4 * (152_064 * 3584 + 3 * 4 * 2**21) / 2**30, rel=0.02)
+    assert figures["memory_gib"] < figures["disk_gib"] / 10
 
 
 def test_the_key_knows_models_method_and_order():
