@@ -1,7 +1,7 @@
 """Hydra's composition in half of its time: the same trees, without what Hydra does again for every file of a tree.
 
-Importing this exchanges three of Hydra's own functions (hydra-core 1.3, whose last release is of 2023). Recipes are made
-of up to 150 files.
+Importing this exchanges three of Hydra's own functions (hydra-core 1.3, whose last release is of 2023). Recipes are
+made of up to 150 files.
 """
 
 from __future__ import annotations
