@@ -18,9 +18,10 @@ import re
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import claims
 import machine
@@ -31,6 +32,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.generation import engine
 from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import sample
 from lightning_llm.losses.likelihood import token_log_likelihood
@@ -429,12 +431,13 @@ def generation_part(size: Size) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     prompts = draw.integers(0, config.vocab_size, (count, length)).tolist()
 
-    def ours(prompts: list[list[int]], samples: int) -> Call:
+    def ours(prompts: list[list[int]], samples: int, is_recorded: bool = True) -> Call:
         def call() -> None:
-            found = sample(
-                model, prompts, samples=samples, max_new_tokens=new, stop_ids=(), sampling=Sampling(1.0),
-                batch_size=count,
-            )  # fmt: skip
+            with nullcontext() if is_recorded else mock.patch.object(engine, "can_be_recorded", return_value=False):
+                found = sample(
+                    model, prompts, samples=samples, max_new_tokens=new, stop_ids=(), sampling=Sampling(1.0),
+                    batch_size=count,
+                )  # fmt: skip
             assert sum(len(response.ids) for response in found) == count * new
 
         return call
@@ -459,7 +462,11 @@ def generation_part(size: Size) -> dict[str, Any]:
         if len(some) * samples != count:
             continue
         found, refused = in_turns(
-            {"ours": ours(some, samples), "transformers": of_transformers(some, samples)},
+            {
+                "ours": ours(some, samples),
+                "ours_kernel_by_kernel": ours(some, samples, is_recorded=False),
+                "transformers": of_transformers(some, samples),
+            },
             replace(size, calls=max(2, size.calls // 3)),
         )
         for figures in found.values():

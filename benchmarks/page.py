@@ -20,6 +20,7 @@ NAMES = {
     "trl": "TRL",
     "lightning": "ours, Lightning's loop",
     "ours_in_backward": "ours, in the backward pass",
+    "ours_kernel_by_kernel": "ours, kernel by kernel",
     "dense": "dense",
     "torch_fused": "torch, linear_cross_entropy",
     "liger": "Liger",
@@ -196,14 +197,18 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         ]
     if generation := parts.get("generation"):
         count, length, new = generation["prompts"]
+        ways = list(dict.fromkeys(way for batch in generation["batches"].values() for way in batch["found"]))
         rows = [
-            [name, *(f"{batch['found'][who]['tokens_per_second']:,.0f}" for who in ("ours", "transformers"))]
+            [
+                name,
+                *(f"{batch['found'][way]['tokens_per_second']:,.0f}" if way in batch["found"] else "" for way in ways),
+            ]
             for name, batch in generation["batches"].items()
         ]
         lines += [
             f"\nSampling {count} responses of {new} tokens to prompts of {length}, {generation['model']}:",
             "tokens a second.\n",
-            *lines_of_table(["", "ours", "transformers"], rows),
+            *lines_of_table(["", *(NAMES[way] for way in ways)], rows),
         ]
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Cache:
             positions: of the longest of them, prompt and response; its last token needs none.
         """
         layers = range(model.config.num_hidden_layers)
-        self.rows = rows
+        self.rows, self.positions = rows, positions
         self.asked = [model.config.layer_attention(layer) for layer in layers]
         self.slots = slots_of_layers(model.config, positions)
         self.heads = model.config.num_key_value_heads
@@ -90,19 +90,18 @@ class Cache:
             self.shared, self.has_changed = SharedPrompt.of_rows(self.prompts, self.device), False
         return self.shared
 
-    def mask(self, slots: int, dtype: torch.dtype) -> Tensor | None:
-        """`hide_empty` for a step's queries."""
-        return hide_empty([length + 1 for length in self.lengths], slots, dtype, self.device)
+
+def hide_empty(lengths: Tensor, filled: int, dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of a query to each of the texts [B] of so many tokens, [B, 1, 1, filled]: -inf where
+    a text has none."""
+    empty = torch.arange(filled, device=lengths.device) >= lengths[:, None]
+    return torch.zeros(empty.shape, dtype=dtype, device=lengths.device).masked_fill_(empty, -torch.inf)[:, None, None]
 
 
-def hide_empty(lengths: Sequence[int], slots: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """What is added to the scores of a query to each of so many texts, [B, 1, 1, filled slots]: -inf where a shorter
-    one has nothing; None where all are filled alike."""
+def hide_empty_if_any(lengths: Sequence[int], slots: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """`hide_empty` of as many slots as are filled; None where all are filled alike."""
     filled = min(max(lengths), slots)
-    if min(lengths) >= filled:
-        return None
-    empty = torch.arange(filled, device=device) >= torch.tensor(lengths, device=device)[:, None]
-    return torch.zeros(empty.shape, dtype=dtype, device=device).masked_fill_(empty, -torch.inf)[:, None, None]
+    return None if min(lengths) >= filled else hide_empty(torch.tensor(lengths, device=device), filled, dtype)
 
 
 def slots_of_layers(config: ModelConfig, positions: int) -> list[int]:
@@ -149,7 +148,7 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], 
         if is_last:  # one query of each prompt, to what it has just put into its first row
             filled = min(max(batch.lengths), cache.slots[layer])
             keys, values = (stored[layer][firsts, :, :filled] for stored in (cache.keys, cache.values))
-            mask = hide_empty(batch.lengths, cache.slots[layer], q.dtype, cache.device)
+            mask = hide_empty_if_any(batch.lengths, cache.slots[layer], q.dtype, cache.device)
             grouped = q[last].unflatten(1, (k.shape[1], -1))
             return attend_step(grouped, keys, values, mask, asked.scale, asked.softcap).flatten(1, 2)
         return attention(
@@ -171,17 +170,39 @@ def prefill(model: Transformer, cache: Cache, prompts: Sequence[Sequence[int]], 
 
 def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
     """Compute one more token [B] of each row in use and add it to the cache; hidden states [B, d]."""
+    lengths, dtype = [length + 1 for length in cache.lengths], model.embed_tokens.weight.dtype
+    masks = {slots: hide_empty_if_any(lengths, slots, dtype, cache.device) for slots in set(cache.slots)}
     positions = torch.tensor(cache.lengths, device=cache.device)
-    count, longest = len(cache.lengths), max(cache.lengths)
+    hidden = step(model, cache, tokens.to(cache.device), positions, max(lengths), masks, cache.find_shared())
+    cache.lengths = lengths
+    return hidden
+
+
+def step(
+    model: Transformer,
+    cache: Cache,
+    tokens: Tensor,
+    positions: Tensor,
+    longest: int,
+    masks: Mapping[int, Tensor | None],
+    shared: SharedPrompt | None = None,
+) -> Tensor:
+    """One more token of each of the first rows, hidden states [B, d]. Counts nothing, so it may be done again.
+
+    Args:
+        tokens, positions: int64 [B]; a position is where a token goes.
+        longest: slots that are read of a layer that has so many.
+        masks: for each number of slots what hides the empty ones of those that are read; None: there are none.
+        shared: which rows have their prompt in common.
+    """
+    count = len(tokens)
     rows = torch.arange(count, device=cache.device)
-    shared = cache.find_shared()
-    masks = {slots: cache.mask(slots, model.embed_tokens.weight.dtype) for slots in set(cache.slots)}
     places = {slots: cache.places(rows, positions % slots, slots) for slots in set(cache.slots)}
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         slots, asked = cache.slots[layer], cache.asked[layer]
         cache.add(layer, k, v, places[slots])
-        filled = min(longest + 1, slots)
+        filled = min(longest, slots)
         keys, values = cache.keys[layer][:count, :, :filled], cache.values[layer][:count, :, :filled]
         mask = masks[slots]
         mask = None if mask is None else mask.to(q.dtype)
@@ -194,9 +215,7 @@ def decode(model: Transformer, cache: Cache, tokens: Tensor) -> Tensor:
         way = attend_step if shared is None or not is_whole else shared.attend
         return way(grouped, keys, values, mask, asked.scale, asked.softcap).flatten(1, 2)
 
-    hidden = model.run(tokens, positions if cache.dual_chunk is None else positions % cache.dual_chunk.period, attend)
-    cache.lengths = [length + 1 for length in cache.lengths]
-    return hidden
+    return model.run(tokens, positions if cache.dual_chunk is None else positions % cache.dual_chunk.period, attend)
 
 
 def attend_step(

@@ -17,6 +17,7 @@ from lightning_llm.generation.cache import Cache, decode, prefill
 from lightning_llm.generation.config import DualChunkConfig, Sampling
 from lightning_llm.generation.dual_chunk import DualChunk
 from lightning_llm.generation.packed import Packed
+from lightning_llm.generation.recorded_step import RecordedStep, can_be_recorded
 from lightning_llm.generation.sampling import next_tokens, request_uniforms
 from lightning_llm.generation.stream import TextStream
 from lightning_llm.models.rope import inverse_frequencies
@@ -124,6 +125,7 @@ class Sampler:
         draws = pad_sequence([request_uniforms(number, limit, seed) for number, limit in of_seed], True)
         positions = max((len(prompts[number // samples]) + limit - 1 for number, limit in enumerate(limits)))
         cache = Cache(model, min(batch_size, len(limits)), positions, chunks)
+        recorded = RecordedStep(model, cache) if can_be_recorded(model, cache) else None
         waiting = deque(in_groups(prompts, limits, samples, cache.rows))
         running: list[int] = []  # the responses in the cache's rows
         tokens: list[int] = []  # the newest of each
@@ -141,7 +143,10 @@ class Sampler:
             return (listen is not None and listen(number, token, is_last)) or is_last
 
         while waiting or running:
-            hidden = [decode(model, cache, torch.tensor(tokens, device=cache.device))] if running else []
+            hidden = []
+            if running:
+                newest = torch.tensor(tokens)
+                hidden.append(decode(model, cache, newest) if recorded is None else recorded.decode(newest))
             if groups := next_groups(waiting, cache.rows - len(running), cache.rows):
                 firsts = [prompts[group[0] // samples] for group in groups]
                 copies = torch.tensor([len(group) for group in groups])

@@ -28,7 +28,7 @@ def test_the_same_sums(rows, softcap):
     for row, number in enumerate(rows):
         for stored, prompt in zip((keys, values), prompts[number], strict=True):
             stored[row, :, : LENGTHS[number]] = prompt
-    mask = hide_empty(lengths, max(lengths), torch.float64, keys.device)
+    mask = hide_empty(torch.tensor(lengths), max(lengths), torch.float64)
     q = draw(len(rows), 2, 3, 4)
     shared = SharedPrompt.of_rows([(number, LENGTHS[number]) for number in rows], keys.device)
     assert shared.length == min(LENGTHS[number] for number in rows)
