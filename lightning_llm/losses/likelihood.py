@@ -6,8 +6,9 @@ All logits never exist at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_llm.losses.logits import (
+    ComposedLogits,
+    Logits,
+    exponentiate_,
+    is_first_of_equals,
+    log_softmax_,
+    sums_over_equals,
+)
+
+MOST_TARGETS = 128  # of a token in the fused kernels' loss: each is compared with each
 DIRECTIONS = ("forward", "reverse", "jensen_shannon")  # of a divergence between teacher and student
 
 
@@ -80,6 +91,8 @@ def token_log_likelihood(
         None if tail_weight is None else tail_weight.detach().to(exact),
     )
     head = _Head(products, exact, softcap, temperature, chunk or _default_chunk(weight))
+    if chunk is None and head.can_fuse(weight, targets):
+        head = replace(head, chunk=2 * head.chunk)  # in half precision they are as many bytes
     return _differentiable(head, hidden, weight, targets, token_weights)
 
 
@@ -233,7 +246,7 @@ def _default_chunk(weight: Tensor) -> int:
     if weight.device.type == "cpu":
         # from 256 tokens on the products run at full rate (V = 2,048 to 49,152); 2^24 logits are 64 MiB
         return max(1, min(256, 2**24 // vocabulary))
-    return max(1, 2**27 // vocabulary)  # a GPU wants larger products; 512 MiB
+    return max(1, 2**27 // vocabulary)  # a GPU wants larger products; 512 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -245,7 +258,11 @@ class _Targets:
     def __getitem__(self, rows: Tensor) -> _Targets:
         return _Targets(self.ids[rows], self.weights[rows], None if self.tail is None else self.tail[rows])
 
-    def compare(self, logits: Tensor) -> _Likelihood:
+    def can_be_fused(self) -> bool:
+        """Whether the kernels in half precision have what they need of them."""
+        return self.ids.shape[1] <= MOST_TARGETS
+
+    def compare(self, logits: Logits) -> _Likelihood:
         """Uses up logits [n, V]."""
         return _Likelihood(logits, self)
 
@@ -263,10 +280,15 @@ class _Teacher:
     def __getitem__(self, rows: Tensor) -> _Teacher:
         return replace(self, hidden=self.hidden[rows])
 
-    def compare(self, logits: Tensor) -> _Divergence:
+    def can_be_fused(self) -> bool:
+        """Two distributions are compared entry by entry."""
+        return False
+
+    def compare(self, logits: Logits) -> _Divergence:
         """Uses up the student's logits [n, V]."""
-        states = self.hidden.to(self.head.products)
-        own = self.head._logits(states, self.matrix, logits.new_empty(len(logits), len(self.matrix)))  # [n, U]
+        assert isinstance(logits, ComposedLogits), "they are not fused"
+        states, students = self.hidden.to(self.head.products), logits.logits
+        own = self.head._logits(states, self.matrix, students.new_empty(len(students), len(self.matrix)))  # [n, U]
         return _Divergence(logits, own, self.direction, self.beta)
 
 
@@ -304,30 +326,43 @@ class _Head:
         else:
             rows = factors.nonzero().squeeze(1)
         matrix = weight.to(self.products)
-        logits_buffer = torch.empty(min(self.chunk, len(rows)), len(weight), dtype=self.exact, device=hidden.device)
-        slopes_buffer = torch.empty_like(logits_buffer) if self.softcap and any(wanted) else None
+        logits_of = self._fused if self.can_fuse(weight, targets) else self._composed(weight, len(rows), any(wanted))
 
         with torch.autocast(hidden.device.type, enabled=False):
             for part in rows.split(self.chunk):
                 states = hidden[part].to(self.products)  # [n, d]
-                logits = self._logits(states, matrix, logits_buffer[: len(part)])  # [n, V]
-                slopes = None if slopes_buffer is None else self._slopes(logits, slopes_buffer[: len(part)])
-                compared = targets[part].compare(logits)
+                compared = targets[part].compare(logits_of(states, matrix))
                 values[part] = compared.values * factors[part]
                 if not any(wanted):
                     continue
-                grad = compared.grad_logits(factors[part] / self.temperature)  # [n, V]
-                if slopes is not None:
-                    grad.mul_(slopes)
-                grad = grad.to(self.products)
+                grad = compared.grad_logits(factors[part] / self.temperature).to(self.products)  # [n, V]
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad @ matrix).to(hidden.dtype)
                 if grad_weight is not None:
-                    if self.products == self.exact:
-                        grad_weight.addmm_(grad.T, states)
-                    else:
-                        grad_weight += grad.T @ states  # summed over the chunks in float32
+                    _add_product_(grad_weight, grad.T, states)
         return _Evaluation(values, grad_hidden, grad_weight)
+
+    def can_fuse(self, weight: Tensor, targets: _Targets | _Teacher) -> bool:
+        """Whether the logits of these targets are met by the kernels of `fused_logits`."""
+        is_half = self.products.itemsize == 2 and self.exact == torch.float32
+        return weight.is_cuda and is_half and targets.can_be_fused() and find_spec("triton") is not None
+
+    def _fused(self, states: Tensor, matrix: Tensor) -> Logits:
+        from lightning_llm.losses.fused_logits import FusedLogits
+
+        return FusedLogits(states @ matrix.T, self.softcap, self.temperature)
+
+    def _composed(self, weight: Tensor, count: int, has_gradient: bool) -> Callable[[Tensor, Tensor], ComposedLogits]:
+        """Logits of a chunk's states, in buffers that all chunks share."""
+        buffer = torch.empty(min(self.chunk, count), len(weight), dtype=self.exact, device=weight.device)
+        slopes_buffer = torch.empty_like(buffer) if self.softcap and has_gradient else None
+
+        def logits_of(states: Tensor, matrix: Tensor) -> ComposedLogits:
+            logits = self._logits(states, matrix, buffer[: len(states)])
+            slopes = None if slopes_buffer is None else self._slopes(logits, slopes_buffer[: len(states)])
+            return ComposedLogits(logits, slopes)
+
+        return logits_of
 
     def likeliest(self, hidden: Tensor, weight: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """`top_log_probabilities`: ids [N, k] and log-probabilities [N, k + 2]."""
@@ -344,7 +379,7 @@ class _Head:
                 label = labels[part, None]
                 listed = (ids[part] == label).any(1, keepdim=True)
                 chosen = torch.cat((chosen, logits.gather(1, label).masked_fill(listed, float("-inf"))), dim=1)
-                top, log_sum = _exponentiate_(logits)  # now exp(logits - top)
+                top, log_sum = exponentiate_(logits)  # now exp(logits - top)
                 rest = logits.scatter_(1, ids[part], 0.0).scatter_(1, label, 0.0).sum(1, keepdim=True).log()
                 log_p[part] = torch.cat((chosen - top, rest), dim=1) - log_sum
         return ids, log_p
@@ -367,47 +402,40 @@ class _Head:
 class _Likelihood:
     """Log-likelihoods `values` [n] of a chunk. Uses up its logits [n, V]: their gradient takes their place."""
 
-    def __init__(self, logits: Tensor, targets: _Targets):
-        self.targets = targets
+    def __init__(self, logits: Logits, targets: _Targets):
+        self.logits, self.targets = logits, targets
         self.log_tail = None  # log-probability of all ids that are no target [n, 1]
-        chosen = logits.gather(1, targets.ids)  # [n, k]
+        chosen = logits.at(targets.ids)  # [n, k]
         if targets.tail is None:
-            top, log_sum = _exponentiate_(logits)
-            self.log_share = -log_sum
+            top, log_sum = logits.sum_()
         else:
-            once = _first_of_its_kind(logits, targets.ids)
-            logits.scatter_(1, targets.ids, float("-inf"))
-            tail_top, tail_log_sum = _exponentiate_(logits)
+            logits.hide_(targets.ids)
+            tail_top, tail_log_sum = logits.sum_()
             top = torch.maximum(chosen.amax(1, keepdim=True), tail_top)
-            listed = (chosen - top).exp().mul_(once).sum(1, keepdim=True)
+            listed = (chosen - top).exp().mul_(is_first_of_equals(targets.ids)).sum(1, keepdim=True)
             log_sum = (listed + (tail_top - top + tail_log_sum).exp()).log_()
-            self.log_share = -tail_log_sum
             self.log_tail = (tail_top - top) + (tail_log_sum - log_sum)
-        self.exponentials = logits
         self.log_p = (chosen - top) - log_sum  # differences first: of large logits they are exact
         self.values = (targets.weights * self.log_p).sum(1)
         if targets.tail is not None and self.log_tail is not None:
             self.values += targets.tail * self.log_tail.squeeze(1)
 
     def grad_logits(self, factors: Tensor) -> Tensor:
-        """Gradient of (factors * values).sum() for the logits [n, V].
+        """Gradient of (factors * values).sum() for the logits before their cap [n, V].
 
         With p = softmax, w the targets' weights, t that of the tail and P its probability it is
             w_v - (sum w + t) p_v at a target, and
             (t / P - (sum w + t)) p_v elsewhere, where p_v / P is the softmax over the tail: nothing overflows.
         """
-        ids, factors = self.targets.ids, factors[:, None]
-        share = self.log_share.exp()  # turns the exponentials into probabilities, of all ids or of those in the tail
-        total = self.targets.weights.sum(1, keepdim=True)
-        grad = self.exponentials
-        if self.targets.tail is None or self.log_tail is None:
-            grad.mul_(-total * share * factors)
-        else:
-            tail = self.targets.tail[:, None]
+        targets, factors = self.targets, factors[:, None]
+        total = targets.weights.sum(1, keepdim=True)
+        elsewhere = -total
+        if targets.tail is not None and self.log_tail is not None:
+            tail = targets.tail[:, None]
             total = total + tail
-            grad.mul_((tail - total * self.log_tail.exp()) * share * factors)
-            grad.scatter_(1, ids, -total * self.log_p.exp() * factors)  # set, not added: an id may be listed twice
-        return grad.scatter_add_(1, ids, self.targets.weights * factors)
+            elsewhere = tail - total * self.log_tail.exp()
+        at_targets = sums_over_equals(targets.ids, targets.weights) - total * self.log_p.exp()
+        return self.logits.gradient_(elsewhere * factors, targets.ids, at_targets * factors)
 
 
 class _Divergence:
@@ -416,8 +444,9 @@ class _Divergence:
     Of ids from U on, which the teacher has not, p is 0: what is multiplied with it is left out, not computed.
     """
 
-    def __init__(self, student: Tensor, teacher: Tensor, direction: str, beta: float):
-        log_q, log_p = _log_softmax_(student), _log_softmax_(teacher)
+    def __init__(self, student: ComposedLogits, teacher: Tensor, direction: str, beta: float):
+        self.capped_ = student.capped_
+        log_q, log_p = log_softmax_(student.logits), log_softmax_(teacher)
         self.ids_of_teacher = log_p.shape[1]  # U
         common = log_q[:, : self.ids_of_teacher]
         self.p = self.slopes = None
@@ -439,37 +468,26 @@ class _Divergence:
         self.values = beta * of_teacher + (self.q * self.slopes).sum(1)
 
     def grad_logits(self, factors: Tensor) -> Tensor:
-        """Gradient of (factors * values).sum() for the student's logits [n, V].
+        """Gradient of (factors * values).sum() for the student's logits before their cap [n, V].
 
         Through the softmax, q (g - sum q g) of slopes g for q; of the forward direction, where g is -p / q, at once.
         """
         if self.p is not None:
             self.q[:, : self.ids_of_teacher].sub_(self.p)
-            return self.q.mul_(factors[:, None])
+            return self.capped_(self.q.mul_(factors[:, None]))
         assert self.slopes is not None, "of all other directions"
         mean = (self.q * self.slopes).sum(1, keepdim=True)
-        return self.slopes.sub_(mean).mul_(self.q).mul_(factors[:, None])
+        return self.capped_(self.slopes.sub_(mean).mul_(self.q).mul_(factors[:, None]))
 
 
-def _log_softmax_(logits: Tensor) -> Tensor:
-    """In place; the largest is taken away first, so that differences of large logits stay exact."""
-    logits.sub_(logits.amax(1, keepdim=True))
-    return logits.sub_(logits.exp().sum(1, keepdim=True).log_())
-
-
-def _first_of_its_kind(logits: Tensor, ids: Tensor) -> Tensor:
-    """Of ids [n, k] that may be listed twice, one each: True [n, k]. Leaves numbers in their logits."""
-    numbers = torch.arange(ids.shape[1], dtype=logits.dtype, device=ids.device).expand(ids.shape)
-    return logits.scatter_(1, ids, numbers).gather(1, ids) == numbers
-
-
-def _exponentiate_(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """In place to exp(logits - top) -> top, the largest logit [n, 1], and the log of the exponentials' sum [n, 1].
-
-    One exponential per logit; `logsumexp` and a softmax would take two.
-    """
-    top = logits.amax(1, keepdim=True)
-    return top, logits.sub_(top).exp_().sum(1, keepdim=True).log_()
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, the sums of half-precision factors kept in the total's float32."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif total.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:
+        total += left @ right
 
 
 class _GradientInForward(torch.autograd.Function):
