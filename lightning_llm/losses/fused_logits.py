@@ -89,9 +89,8 @@ class FusedLogits:
         self.top, self.log_sum = (
             torch.empty(len(self.plain), 1, dtype=torch.float32, device=self.plain.device) for _ in range(2)
         )
-        _sums[(len(self.plain),)](  # pyright: ignore[reportIndexIssue]
-            self.plain, self.top, self.log_sum, *self.scalars, **self.options
-        )
+        start = _sums[(len(self.plain),)]  # pyright: ignore[reportIndexIssue]
+        start(self.plain, self.top, self.log_sum, *self.scalars, **self.options)
         return self.top, self.log_sum
 
     def gradient_(self, factors: Tensor, ids: Tensor, of_ids: Tensor) -> Tensor:
@@ -100,5 +99,6 @@ class FusedLogits:
             chosen = self.hidden if hasattr(self, "hidden") else self.at(ids)
             of_ids = of_ids * (1 - (chosen * self.temperature / self.softcap).square())
         grid = len(self.plain), triton.cdiv(self.plain.shape[1], ENTRIES)
-        _gradient[grid](self.plain, self.top, self.log_sum, factors.float().contiguous(), *self.scalars, **self.options)
+        start = _gradient[grid]  # pyright: ignore[reportIndexIssue]
+        start(self.plain, self.top, self.log_sum, factors.float().contiguous(), *self.scalars, **self.options)
         return self.plain.scatter_(1, ids, of_ids.to(self.plain.dtype))
