@@ -56,7 +56,8 @@ class Flex:
         if q.is_cpu:  # it asks for the flag also where no gradient is recorded
             q, k, v = q.detach(), k.detach(), v.detach()
         q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))  # [1, heads, T, D]
-        attend = uncompiled if q.is_cpu else kernel(window, softcap, scale)
+        heads = q.shape[1], k.shape[1]
+        attend = uncompiled if q.is_cpu else kernel(window, softcap, scale, heads, q.dtype)
         output = attend(
             q,
             k,
@@ -64,25 +65,36 @@ class Flex:
             score_mod=None if softcap is None else soft_capping(softcap, q.device),
             block_mask=mask,
             scale=scale,
-            enable_gqa=q.shape[1] != k.shape[1],
+            enable_gqa=heads[0] != heads[1],
             kernel_options=None if q.is_cpu else KERNEL,
         )
         return output[0].transpose(0, 1)
 
 
 @cache
-def kernel(window: int | None, softcap: float | None, scale: float, backend: str = "inductor") -> Callable[..., Tensor]:
+def kernel(
+    window: int | None,
+    softcap: float | None,
+    scale: float,
+    heads: tuple[int, int],
+    dtype: torch.dtype,
+    backend: str = "inductor",
+) -> Callable[..., Tensor]:
     """FlexAttention for one kind of layer, compiled for all lengths. What cannot be compiled is an error.
 
     Each kind has a code object of its own, since torch keeps what it has compiled, and counts it against a limit (8),
-    by code object. Past the limit it would go on uncompiled and say nothing: `fullgraph` makes that an error too.
+    by code object: lengths and gradients take up to six, so that two models in one process, as a policy and what judges
+    it, share none. Past the limit it would go on uncompiled and say nothing: `fullgraph` makes that an error too.
+
+    Args:
+        heads: queries', keys'.
     """
     from torch.nn.attention.flex_attention import flex_attention
 
     def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
         return flex_attention(q, k, v, **options)
 
-    kind = f"attend_{window}_{softcap}_{scale}".replace(".", "_")
+    kind = f"attend_{window}_{softcap}_{scale}_{heads[0]}_{heads[1]}_{dtype}".replace(".", "_")
     attend.__code__ = attend.__code__.replace(co_name=kind)
     return torch.compile(attend, dynamic=True, fullgraph=True, backend=backend)
 
