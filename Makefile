@@ -24,7 +24,7 @@ test: $(BIN)/.dev ## all tests
 test-fast: $(BIN)/.dev ## the tests that take less than some ten seconds each
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
-test-gpu: $(BIN)/.dev ## the tests that need an NVIDIA GPU: every attention kernel that is installed
+test-gpu: $(BIN)/.dev ## the tests that need an NVIDIA GPU: kernels of attention and of the loss, experts, recorded steps
 	$(BIN)/python -m pytest -m gpu
 
 lint: $(BIN)/.dev ## what must be clean: formatting, lint (notebooks too), types

@@ -23,7 +23,7 @@ SHORTER = {  # what a test of a notebook trains and reads less
     "03_distillation_and_merging": {
         "500_000": "150_000",
         "STUDENTS, 200_000": "STUDENTS, 80_000",
-        "80_000)\n": "30_000)\n",
+        '"decayed"), 80_000': '"decayed"), 30_000',
     },
 }
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))

@@ -125,7 +125,7 @@ class Sampler:
         draws = pad_sequence([request_uniforms(number, limit, seed) for number, limit in of_seed], True)
         positions = max((len(prompts[number // samples]) + limit - 1 for number, limit in enumerate(limits)))
         cache = Cache(model, min(batch_size, len(limits)), positions, chunks)
-        recorded = RecordedStep(model, cache) if can_be_recorded(model, cache) else None
+        recorded = RecordedStep(model, cache) if can_be_recorded(model, cache, max(limits)) else None
         waiting = deque(in_groups(prompts, limits, samples, cache.rows))
         running: list[int] = []  # the responses in the cache's rows
         tokens: list[int] = []  # the newest of each

@@ -8,6 +8,8 @@ through a few such lengths, each with a graph of its own.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -16,13 +18,17 @@ from lightning_llm.models.transformer import Transformer
 
 SHORTEST = 128  # slots that the first graph reads, and steps between two graphs' at least
 GRAPHS = 16  # of a cache, at most
+FEWEST = 8  # steps of the longest response for which there is a graph: recording it takes as long as a few
 
 
-def can_be_recorded(model: Transformer, cache: Cache) -> bool:
-    """Whether a step does nothing but start kernels of a GPU: experts and dual chunks look at numbers on the way."""
+def can_be_recorded(model: Transformer, cache: Cache, steps: int) -> bool:
+    """Whether a step does nothing but start kernels of a GPU, and there are enough of them.
+
+    Experts and dual chunks look at numbers on the way.
+    """
     layers = range(model.config.num_hidden_layers)
     has_experts = any(model.config.has_experts(layer) for layer in layers)
-    return cache.device.type == "cuda" and cache.dual_chunk is None and not has_experts
+    return cache.device.type == "cuda" and cache.dual_chunk is None and not has_experts and steps >= FEWEST
 
 
 class RecordedStep:
@@ -32,6 +38,7 @@ class RecordedStep:
         self.model, self.cache = model, cache
         self.inputs = torch.zeros(2, cache.rows, dtype=torch.int64, device=cache.device)  # tokens; where they go
         self.between = SHORTEST * -(-cache.positions // (SHORTEST * GRAPHS))  # slots by which graphs differ
+        self.is_recordable = True
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # by slots: the graph, and its hidden states
 
     def decode(self, tokens: Tensor) -> Tensor:
@@ -55,8 +62,17 @@ class RecordedStep:
         return step(self.model, self.cache, tokens, positions, longest, masks)
 
     def _replay(self, longest: int) -> Tensor:
+        if self.is_recordable and longest not in self.graphs:
+            try:
+                self.graphs[longest] = self._record(longest)
+            except RuntimeError as error:  # something on the way waits for the GPU: no rule of ours has seen it
+                self.is_recordable = False
+                reason = str(error).splitlines()[0]
+                warnings.warn(
+                    f"steps of generation go kernel by kernel: no graph can be recorded ({reason})", stacklevel=2
+                )
         if longest not in self.graphs:
-            self.graphs[longest] = self._record(longest)
+            return self._step(longest)
         graph, hidden = self.graphs[longest]
         graph.replay()
         return hidden

@@ -14,6 +14,8 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from torch import Tensor
 
+from lightning_llm.losses.logits import grouped, sums_over_equals
+
 ENTRIES = 4096  # of a row that a program has at hand
 WARPS = 8
 
@@ -68,9 +70,12 @@ class FusedLogits:
     """`logits.Logits` of plain logits [n, V] in half precision, as a product has left them."""
 
     def __init__(self, plain: Tensor, softcap: float | None, temperature: float):
-        self.plain, self.softcap, self.temperature = plain.contiguous(), softcap, temperature
+        assert plain.is_contiguous(), "a product is"
+        self.plain, self.softcap, self.temperature = plain, softcap, temperature
         self.options = {"HAS_CAP": softcap is not None, "ENTRIES": ENTRIES, "num_warps": WARPS}
         self.scalars = plain.shape[1], softcap or 1.0, temperature
+        self.top, self.log_sum = (plain.new_empty(len(plain), 1, dtype=torch.float32) for _ in range(2))
+        self.hidden: Tensor | None = None  # what stood where `hide_` has left nothing
 
     def at(self, ids: Tensor) -> Tensor:
         """As `Logits`."""
@@ -79,26 +84,28 @@ class FusedLogits:
             chosen = self.softcap * (chosen / self.softcap).tanh()
         return chosen / self.temperature
 
-    def hide_(self, ids: Tensor) -> None:
-        """As `Logits`; what `gradient_` needs of them is kept."""
+    def hide_(self, ids: Tensor) -> Tensor:
+        """As `Logits`."""
         self.hidden = self.at(ids)
         self.plain.scatter_(1, ids, float("-inf"))
+        return grouped(ids)[1]
 
     def sum_(self) -> tuple[Tensor, Tensor]:
         """As `Logits`."""
-        self.top, self.log_sum = (
-            torch.empty(len(self.plain), 1, dtype=torch.float32, device=self.plain.device) for _ in range(2)
-        )
-        start = _sums[(len(self.plain),)]  # pyright: ignore[reportIndexIssue]
-        start(self.plain, self.top, self.log_sum, *self.scalars, **self.options)
+        with torch.cuda.device_of(self.plain):
+            start = _sums[(len(self.plain),)]  # pyright: ignore[reportIndexIssue]
+            start(self.plain, self.top, self.log_sum, *self.scalars, **self.options)
         return self.top, self.log_sum
 
-    def gradient_(self, factors: Tensor, ids: Tensor, of_ids: Tensor) -> Tensor:
-        """As `Logits`, in their type."""
+    def gradient_(self, factors: Tensor, ids: Tensor, own: Tensor, added: Tensor) -> Tensor:
+        """As `Logits`, in their type: what stands at an id is summed up before it is rounded."""
+        of_ids = own + sums_over_equals(ids, added)
         if self.softcap is not None:
-            chosen = self.hidden if hasattr(self, "hidden") else self.at(ids)
+            chosen = self.at(ids) if self.hidden is None else self.hidden
             of_ids = of_ids * (1 - (chosen * self.temperature / self.softcap).square())
-        grid = len(self.plain), triton.cdiv(self.plain.shape[1], ENTRIES)
-        start = _gradient[grid]  # pyright: ignore[reportIndexIssue]
-        start(self.plain, self.top, self.log_sum, factors.float().contiguous(), *self.scalars, **self.options)
+        with torch.cuda.device_of(self.plain):
+            start = _gradient[  # pyright: ignore[reportIndexIssue]
+                (len(self.plain), triton.cdiv(self.plain.shape[1], ENTRIES))
+            ]
+            start(self.plain, self.top, self.log_sum, factors.float().contiguous(), *self.scalars, **self.options)
         return self.plain.scatter_(1, ids, of_ids.to(self.plain.dtype))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -16,16 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_llm.losses.logits import (
-    ComposedLogits,
-    Logits,
-    exponentiate_,
-    is_first_of_equals,
-    log_softmax_,
-    sums_over_equals,
-)
+from lightning_llm.losses.logits import ComposedLogits, Logits, exponentiate_, kernels_run, log_softmax_
 
-MOST_TARGETS = 128  # of a token in the fused kernels' loss: each is compared with each
 DIRECTIONS = ("forward", "reverse", "jensen_shannon")  # of a divergence between teacher and student
 
 
@@ -258,10 +249,6 @@ class _Targets:
     def __getitem__(self, rows: Tensor) -> _Targets:
         return _Targets(self.ids[rows], self.weights[rows], None if self.tail is None else self.tail[rows])
 
-    def can_be_fused(self) -> bool:
-        """Whether the kernels in half precision have what they need of them."""
-        return self.ids.shape[1] <= MOST_TARGETS
-
     def compare(self, logits: Logits) -> _Likelihood:
         """Uses up logits [n, V]."""
         return _Likelihood(logits, self)
@@ -279,10 +266,6 @@ class _Teacher:
 
     def __getitem__(self, rows: Tensor) -> _Teacher:
         return replace(self, hidden=self.hidden[rows])
-
-    def can_be_fused(self) -> bool:
-        """Two distributions are compared entry by entry."""
-        return False
 
     def compare(self, logits: Logits) -> _Divergence:
         """Uses up the student's logits [n, V]."""
@@ -334,18 +317,20 @@ class _Head:
                 compared = targets[part].compare(logits_of(states, matrix))
                 values[part] = compared.values * factors[part]
                 if not any(wanted):
+                    del compared  # before the next chunk's logits are there
                     continue
                 grad = compared.grad_logits(factors[part] / self.temperature).to(self.products)  # [n, V]
                 if grad_hidden is not None:
                     grad_hidden[part] = (grad @ matrix).to(hidden.dtype)
                 if grad_weight is not None:
                     _add_product_(grad_weight, grad.T, states)
+                del compared, grad
         return _Evaluation(values, grad_hidden, grad_weight)
 
     def can_fuse(self, weight: Tensor, targets: _Targets | _Teacher) -> bool:
         """Whether the logits of these targets are met by the kernels of `fused_logits`."""
         is_half = self.products.itemsize == 2 and self.exact == torch.float32
-        return weight.is_cuda and is_half and targets.can_be_fused() and find_spec("triton") is not None
+        return weight.is_cuda and is_half and isinstance(targets, _Targets) and kernels_run()
 
     def _fused(self, states: Tensor, matrix: Tensor) -> Logits:
         from lightning_llm.losses.fused_logits import FusedLogits
@@ -409,10 +394,10 @@ class _Likelihood:
         if targets.tail is None:
             top, log_sum = logits.sum_()
         else:
-            logits.hide_(targets.ids)
+            is_one = logits.hide_(targets.ids)  # of those that are listed twice
             tail_top, tail_log_sum = logits.sum_()
             top = torch.maximum(chosen.amax(1, keepdim=True), tail_top)
-            listed = (chosen - top).exp().mul_(is_first_of_equals(targets.ids)).sum(1, keepdim=True)
+            listed = (chosen - top).exp().mul_(is_one).sum(1, keepdim=True)
             log_sum = (listed + (tail_top - top + tail_log_sum).exp()).log_()
             self.log_tail = (tail_top - top) + (tail_log_sum - log_sum)
         self.log_p = (chosen - top) - log_sum  # differences first: of large logits they are exact
@@ -434,8 +419,8 @@ class _Likelihood:
             tail = targets.tail[:, None]
             total = total + tail
             elsewhere = tail - total * self.log_tail.exp()
-        at_targets = sums_over_equals(targets.ids, targets.weights) - total * self.log_p.exp()
-        return self.logits.gradient_(elsewhere * factors, targets.ids, at_targets * factors)
+        own, added = -total * self.log_p.exp() * factors, targets.weights * factors
+        return self.logits.gradient_(elsewhere * factors, targets.ids, own, added)
 
 
 class _Divergence:

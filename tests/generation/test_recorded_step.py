@@ -8,7 +8,7 @@ from lightning_llm.generation import engine
 from lightning_llm.generation.cache import Cache, decode, prefill
 from lightning_llm.generation.config import DualChunkConfig, Sampling
 from lightning_llm.generation.dual_chunk import DualChunk
-from lightning_llm.generation.recorded_step import GRAPHS, RecordedStep, can_be_recorded
+from lightning_llm.generation.recorded_step import FEWEST, GRAPHS, RecordedStep, can_be_recorded
 from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.config import LayerAttention
 
@@ -66,7 +66,7 @@ def test_steps_of_one_shape_are_those_of_the_rows_in_use(monkeypatch):
 
 def samples(model, is_recorded, monkeypatch, **options):
     monkeypatch.setattr("lightning_llm.generation.recorded_step.SHORTEST", 16)
-    monkeypatch.setattr(engine, "can_be_recorded", lambda model, cache: is_recorded)
+    monkeypatch.setattr(engine, "can_be_recorded", lambda *_: is_recorded)
     limits = [3 + 5 * (number % 12) for number in range(24)]
     return engine.sample(
         model, prompts(*range(2, 26, 2)), samples=2, max_new_tokens=limits, stop_ids=(), batch_size=8, **options
@@ -127,8 +127,28 @@ def test_what_looks_at_numbers_on_the_way_is_not_recorded(changes, chunks):
     model = build(ModelConfig, **changes)
     cache = Cache(model, 2, 20, DualChunk(chunks, torch.ones(8)) if chunks else None)
     cache.device = torch.device("cuda")
-    assert not can_be_recorded(model, cache)
+    assert not can_be_recorded(model, cache, 100)
     plain = Cache(build(), 2, 20)
-    assert not can_be_recorded(build(), plain)  # nothing is, off a GPU
+    assert not can_be_recorded(build(), plain, 100)  # nothing is, off a GPU
     plain.device = torch.device("cuda")
-    assert can_be_recorded(build(), plain)
+    assert can_be_recorded(build(), plain, FEWEST)
+    assert not can_be_recorded(build(), plain, FEWEST - 1)
+
+
+@torch.inference_mode()
+def test_where_nothing_can_be_recorded_steps_go_on_without(monkeypatch):
+    model = build()
+    caches = [Cache(model, 2, 40) for _ in range(2)]
+    recorded = RecordedStep(model, caches[0])
+
+    def fails(longest):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more of it")
+
+    monkeypatch.setattr(recorded, "_record", fails)
+    for cache in caches:
+        prefill(model, cache, prompts(9), [1])
+    recorded.inputs[:, 0] = torch.tensor([7, 9])
+    with pytest.warns(UserWarning, match=r"kernel by kernel: .* \(operation not permitted when stream is capturing\)"):
+        first = recorded._replay(40)
+    torch.testing.assert_close(first[:1], decode(model, caches[1], torch.tensor([7])), rtol=1e-5, atol=1e-5)
+    recorded._replay(40)  # and says it once: a warning is an error here

@@ -83,8 +83,9 @@ def kernel(
     """FlexAttention for one kind of layer, compiled for all lengths. What cannot be compiled is an error.
 
     Each kind has a code object of its own, since torch keeps what it has compiled, and counts it against a limit (8),
-    by code object: lengths and gradients take up to six, so that two models in one process, as a policy and what judges
-    it, share none. Past the limit it would go on uncompiled and say nothing: `fullgraph` makes that an error too.
+    by code object. Lengths and gradients take up to six, so that models of other heads or types in one process, as a
+    policy and what judges it, have kinds of their own. Past the limit it would go on uncompiled and say nothing:
+    `fullgraph` makes that an error too.
 
     Args:
         heads: queries', keys'.
