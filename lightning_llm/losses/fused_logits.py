@@ -18,6 +18,7 @@ from lightning_llm.losses.logits import grouped, sums_over_equals
 
 ENTRIES = 4096  # of a row that a program has at hand
 WARPS = 8
+# no_type_check below: what wraps functions to check their types would hide the source that Triton reads
 
 
 @triton.jit

@@ -1,24 +1,14 @@
 """Pruned beginnings against others: claims are what the arms' losses say, and the page has the results' figures."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods" / "pruning.md"
 
 
-def test_page_and_picture_have_the_figures_of_the_results():
+def test_page_and_picture_have_the_figures_of_the_results(shows_its_results):
     import pruning  # pyright: ignore[reportMissingImports]
 
-    result = json.loads(pruning.RESULT.read_text("utf-8"))
-    assert "\n".join(pruning.table(result)) in PAGE.read_text("utf-8")
-    assert len(result["seeds"]) >= 3
-    drawn = pruning.PICTURE.read_text("utf-8")
-    assert result["arms"].keys() == pruning.ARMS.keys()
-    for arm, found in result["arms"].items():
-        assert f"<!-- {arm}: {found['after']['mean']:.3f} -->" in drawn
+    shows_its_results(pruning)
 
 
 def run(*losses, right=0.1, masks=False):

@@ -1,27 +1,17 @@
 """Mixtures of a dense model against others: equal tokens of the same data, and a claim is the least gain of a seed."""
 
-import json
-from pathlib import Path
-
 import pytest
 
 from lightning_llm import compose, plan
 from lightning_llm.pipeline.key import node_keys
 
 pytestmark = pytest.mark.usefixtures("benchmarks")
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods" / "upcycling.md"
 
 
-def test_page_and_picture_have_the_figures_of_the_results():
+def test_page_and_picture_have_the_figures_of_the_results(shows_its_results):
     import upcycling  # pyright: ignore[reportMissingImports]
 
-    result = json.loads(upcycling.RESULT.read_text("utf-8"))
-    assert "\n".join(upcycling.table(result)) in PAGE.read_text("utf-8")
-    assert len(result["seeds"]) >= 3
-    drawn = upcycling.PICTURE.read_text("utf-8")
-    assert result["arms"].keys() == upcycling.ARMS.keys()
-    for arm, found in result["arms"].items():
-        assert f"<!-- {arm}: {found['after']['mean']:.3f} -->" in drawn
+    shows_its_results(upcycling)
 
 
 def test_arms_differ_in_where_they_begin_and_in_nothing_else():
