@@ -16,6 +16,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`make test`
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 settings.load_profile("unhurried")
 
+
+def pytest_collection_modifyitems(items):
+    """What is marked `gpu` needs one."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 TINY = [  # overrides of qwen2 at nano
     "scale.pretraining_tokens=40_000",
     "scale.minimum_steps=12",

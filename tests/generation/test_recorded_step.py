@@ -15,7 +15,6 @@ from lightning_llm.models.config import LayerAttention
 WINDOW = 24
 ON_GPU = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
     pytest.mark.filterwarnings("default"),  # what compiles flex warns on its own account
 ]
 

@@ -6,7 +6,7 @@ import torch
 
 from lightning_llm.losses.likelihood import token_log_likelihood
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+pytestmark = pytest.mark.gpu
 DEVICE, TOKENS, WIDTH = "cuda", 37, 64
 VOCABULARIES = (100, 4096, 9001)  # within one block of a kernel, just one, and not a multiple
 CAPS = ((None, 1.0), (5.0, 1.0), (5.0, 0.5), (None, 2.0))

@@ -39,8 +39,6 @@ def skip_what_cannot_run(
     device: str, backend: str, dtype: torch.dtype, softcap: float | None, size: int | None = None, **options
 ) -> None:
     """Skip, saying what is missing; on a GPU only for what the backend never does or what is not installed."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
     gpu = capability(torch.device(device))
     request = Request(device, dtype, size or HEAD_SIZES[device], softcap=softcap, capability=gpu, **options)
     if (reason := BACKENDS[backend].refuses(request)) is not None:

@@ -39,8 +39,6 @@ CASES = {
     ),
 }
 
-GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
-
 
 def tiny(**changes) -> ModelConfig:
     shape = dict(name="tiny", family="qwen2_moe", vocab_size=101, hidden_size=48, intermediate_size=71)
@@ -113,7 +111,7 @@ def plain(layer: MixtureOfExperts, x: torch.Tensor) -> torch.Tensor:
     return torch.stack(outputs)
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("tokens", [1, 23])
 @pytest.mark.parametrize("shape", [CASES["odd sizes"], CASES["weights add up to one, aligned"]], ids=["odd", "aligned"])
 def test_the_layer_is_the_formula_for_every_token_and_in_every_gradient(shape, tokens, device):
@@ -130,7 +128,7 @@ def test_the_layer_is_the_formula_for_every_token_and_in_every_gradient(shape, t
     assert layer.routed.load.sum() == tokens * layer.chosen  # none is dropped
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("size", [16, 13], ids=["aligned", "odd"])
 def test_an_expert_without_tokens_has_a_gradient_of_zero(size, dtype, device):
