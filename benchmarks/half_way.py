@@ -1,5 +1,5 @@
-"""An SFT model stopped half-way, which can still learn from its own answers, and what is measured of it and of models
-that come from it: held-out questions, answered greedily and drawn at temperature 1."""
+"""An SFT model stopped half-way, which can still learn from its own answers, and what is measured of it and of other
+models: held-out questions, answered greedily and drawn at temperature 1."""
 
 from __future__ import annotations
 
@@ -24,10 +24,8 @@ from lightning_llm.models import Transformer
 
 TASKS = ("reverse", "sort", "largest", "sum")
 QUESTIONS = 1000  # held out, of the four tasks alike
-HALF_WAY = [
-    "stages.sft.examples=17500",  # of 21,000: five sixths of SFT
-    *(f"+evaluation.tasks.sources.{task}.options.questions={QUESTIONS // len(TASKS)}" for task in TASKS),
-]
+ASKED = [f"+evaluation.tasks.sources.{task}.options.questions={QUESTIONS // len(TASKS)}" for task in TASKS]
+HALF_WAY = ["stages.sft.examples=17500", *ASKED]  # of 21,000: five sixths of SFT
 EXACT, DRAWN, KL = "tasks/exact_match", "reward/exact_answer", "kl/sft"
 MODELLED = "reward/reward_model"
 MAX_NEW_TOKENS, MAX_TOKENS = 48, 4096  # of a response; of a pass

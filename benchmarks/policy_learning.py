@@ -1,11 +1,11 @@
 """Do models learn from their own judged responses while they train? From SFT models stopped half-way, per seed: policy
-gradients and rejection sampling at equal samples, online DPO, and a reward that can be hacked. Writes
-results/policy_learning.json and a picture for each part.
+gradients and rejection sampling at equal samples, online DPO, and a reward that can be hacked; and from offline DPO's
+model, as recipe=qwen2 ends. Writes results/policy_learning.json and a picture for each part.
 
-    python benchmarks/policy_learning.py [--parts policy_gradients rejection_sampling online_dpo hacking]
+    python benchmarks/policy_learning.py [--parts policy_gradients rejection_sampling online_dpo hacking qwen2_end]
         [--seeds 0 1 2] [--jobs 4] [overrides ...]
 
-All arms of a seed share the SFT model, which the store holds, and draw equally many responses.
+All arms of a seed share the model that they start from, which the store holds, and draw equally many responses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import figures
 import learning_curves
 import trials
 from figures import shown
-from half_way import DRAWN, EXACT, HALF_WAY, KL, MODELLED, HeldOut
+from half_way import ASKED, DRAWN, EXACT, HALF_WAY, KL, MODELLED, HeldOut
 from trials import changes, read, spreads
 
 RESULT = claims.RESULTS / "policy_learning.json"
@@ -36,6 +36,20 @@ class Arm:
     stage: str
     words: Sequence[str] = ()
     most: float | None = 1.0  # reward of a response: curves show the share of it that is earned; none: no curves
+    to_the_end: bool = False  # all of the recipe is run: its reward model, too, where nobody asks it
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """A model that arms start from."""
+
+    called: str
+    stage: str
+    words: Sequence[str]  # typed of every arm
+
+
+HALF_WAY_SFT = Beginning("SFT, half-way", "sft", HALF_WAY)
+OFFLINE_DPO = Beginning("offline DPO", "dpo", ASKED)
 
 
 @dataclass(frozen=True)
@@ -47,6 +61,7 @@ class Part:
     curves: Mapping[str, str]  # figure of metrics.jsonl -> label of an axis; none: changes are drawn
     picture: str
     judged: Any = field(repr=False)  # arms' changes -> claims
+    beginning: Beginning = HALF_WAY_SFT
 
 
 def policy_gradient(objective: str, *words: str, judge: str = "exact_answer", most: float = 1.0) -> Arm:
@@ -67,6 +82,12 @@ def online_dpo(judge: str, *words: str, most: float | None = 1.0) -> Arm:
     return Arm("qwen2", "online", (*chosen, *drawn, *figures, *words), most)
 
 
+def ending(*words: str) -> Arm:
+    """The last stage of Qwen 2, and what is said otherwise of it."""
+    return Arm("qwen2", "online_dpo", words, most=None, to_the_end=True)
+
+
+UNJUDGED = "stages.online_dpo.judged_by=[]"  # by a model; the judge asks none
 SAME_PROMPTS = ("data@stages.sample.data=online_prompts",)  # those that live stages ask, in their order
 
 
@@ -123,6 +144,19 @@ def of_online_dpo(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any
         claims.worst("Judged by a reward model it raises that judge's mean", modelled[MODELLED]["values"], above=0.0),
         claims.mean("That costs exact match at most .02", modelled[EXACT]["values"], at_least=-0.02),
     ]  # fmt: skip
+
+
+def of_qwen2_end(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The reward model's mean rises, by more than a control's, and exact match is not what pays for it."""
+    found, control = change["as the recipe has it"], change["random reward"]
+    gain, exact = found[MODELLED], found[EXACT]
+    more = gain["mean"] - control[MODELLED]["mean"]
+    return [
+        claims.worst("Qwen 2's online DPO raises the held-out mean reward", gain["values"], above=0.0),
+        claims.claim("It gains more than a random reward", more, above=0.0),
+        claims.mean("It costs exact match at most .02", exact["values"], at_least=-0.02),
+        claims.worst("It costs exact match at most .02, worst seed", exact["values"], at_least=-0.02),
+    ]
 
 
 def of_hacking(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -216,32 +250,49 @@ PARTS = {
         "reward_hacking.svg",
         of_hacking,
     ),
+    "qwen2_end": Part(
+        {
+            "as the recipe has it": ending(),
+            "without online merging": ending("stages.online_dpo.optimizer.online_merging.method=none"),
+            "judged by the exact answer": ending("judge@stages.online_dpo.judge=exact_answer", UNJUDGED),
+            "random reward": ending("judge@stages.online_dpo.judge=random", UNJUDGED),
+        },
+        {MODELLED: "held-out reward", **BASIC},
+        {},
+        "qwen2_end.svg",
+        of_qwen2_end,
+        OFFLINE_DPO,
+    ),
 }
 
 
 def measure(name: str, arguments: Namespace) -> trials.Result:
     """A part of the result."""
-    runs = trained(PARTS[name].arms, arguments)
-    return {"overrides": [*HALF_WAY, *trials.without_places(arguments.overrides)], **summarise(PARTS[name], runs)}
+    part = PARTS[name]
+    runs = trained(part.arms, part.beginning, arguments)
+    return {"overrides": [*part.beginning.words, *trials.without_places(arguments.overrides)], **summarise(part, runs)}
 
 
-def trained(arms: Mapping[str, Arm], arguments: Namespace) -> dict[str, list[dict[str, Any]]]:
+def trained(arms: Mapping[str, Arm], beginning: Beginning, arguments: Namespace) -> dict[str, list[dict[str, Any]]]:
     """Figures of all models of some arms; runs go on side by side, models are measured one after another."""
 
     def run(seed: int, name: str, overrides: Sequence[str]) -> Path:
         arm = arms[name]
-        words = (f"recipe={arm.recipe}", f"seed={seed}", f"until={arm.stage}", *HALF_WAY, *arm.words)
+        until = () if arm.to_the_end else (f"until={arm.stage}",)
+        words = (f"recipe={arm.recipe}", f"seed={seed}", *until, *beginning.words, *arm.words)
         return trials.run(*words, f"stages.{arm.stage}.evaluate=false", *overrides)
 
     folders = trials.of_arms(run, arms, arguments)
-    return {name: [figures_of(folder, arms[name]) for folder in each] for name, each in folders.items()}
+    return {
+        name: [figures_of(folder, arms[name], beginning.stage) for folder in each] for name, each in folders.items()
+    }
 
 
-def figures_of(folder: Path, arm: Arm) -> dict[str, Any]:
-    """One model: figures of it and of the SFT model it comes from, seconds, and what was followed on the way."""
+def figures_of(folder: Path, arm: Arm, beginning: str) -> dict[str, Any]:
+    """One model: figures of it and of the stage's that it comes from, seconds, and what was followed on the way."""
     measured, artifact = HeldOut(folder), folder / "artifacts" / arm.stage
     found = {
-        "before": measured.figures("sft"),
+        "before": measured.figures(beginning),
         "after": measured.figures(arm.stage),
         "seconds": seconds_of(folder, arm),
         "on_the_way": learning_curves.on_the_way(artifact),
@@ -288,7 +339,7 @@ def table(part: str, result: Mapping[str, Any]) -> list[str]:
     """Lines of a part's table: mean and standard deviation over the seeds; changes are within a seed."""
     columns = PARTS[part].columns
     head = ["", *columns.values(), "change of exact match", "by seed"]
-    rows = [["SFT, half-way", *(shown(result["before"].get(name)) for name in columns), "", ""]]
+    rows = [[PARTS[part].beginning.called, *(shown(result["before"].get(name)) for name in columns), "", ""]]
     for arm, found in result["arms"].items():
         change = found["change"][EXACT]
         rows.append(
@@ -308,13 +359,14 @@ def draw(name: str, result: Mapping[str, Any]) -> None:
     if part.curves:
         learning_curves.draw(arms, part.curves, figures.IMAGES / part.picture)
     else:
-        learning_curves.draw_changes(arms, {EXACT: BASIC[EXACT], DRAWN: BASIC[DRAWN]}, figures.IMAGES / part.picture)
+        shown_changes = {name: head for name, head in part.columns.items() if name != KL}
+        learning_curves.draw_changes(arms, shown_changes, figures.IMAGES / part.picture)
 
 
 def try_arms(arguments: Namespace) -> None:
     """Say what some arms of a part have changed, and write nothing down."""
     for part in (PARTS[name] for name in arguments.parts):
-        for arm, runs in trained({arm: part.arms[arm] for arm in arguments.arms}, arguments).items():
+        for arm, runs in trained({arm: part.arms[arm] for arm in arguments.arms}, part.beginning, arguments).items():
             print(arm, [(round(each["before"][EXACT], 3), round(each["after"][EXACT], 3)) for each in runs])
 
 

@@ -15,28 +15,28 @@ PAGES = {
     "rejection_sampling": "rejection_sampling.md",
     "online_dpo": "online_dpo.md",
     "hacking": "reward_hacking.md",
+    "qwen2_end": "online_dpo.md",
 }
 
 
 def test_every_arm_draws_equally_many_responses_of_the_same_model():
     import policy_learning  # pyright: ignore[reportMissingImports]
-    from half_way import HALF_WAY  # pyright: ignore[reportMissingImports]
 
-    for part in policy_learning.PARTS.values():
+    for name, part in policy_learning.PARTS.items():
         drawn, sources = set(), set()
         for arm in part.arms.values():
-            planned = plan(compose(arm.recipe, overrides=[*HALF_WAY, *arm.words]))
+            planned = plan(compose(arm.recipe, overrides=[*part.beginning.words, *arm.words]))
             stages = planned.recipe.stages
             learns, samples = stages[arm.stage], stages.get("sample")
-            assert learns.starts_from == "sft"
-            assert stages["sft"].examples == 17_500
+            assert learns.starts_from == part.beginning.stage
+            assert stages["sft"].examples == (21_000 if name == "qwen2_end" else 17_500)
             if arm.stage == "rejection":
                 drawn.add(samples.prompts * samples.per_prompt)
                 sources.add(tuple(samples.data.sources))
             else:
                 drawn.add(responses_of(learns.rollout, steps_of(planned, arm.stage)))
                 sources.add(tuple(learns.data.sources))
-        assert drawn == {8192}
+        assert drawn == {16_128 if name == "qwen2_end" else 8192}
         assert sources == {("prompts",)}
 
 
