@@ -14,6 +14,8 @@ from typing import Any
 from lightning_llm.pipeline.mappings import known_entries
 from lightning_llm.settings import OPTIONS, UserError
 
+MOST_LISTED = 8  # names of settings, where all that are there are given
+
 
 def unknown_setting(key: str, schema: type, where: str, more: Iterable[str] = ()) -> UserError:
     """`key` ends in a name that is no field of `schema`; the remedy is the nearest one, or one of that name below it.
@@ -143,8 +145,9 @@ def _kind(hint: Any) -> str:
         return names[hint]
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
         return " or ".join(_kind(part) if part is not type(None) else "null" for part in typing.get_args(hint))
-    origin = typing.get_origin(hint)
-    return "list" if origin in (list, tuple) else "several settings"
+    if dataclasses.is_dataclass(hint) and len(inside := dataclasses.fields(hint)) <= MOST_LISTED:
+        return f"several settings: {', '.join(f.name for f in inside)}"
+    return "list" if typing.get_origin(hint) in (list, tuple) else "several settings"
 
 
 def _paths(schema: type, prefix: str = "") -> Iterable[str]:

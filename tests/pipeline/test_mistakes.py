@@ -53,6 +53,7 @@ TYPED = {
     "recipe=one stages.base.data=own_text": ["data@stages.base.data=own_text"],
     "recipe=one stages.base.lr=cosine": ["schedule@stages.base.lr=cosine"],
     "recipe=one stages.base.optimizer=adamww": ["cannot be adamww", "several settings"],
+    "recipe=one stages.base.optimizer.online_merging=null": ["cannot be null", "several settings: method, base"],
     "recipe=one stages=[]": ["stages cannot be a list", "several settings"],
     "recipe=one scale.shapes.policy=3": ["scale.shapes.policy cannot be 3", "several settings"],
     "recipe=one until=[base]": ["until cannot be a list. It is text"],
