@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from lightning_llm.settings import Buildable, option
 
-BLOCK = 2**21  # entries of each model that are merged at a time: wider copies stay small
+BLOCK = 2**18  # entries of each model that are merged at a time: what is computed of them stays in the cache
 
 
 @dataclass

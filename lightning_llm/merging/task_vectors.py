@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from lightning_llm.merging.averaging import share, weighted_sum
 from lightning_llm.merging.states import LazyState, Merge, Rule, State, blocks, differences, refuse_unlike
@@ -57,9 +58,7 @@ def ties(init: State, states: Sequence[State], density: float = 0.2, scale: floa
     thresholds = [largest_from(sizes(state), density) for state in states]
 
     def rule(entries: Sequence[Tensor]) -> Tensor:
-        kept = torch.stack(differences(*entries))
-        for vector, least in zip(kept, thresholds, strict=True):
-            vector[vector.abs().float() < least] = 0.0
+        kept = [trimmed(vector, least) for vector, least in zip(differences(*entries), thresholds, strict=True)]
         return added(entries[0], agreed_mean(kept), scale)
 
     return LazyState(states[0], [init, *states], lambda name: rule)
@@ -105,18 +104,25 @@ def added(start: Tensor, vector: Tensor, scale: float) -> Tensor:
     return start.add(vector, alpha=scale)
 
 
-def agreed_mean(vectors: Tensor) -> Tensor:
-    """TIES' election: of [M, ...] the mean of those entries whose sign is that of their sum; 0 where none is.
+def trimmed(vector: Tensor, least: float) -> Tensor:
+    """0 in the place of entries that are smaller than `least`, a number of fp32, by size."""
+    below = torch.tensor(least).nextafter(torch.tensor(0.0)).item()
+    return hardshrink(vector, below)  # which keeps what is larger, in one pass
+
+
+def agreed_mean(vectors: Sequence[Tensor]) -> Tensor:
+    """TIES' election: of M vectors of one shape the mean of those entries whose sign is that of their sum; 0 where none
+    is.
 
     What is 0 has been trimmed and does not count.
     """
-    elected = vectors.sum(0).sign()
+    elected = weighted_sum(vectors, [1.0] * len(vectors)).sign_()
     total, count = torch.zeros_like(elected), torch.zeros_like(elected)
     for vector in vectors:
-        agree = (vector.sign() == elected) & (vector != 0)
-        total += vector * agree
-        count += agree
-    return total / count.clamp_(min=1)
+        agreeing = (vector * elected).clamp_(min=0)  # its size where it has that sign, else 0
+        total += agreeing
+        count += agreeing.sign_()
+    return total.div_(count.clamp_(min=1)).mul_(elected)
 
 
 def dropped(vector: Tensor, rate: float, generator: torch.Generator, *, rescale: bool) -> Tensor:
@@ -147,19 +153,22 @@ def largest_from(sizes: Callable[[], Iterable[Tensor]], density: float) -> float
     Args:
         sizes: gives all entries anew, in flat blocks, none negative; rounded to fp32 they are what is compared.
     """
-    upper = counted(sizes(), lambda bits: bits >> 16)
+    upper = counted(sizes(), lambda bits: bits >> 16, DIGITS)
     wanted = max(math.ceil(density * int(upper.sum())), 1)
     first, left = digit_of(upper, wanted)
-    lower = counted(sizes(), lambda bits: bits[bits >> 16 == first] & DIGITS - 1)
+    begin = first * DIGITS
+    lower = counted(sizes(), lambda bits: (bits - begin).clamp_(-1, DIGITS) + 1, DIGITS + 2)[
+        1:-1
+    ]  # others: at the ends
     last, _ = digit_of(lower, left)
     return torch.tensor(first * DIGITS + last, dtype=torch.int32).view(torch.float32).item()
 
 
-def counted(sizes: Iterable[Tensor], digit: Callable[[Tensor], Tensor]) -> Tensor:
-    """How often each digit occurs among the entries' bits."""
-    counts = torch.zeros(DIGITS, dtype=torch.int64)
+def counted(sizes: Iterable[Tensor], digit: Callable[[Tensor], Tensor], digits: int) -> Tensor:
+    """How often each of so many digits occurs among the entries' bits."""
+    counts = torch.zeros(digits, dtype=torch.int64)
     for block in sizes:
-        counts += torch.bincount(digit(block.float().view(torch.int32)), minlength=DIGITS).cpu()
+        counts += torch.bincount(digit(block.float().view(torch.int32)), minlength=digits).cpu()
     return counts
 
 
