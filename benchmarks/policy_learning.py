@@ -1,9 +1,10 @@
 """Do models learn from their own judged responses while they train? From SFT models stopped half-way, per seed: policy
-gradients and rejection sampling at equal samples, online DPO, and a reward that can be hacked; and from offline DPO's
-model, as recipe=qwen2 ends. Writes results/policy_learning.json and a picture for each part.
+gradients and rejection sampling at equal samples, online DPO, a reward that can be hacked, and a teacher in a judge's
+place; and from offline DPO's model, as recipe=qwen2 ends. Writes results/policy_learning.json and a picture for each
+part.
 
-    python benchmarks/policy_learning.py [--parts policy_gradients rejection_sampling online_dpo hacking qwen2_end]
-        [--seeds 0 1 2] [--jobs 4] [overrides ...]
+    python benchmarks/policy_learning.py [--seeds 0 1 2] [--jobs 4] [overrides ...]
+        [--parts policy_gradients rejection_sampling online_dpo hacking teacher qwen2_end]
 
 All arms of a seed share the model that they start from, which the store holds, and draw equally many responses.
 """
@@ -87,6 +88,21 @@ def ending(*words: str) -> Arm:
     return Arm("qwen2", "online_dpo", words, most=None, to_the_end=True)
 
 
+def of_teacher(*words: str) -> Arm:
+    """The student's own answers, each token corrected by the teacher."""
+    chosen = ("+stage@stages.gkd=on_policy_distil", "stages.gkd.starts_from=sft", f"stages.gkd.learns_from={TEACHER}")
+    figures = (f"stages.gkd.examples={TAUGHT}", "stages.gkd.context=1024", "stages.gkd.lr.peak=1e-3")
+    return Arm("qwen2", "gkd", (*TAUGHT_FOR_LONGER, *chosen, *figures, *words), most=None)
+
+
+def teachers_answers() -> Arm:
+    """SFT on the teacher's answer to each prompt."""
+    return rejection(
+        1, TAUGHT, *TAUGHT_FOR_LONGER, f"stages.sample.models=[{TEACHER}]",
+        "stages.best.rule=first", "stages.best.minimum_score=null",
+    )  # fmt: skip
+
+
 UNJUDGED = "stages.online_dpo.judged_by=[]"  # by a model; the judge asks none
 SAME_PROMPTS = ("data@stages.sample.data=online_prompts",)  # those that live stages ask, in their order
 
@@ -159,6 +175,16 @@ def of_qwen2_end(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
     ]
 
 
+def of_teachers(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What the student says itself, corrected, makes it better, and by more than what the teacher says."""
+    gain, sequences = change["own answers, reverse KL"][EXACT], change["the teacher's answers"][EXACT]
+    more = gain["mean"] - sequences["mean"]
+    return [
+        claims.worst("On-policy distillation raises held-out exact match", gain["values"], above=0.0),
+        claims.claim("It gains more than SFT on as many of the teacher's answers", more, above=0.0),
+    ]
+
+
 def of_hacking(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A reward that can be hacked is, and is not where a verifier stands beside it."""
     hacked = change["substring"]
@@ -186,6 +212,13 @@ def of_rejection_sampling(change: Mapping[str, Mapping[str, Any]]) -> list[dict[
 
 PROMPTS, PER_PROMPT = 1024, 8  # of a policy gradient: 32 records of 32 prompts, two steps from each
 ONLINE_PROMPTS, ONLINE_PER_PROMPT = 2048, 4  # of online DPO: 32 steps of 64 pairs
+TEACHER = "taught"  # a stage: SFT of the same size from the same model, of more examples
+TAUGHT = 3840  # prompts, a response to each: 60 steps of 64
+TAUGHT_FOR_LONGER = (
+    f"+stage@stages.{TEACHER}=sft", f"stages.{TEACHER}.starts_from=long_context", f"stages.{TEACHER}.examples=30000",
+    f"stages.{TEACHER}.epochs=2", f"stages.{TEACHER}.context=1024", f"stages.{TEACHER}.batch_tokens=1024",
+    f"stages.{TEACHER}.lr={{peak: 5e-3, final: 5e-4, warmup_share: 0.03}}", f"stages.{TEACHER}.evaluate=false",
+)  # fmt: skip
 BASIC = {EXACT: "exact match", DRAWN: "right when drawn", KL: "KL to SFT, nats"}
 CURVES = {"reward/mean": "mean reward of what is drawn", "kl/reference": "KL to the SFT model, nats per response"}
 PARTS = {
@@ -249,6 +282,20 @@ PARTS = {
         CURVES | {"reward/mean": "mean reward, share of the most", "responses/length": "tokens of a response"},
         "reward_hacking.svg",
         of_hacking,
+    ),
+    "teacher": Part(
+        {
+            "own answers, reverse KL": of_teacher(),
+            "own answers, forward KL": of_teacher("stages.gkd.objective.direction=forward"),
+            "own answers, Jensen-Shannon": of_teacher("stages.gkd.objective.direction=jensen_shannon"),
+            "the teacher's answers": teachers_answers(),
+            "own answers, not selected": own_answers(1, TAUGHT),
+            "the teacher itself": Arm("qwen2", TEACHER, TAUGHT_FOR_LONGER),
+        },
+        BASIC,
+        {},
+        "on_policy_distillation.svg",
+        of_teachers,
     ),
     "qwen2_end": Part(
         {

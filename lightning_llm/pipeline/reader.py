@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import re
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
@@ -77,7 +77,8 @@ class _Reader:
     def _known_entries(self, path: str) -> Sequence[str] | None:
         """The keys of a mapping that is no dataclass, where they are not free."""
         if path == "model.published":  # a figure is known if something refers to it, or a model of ours states it
-            named = set(re.findall(r"\$\{model\.published\.(\w+)\}", OmegaConf.to_yaml(self.composition.config)))
+            texts = _texts(self.composition.config)
+            named = {name for text in texts for name in re.findall(r"\$\{model\.published\.(\w+)\}", text)}
             return sorted(named | _figures_of_our_models())
         return known_entries(path)
 
@@ -186,6 +187,16 @@ class _Reader:
         if any(key == pin or key.startswith(pin + ".") or pin.startswith(key + ".") for pin in self.composition.pinned):
             return COMMAND_LINE
         return self.composition.file_stating(key) or self.composition.verb
+
+
+def _texts(node: Any) -> Iterator[str]:
+    """All texts of a tree as they are written: what refers to another key is one."""
+    content = node._content if isinstance(node, DictConfig | ListConfig) else node._value()
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict | list):
+        for part in content.values() if isinstance(content, dict) else content:
+            yield from _texts(part)
 
 
 @functools.cache
