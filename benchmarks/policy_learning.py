@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Arm:
     stage: str
     words: Sequence[str] = ()
     most: float | None = 1.0  # reward of a response: curves show the share of it that is earned; none: no curves
-    to_the_end: bool = False  # all of the recipe is run: its reward model, too, where nobody asks it
+    until: str | None = None  # what the recipe is run to; none: that stage; "": its end
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def online_dpo(judge: str, *words: str, most: float | None = 1.0) -> Arm:
 
 def ending(*words: str) -> Arm:
     """The last stage of Qwen 2, and what is said otherwise of it."""
-    return Arm("qwen2", "online_dpo", words, most=None, to_the_end=True)
+    return Arm("qwen2", "online_dpo", words, most=None, until="")  # with the reward model, also where nobody asks it
 
 
 def of_teacher(*words: str) -> Arm:
@@ -290,7 +290,7 @@ PARTS = {
             "own answers, Jensen-Shannon": of_teacher("stages.gkd.objective.direction=jensen_shannon"),
             "the teacher's answers": teachers_answers(),
             "own answers, not selected": own_answers(1, TAUGHT),
-            "the teacher itself": Arm("qwen2", TEACHER, TAUGHT_FOR_LONGER),
+            "the teacher itself": replace(of_teacher(), stage=TEACHER, until="gkd"),
         },
         BASIC,
         {},
@@ -325,7 +325,8 @@ def trained(arms: Mapping[str, Arm], beginning: Beginning, arguments: Namespace)
 
     def run(seed: int, name: str, overrides: Sequence[str]) -> Path:
         arm = arms[name]
-        until = () if arm.to_the_end else (f"until={arm.stage}",)
+        last = arm.stage if arm.until is None else arm.until
+        until = (f"until={last}",) if last else ()
         words = (f"recipe={arm.recipe}", f"seed={seed}", *until, *beginning.words, *arm.words)
         return trials.run(*words, f"stages.{arm.stage}.evaluate=false", *overrides)
 
