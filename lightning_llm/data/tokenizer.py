@@ -119,6 +119,11 @@ class Tokenizer:
         return hashlib.sha256(f"{self._json}\0{self.chat_template}".encode()).hexdigest()
 
     @functools.cached_property
+    def ids_fingerprint(self) -> str:
+        """sha256 of tokenizer.json alone: models that agree on it read the same ids, whatever their chat templates."""
+        return hashlib.sha256(self._json.encode()).hexdigest()
+
+    @functools.cached_property
     def _json(self) -> str:
         return self.backend.to_str(pretty=True)
 

@@ -103,7 +103,7 @@ def refuse_weights(weights: Sequence[float], count: int) -> None:
     """
     if len(weights) != count:
         raise ValueError(f"weights must be one for each of {count} models, got {len(weights)}")
-    if abs(sum(weights) - 1) > 1e-6:
+    if not abs(sum(weights) - 1) <= 1e-6:  # nor if one is no number
         raise ValueError(f"weights must add up to 1, got {sum(weights):g}")
 
 

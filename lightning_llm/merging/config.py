@@ -52,7 +52,7 @@ class LinearConfig(MergeConfig):
             raise ValueError(f"names {models}, and method.weights are {len(self.weights)}")
 
     def __post_init__(self):
-        if self.weights is not None and abs(sum(self.weights) - 1) > 1e-6:
+        if self.weights is not None and not abs(sum(self.weights) - 1) <= 1e-6:
             raise ValueError(f"weights must add up to 1, got {sum(self.weights):g}")
 
 

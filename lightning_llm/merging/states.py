@@ -19,7 +19,7 @@ Arguments = ParamSpec("Arguments")
 
 class LazyState(Mapping[str, Tensor]):
     """A state whose tensors are computed whenever they are read, block by block, in at least fp32, and come in the type
-    of `like`'s.
+    and shape of `like`'s.
 
     So a merge of what lies on disk (models/shards.py) needs memory for the tensor that it makes and a few blocks.
     """
@@ -39,6 +39,14 @@ class LazyState(Mapping[str, Tensor]):
         for place, entries in zip(merged.view(-1).split(BLOCK), sources, strict=True):
             place.copy_(rule(entries))
         return merged
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type of a tensor, without computing it."""
+        return dtype_of(self._like, name)
+
+    def shape_of(self, name: str) -> list[int]:
+        """The shape of a tensor, without computing it."""
+        return shape_of(self._like, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._like)
@@ -65,28 +73,35 @@ def dtype_of(state: State, name: str) -> torch.dtype:
     return state[name].dtype if known is None else known(name)
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """In fp32 if it was narrower: what adds up must not round."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+def shape_of(state: State, name: str) -> list[int]:
+    """The shape of a tensor; what lies on disk tells it without reading the tensor."""
+    known: Callable[[str], list[int]] | None = getattr(state, "shape_of", None)
+    return list(state[name].shape) if known is None else known(name)
 
 
 def refuse_unlike(states: Sequence[State]) -> None:
-    """Refuse states that have not the same names.
+    """Refuse states that have not the same names and shapes.
 
     Raises:
-        ValueError: there is none, or one lacks a name or has one more; says which.
+        ValueError: there is none, one lacks a name or has one more, or a shape is another one; says which.
     """
     if not states:
         raise ValueError("there is no state to merge")
     for number, state in enumerate(states[1:], start=1):
         if other := state.keys() ^ states[0].keys():
             raise ValueError(f"state {number} and state 0 are of different models: only one has {min(other)}")
+        for name in state:
+            if (found := shape_of(state, name)) != (first := shape_of(states[0], name)):
+                what = f"{name} is {found}, and {first} in state 0"
+                raise ValueError(f"state {number} and state 0 are of different models: {what}")
 
 
 def blocks(states: Sequence[State], name: str) -> Iterator[list[Tensor]]:
-    """Of one parameter: the same entries of all states, flat, in at least fp32, so many at a time."""
+    """Of one parameter: the same entries of all states, flat, so many at a time, in fp32, or in fp64 if any are: what
+    adds up must not round."""
     for entries in zip(*(state[name].flatten().split(BLOCK) for state in states), strict=True):
-        yield [wide(some) for some in entries]
+        wide = torch.float64 if any(some.dtype == torch.float64 for some in entries) else torch.float32
+        yield [some.to(wide) for some in entries]
 
 
 def differences(start: Tensor, *others: Tensor) -> list[Tensor]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lightning_llm.pipeline.expand import Node
 from lightning_llm.pipeline.recipe import Recipe
@@ -14,6 +15,10 @@ from lightning_llm.settings import UserError
 from lightning_llm.stages.config import PruneSettings, TrainSettings
 from lightning_llm.stages.context import model_directory
 
+if TYPE_CHECKING:
+    from lightning_llm.data.tokenizer import Tokenizer
+
+OTHER_TOKENIZER_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "merges.txt")
 MODELS = ("model", "starts_from", "teacher_model", "reward_model")  # roles whose models read what a stage's data say
 
 
@@ -24,7 +29,7 @@ class Prepared:
     recipe: Recipe
     nodes: Mapping[str, Node]  # all of the plan
     artifacts: Mapping[str, Path]  # of those that are there already
-    fingerprints: dict[Path, str] = field(default_factory=dict)  # of tokenizers that have been read
+    tokenizers: dict[Path, Tokenizer] = field(default_factory=dict)  # that have been read
 
     def refuse(self, node: Node) -> None:
         """Refuse a node that could not be made as it is planned.
@@ -67,28 +72,48 @@ class Prepared:
         Raises:
             UserError: names the setting that names the model.
         """
-        own = self._fingerprint(node.inputs.get("tokenizer"))
+        own = self._tokenizer(node.inputs.get("tokenizer"))
         if own is None:
             return
         for role, source in node.inputs.items():
             if role.partition(".")[0] not in MODELS:
                 continue
-            other = self._fingerprint(self._tokenizer_of(source))
-            if other is not None and other != own:
+            place = self._tokenizer_of(source)
+            other = self._tokenizer(place)
+            if other is None and place is not None and place not in self.nodes:
+                self._refuse_unknown_tokenizer(node, source, Path(place), own)
+            if other is not None and other.ids_fingerprint != own.ids_fingerprint:
                 where, named = self._named(node, source)
-                what = f"{named} has another tokenizer (sha {other[:8]}) than the data of {node.stage} (sha {own[:8]})"
+                shas = (tokenizer.ids_fingerprint[:8] for tokenizer in (other, own))
+                what = "{} has another tokenizer (sha {}) than the data of {} (sha {})"
                 remedy = "Name a model with the same one"
                 if where.endswith(".learns_from"):
                     remedy += ", or take starts_from away: random weights take over their teacher's"
-                raise UserError(typed_key(where, self.recipe.rounds), what, remedy)
+                raise UserError(where, what.format(named, next(shas), node.stage, next(shas)), remedy)
+
+    def _refuse_unknown_tokenizer(self, node: Node, source: str, place: Path, own: Tokenizer) -> None:
+        """Refuse a model of elsewhere that has its tokenizer in other files than we read, or too few ids. One that has
+        none at all is trusted."""
+        from lightning_llm.models.families import read_config  # knows torch
+
+        directory = model_directory(place)
+        where, named = self._named(node, source)
+        if others := [name for name in OTHER_TOKENIZER_FILES if (directory / name).is_file()]:
+            what = f"{named} has {others[0]} and no tokenizer.json, so that nobody can tell whether it reads these ids"
+            raise UserError(where, what, "Load its tokenizer with transformers and save it there")
+        if (ids := read_config(directory).vocab_size) < own.vocab_size:
+            what = f"{named} knows {ids:,} ids, and the tokenizer of {node.stage} has {own.vocab_size:,}"
+            raise UserError(where, what, "Name a model with the same tokenizer")
 
     def _named(self, node: Node, source: str) -> tuple[str, str]:
-        """The setting that names an input of a node, and what it says."""
+        """The setting that names an input of a node, as it is typed, and what it says."""
         stage = self.recipe.stages[node.stage]
+        where, named = f"stages.{node.stage}", source
         for edge in stage.edges():
             if source in (edge.source, str(Path(edge.source).expanduser().resolve())):
-                return f"stages.{node.stage}.{edge.setting}", edge.source
-        return f"stages.{node.stage}", source
+                where, named = f"{where}.{edge.setting}", edge.source
+                break
+        return typed_key(where, self.recipe.rounds), named
 
     def _tokenizer_of(self, source: str) -> str | None:
         """The node, or the folder of elsewhere, with the tokenizer of a model."""
@@ -99,19 +124,19 @@ class Prepared:
             source = inputs.get("starts_from") or inputs.get("model.0") or ""
         return source or None
 
-    def _fingerprint(self, tokenizer: str | None) -> str | None:
+    def _tokenizer(self, place: str | None) -> Tokenizer | None:
         """None: there is none, or it has not been made yet."""
-        if tokenizer is None:
+        if place is None:
             return None
-        if tokenizer in self.nodes:
-            made = self.artifacts.get(tokenizer)
+        if place in self.nodes:
+            made = self.artifacts.get(place)
             folder = None if made is None else made / "tokenizer"
         else:
-            folder = model_directory(Path(tokenizer))
+            folder = model_directory(Path(place))
         if folder is None or not (folder / "tokenizer.json").is_file():
             return None
-        if folder not in self.fingerprints:
+        if folder not in self.tokenizers:
             from lightning_llm.data.tokenizer import Tokenizer
 
-            self.fingerprints[folder] = Tokenizer.load(folder).fingerprint
-        return self.fingerprints[folder]
+            self.tokenizers[folder] = Tokenizer.load(folder)
+        return self.tokenizers[folder]

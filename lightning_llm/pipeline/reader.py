@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,9 @@ class _Reader:
         """
         if isinstance(node, ListConfig):
             return [self.build(node[i], f"{path}[{i}]") for i in range(len(node))]
+        if isinstance(node, float) and not math.isfinite(node):
+            origin = self._origin(re.sub(r"\[\d+\].*", "", path))
+            raise UserError(origin, f"{path} is {node}, which is not finite", "Give it a number")
         if not isinstance(node, DictConfig):
             return node
         if node._is_none():

@@ -85,6 +85,9 @@ def test_called_it_computes_lazily_it_waits():
     [
         (lambda a, b: linear([]), "there is no state"),
         (lambda a, b: linear([a, {"other": b["model.norm.weight"]}]), "state 1 and state 0 are of different models"),
+        (lambda a, b: linear([{"w": torch.ones(2, 3)}, {"w": torch.ones(3, 2)}]), r"w is \[3, 2\], and \[2, 3\] in"),
+        (lambda a, b: liti({"w": torch.ones(4)}, {"w": torch.ones(1)}, 0.5), r"w is \[1\], and \[4\] in state 0"),
+        (lambda a, b: linear([a, b], [float("nan"), 1.0]), "weights must add up to 1, got nan"),
         (lambda a, b: linear([a, b], [0.5, 0.6]), "weights must add up to 1, got 1.1"),
         (lambda a, b: linear([a, b], [1.0]), "one for each of 2 models, got 1"),
         (lambda a, b: ema(a, b, 1.5), r"mu must lie in \[0, 1\], got 1.5"),

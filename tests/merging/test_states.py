@@ -37,6 +37,16 @@ class Largest(TorchDispatchMode):
         return found
 
 
+@pytest.mark.parametrize("name", [name for name in MERGES if name not in ("ties", "dare")])
+def test_an_fp64_model_is_merged_in_fp64_whatever_the_type_of_the_others(name):
+    generator = torch.Generator().manual_seed(0)
+    init = {"w": torch.randn(50, generator=generator)}
+    models = [{"w": torch.randn(50, dtype=torch.float64, generator=generator)} for _ in range(2)]
+    merged = MERGES[name](init, models)["w"]
+    wide = MERGES[name]({"w": init["w"].double()}, models)["w"]
+    assert torch.equal(merged, wide.to(merged.dtype))
+
+
 @pytest.fixture
 def models():
     chance = torch.Generator().manual_seed(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from lightning_llm import compose, run
@@ -50,6 +52,24 @@ def refused(beside, tmp_path):
 def test_a_teacher_of_elsewhere_with_another_tokenizer(targets, refused, talker):
     words = [*STUDENT, f"stages.student.learns_from={talker}", f"stages.student.objective.targets={targets}"]
     refused(words, rf"^stages\.student\.learns_from: {talker} has another tokenizer \(sha \w+\) than .* of student")
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("tokenizer.model", r"has tokenizer\.model and no tokenizer\.json, .* save it there"),
+        (None, r"knows 300 ids, and the tokenizer of student has 512"),
+    ],
+)
+def test_a_teacher_of_elsewhere_whose_tokenizer_is_not_known(file, says, refused, talker, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    for path in (*talker.glob("*.safetensors"), talker / "config.json"):
+        shutil.copy(path, folder)
+    if file:
+        (folder / file).write_bytes(b"sentencepiece")
+    words = [*STUDENT, f"stages.student.learns_from={folder}"]
+    refused(words, rf"^stages\.student\.learns_from: {folder} {says}")
 
 
 def test_a_teacher_of_another_line_of_stages(refused, talker):
