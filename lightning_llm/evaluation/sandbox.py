@@ -17,6 +17,7 @@ import os
 import platform
 import secrets
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,25 +45,69 @@ class Limits:
 def passes(code: str, tests: str, limits: Limits) -> bool:
     """Whether `tests` run to their end after `code`, in the same module."""
     token = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="lightning-llm-") as folder:
-        orders = json.dumps({"code": code, "tests": tests, "token": token, "folder": folder, **asdict(limits)})
-        with subprocess.Popen(
-            [sys.executable, "-I", "-S", str(CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"PATH": os.defpath},
-            start_new_session=True,
-        ) as process:
-            try:
-                said, _ = process.communicate(orders.encode(), timeout=2 * limits.seconds + STARTING)
-            except subprocess.TimeoutExpired:
-                said = b""
-            finally:
-                with suppress(ProcessLookupError):  # with whatever it has started, where the kernel did not forbid that
-                    os.killpg(process.pid, signal.SIGKILL)
-    return said == token.encode()
+    folder = tempfile.mkdtemp(prefix="lightning-llm-")
+    orders = {"code": code, "tests": tests, "token": token, "folder": folder, **asdict(limits)}
+    # Files, not pipes: what is written into a pipe has no limit, and whoever reads it keeps it in memory.
+    with tempfile.TemporaryFile() as ordered, tempfile.TemporaryFile() as said:
+        ordered.write(json.dumps(orders).encode())
+        ordered.seek(0)
+        try:
+            with subprocess.Popen(
+                [sys.executable, "-I", "-S", str(CHILD)],
+                stdin=ordered,
+                stdout=said,
+                stderr=subprocess.DEVNULL,
+                cwd=folder,
+                env={"PATH": os.defpath},
+                start_new_session=True,
+            ) as process:
+                try:
+                    process.wait(2 * limits.seconds + STARTING)
+                except subprocess.TimeoutExpired:
+                    return False
+                finally:
+                    with suppress(ProcessLookupError):  # and what it has started, where the kernel did not forbid that
+                        os.killpg(process.pid, signal.SIGKILL)
+        finally:
+            with suppress(OSError):  # no verdict is lost for what is left behind
+                remove(Path(folder))
+        said.seek(0)
+        return said.read(len(token) + 1) == token.encode()
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that a model's code has filled: as deep as it likes, with folders that nobody may open.
+
+    Folders inside folders are moved to the top, so that no path is long and nothing is recursive.
+
+    Raises:
+        OSError: something in it cannot be removed.
+    """
+
+    def open_up(name: str, parent: int) -> bool:
+        """Let its owner into a folder; False if it is none."""
+        if is_folder := stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+            os.chmod(name, 0o700, dir_fd=parent)
+        return is_folder
+
+    top = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        while names := os.listdir(top):
+            for name in names:
+                if not open_up(name, top):
+                    os.unlink(name, dir_fd=top)
+                    continue
+                inside = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=top)
+                try:
+                    for other in os.listdir(inside):
+                        open_up(other, inside)
+                        os.rename(other, secrets.token_hex(16), src_dir_fd=inside, dst_dir_fd=top)
+                finally:
+                    os.close(inside)
+                os.rmdir(name, dir_fd=top)
+    finally:
+        os.close(top)
+    folder.rmdir()
 
 
 @cache

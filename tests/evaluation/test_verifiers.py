@@ -4,6 +4,7 @@ anything printed passes for a verdict. Code that looks for the verdict in its ow
 import os
 import re
 import time
+import tracemalloc
 
 import pytest
 
@@ -147,6 +148,27 @@ def test_a_file_is_no_larger_than_it_may_be():
     code = "import signal\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"  # the write is cut short instead
     code += "written = open('here', 'wb', buffering=0).write(bytes(8 << 20))"
     assert passes(code, "assert written == 1 << 20", SMALL)
+
+
+LEFT_BEHIND = {
+    "a deep folder": "import os\nfor _ in range(5000): os.mkdir('d'), os.chdir('d')",
+    "a closed folder": "import os\nos.makedirs('a/b/c')\nos.mkdir('a/b/shut', 0)\nos.mkdir('gone', 0)",
+    "links": "import os\nos.mkdir('sub')\nos.symlink('/tmp', 'sub/out')\nos.symlink('sub', 'in')",
+}
+
+
+@pytest.mark.parametrize("code", LEFT_BEHIND.values(), ids=LEFT_BEHIND.keys())
+def test_whatever_it_leaves_behind_goes(code, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert passes(code, "", SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_it_says_takes_no_memory_of_ours():
+    tracemalloc.start()
+    assert not passes("import os\nb = bytes(1 << 20)\nfor _ in range(500): os.write(3, b)", "", SMALL)
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def test_it_may_read_and_import():
