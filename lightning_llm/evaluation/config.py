@@ -77,6 +77,11 @@ class JudgeConfig(Buildable):
         """Fields that it goes by, of the row that a prompt comes from: of `answer` and `tests`."""
         return ()
 
+    @property
+    def tells_right(self) -> bool:
+        """Whether a score says if a response is right, and does not only rank responses."""
+        return True
+
 
 @option("judge", "exact_answer")
 @dataclass
@@ -152,6 +157,11 @@ class RewardModelJudgeConfig(JudgeConfig):
         """Always."""
         return True
 
+    @property
+    def tells_right(self) -> bool:
+        """Never: a score is known up to a constant of its prompt."""
+        return False
+
 
 @option("judge", "length")
 @dataclass
@@ -167,6 +177,11 @@ class LengthConfig(JudgeConfig):
     def __post_init__(self):
         refuse_below(0, self, "free", "per_token", "cut_off")
 
+    @property
+    def tells_right(self) -> bool:
+        """Never."""
+        return False
+
 
 @option("judge", "random")
 @dataclass
@@ -175,6 +190,11 @@ class RandomConfig(JudgeConfig):
 
     implementation: ClassVar[str] = "lightning_llm.evaluation.scores:RandomScore"
     name: str = "random"
+
+    @property
+    def tells_right(self) -> bool:
+        """Never."""
+        return False
 
 
 @option("judge", "substring")
@@ -217,3 +237,8 @@ class WeightedConfig(JudgeConfig):
     def needs_fields(self) -> tuple[str, ...]:
         """Those of all parts."""
         return tuple(dict.fromkeys(field for part in self.parts.values() for field in part.judge.needs_fields))
+
+    @property
+    def tells_right(self) -> bool:
+        """If a part of it does and none asks a reward model, whose constant would move the sum."""
+        return not self.needs_reward_model and any(part.judge.tells_right for part in self.parts.values())

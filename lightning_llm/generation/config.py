@@ -43,6 +43,18 @@ class SamplingConfig:
     def __post_init__(self):
         self.resolved()
 
+    @property
+    def sure_by(self) -> str | None:
+        """What makes each token certain, if anything does."""
+        return (
+            "sampling.temperature is 0" if not self.temperature else "sampling.top_k is 1" if self.top_k == 1 else None
+        )
+
+    @property
+    def draws_from_model(self) -> bool:
+        """Whether responses come from the model's own distribution: at temperature 1, with nothing cut off."""
+        return self == SamplingConfig()
+
     def resolved(self) -> Sampling:
         """What the engine is given.
 

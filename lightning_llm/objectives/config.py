@@ -112,10 +112,9 @@ class PreferenceConfig(ObjectiveConfig):
     mask_formatting: bool = False  # leave formatting tokens out of both log-ratios (Llama 3, section 4.1.4)
 
     def __post_init__(self):
-        if self.beta <= 0:
-            raise ValueError(f"beta must be positive, got {self.beta}")
-        if self.nll_weight < 0:
-            raise ValueError(f"nll_weight must not be negative, got {self.nll_weight}")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be a positive number, got {self.beta}")
+        refuse_below(0, self, "nll_weight")
 
 
 @option("objective", "dpo")

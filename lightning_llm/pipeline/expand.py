@@ -28,7 +28,7 @@ from lightning_llm.evaluation.config import EvaluationConfig
 from lightning_llm.models.config import SIZES, ModelConfig
 from lightning_llm.objectives.config import DistillationConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
-from lightning_llm.pipeline.judged import judge_that_asks_reward_model
+from lightning_llm.pipeline.judged import judge_that_only_ranks
 from lightning_llm.pipeline.order import before_gates, order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.remade import masks_of, refuse_masks_of_another_size, shape_left, units_of_masks
@@ -144,7 +144,7 @@ class _Expansion:
     def _selection(self, name: str, stage: SelectStage) -> Node:
         own = {f.name for f in fields(SelectSettings)} - {"seed"}
         settings = SelectSettings(**{field: getattr(stage, field) for field in own}, seed=self.recipe.seed)
-        if judge_that_asks_reward_model(stage, self.recipe.stages) is not None:
+        if judge_that_only_ranks(stage, self.recipe.stages) is not None:
             settings = replace(settings, right_from=None)
         inputs: dict[str, str] = {}
         for number, source in enumerate(stage.data):

@@ -96,17 +96,10 @@ def check_selection(key: str, stage: SelectStage, stages: Mapping[str, StageConf
             raise UserError(f"{key}.balance", what, f"{remedy}, or set it to none")
 
 
-def judge_that_asks_reward_model(stage: SelectStage, stages: Mapping[str, StageConfig]) -> str | None:
-    """The first stage behind a selection whose scores are a reward model's, alone or in a mixture; None: there is none.
-
-    Such a score is known up to a constant of its prompt: it ranks the responses to one prompt, and no value of it says
-    that a response is right.
-    """
-    for name in stage.data:
-        judging = stages.get(name)
-        if isinstance(judging, JudgeStage) and judging.judge.needs_reward_model:
-            return name
-    return None
+def judge_that_only_ranks(stage: SelectStage, stages: Mapping[str, StageConfig]) -> str | None:
+    """The first stage behind a selection of whose scores none says that a response is right; None: there is none."""
+    judging = ((name, stages.get(name)) for name in stage.data)
+    return next((name for name, one in judging if isinstance(one, JudgeStage) and not one.judge.tells_right), None)
 
 
 def check_selected_rows(stages: Mapping[str, StageConfig]) -> None:
@@ -139,16 +132,19 @@ def _names_stages(key: str, data: Sequence[str]) -> None:
 
 
 def _check_scores_are_compared(key: str, stage: SelectStage, stages: Mapping[str, StageConfig]) -> None:
-    judging = judge_that_asks_reward_model(stage, stages)
+    judging = judge_that_only_ranks(stage, stages)
     if judging is None:
         return
-    why = f"{judging} asks a reward model, whose scores are known up to a constant of the prompt"
-    if stage.rule == "threshold":
-        remedy = f"Set {key}.rule=best and {key}.minimum_score=null"
-        raise UserError(f"{key}.rule", f"is threshold, and {why}", remedy)
-    if stage.minimum_score is not None:
-        what = f"is {stage.minimum_score:g}, and {why}"
-        raise UserError(f"{key}.minimum_score", what, f"Set {key}.minimum_score=null, or let a verifier judge")
+    judge = stages[judging].judge  # pyright: ignore[reportAttributeAccessIssue]
+    why = f"{judging} asks a judge ({judge.name}) that only ranks responses"
+    if judge.needs_reward_model:
+        why = f"{judging} asks a reward model, whose scores are known up to a constant of the prompt"
+        if stage.rule == "threshold":
+            remedy = f"Set {key}.rule=best and {key}.minimum_score=null"
+            raise UserError(f"{key}.rule", f"is threshold, and {why}", remedy)
+        if stage.minimum_score is not None:
+            what = f"is {stage.minimum_score:g}, and {why}"
+            raise UserError(f"{key}.minimum_score", what, f"Set {key}.minimum_score=null, or let a verifier judge")
     if stage.balance != "none":
         what = f"is by {stage.balance}, the share of right responses, and {why}"
         remedy = f"Set {key}.balance=none (and {key}.keep=1, or as many are drawn by chance), or let a verifier judge"

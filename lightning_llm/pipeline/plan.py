@@ -173,6 +173,7 @@ def _notes(recipe: Recipe, nodes: Sequence[Node], models: dict[str, ModelConfig]
         *refused_attention(recipe.compute, nodes, models),
         *estimated_lengths(recipe, {node.name for node in nodes}),
         *teachers_alone(recipe.compute, nodes),
+        *drawn_otherwise(nodes),
     )
 
 
@@ -182,6 +183,12 @@ def teachers_alone(compute: ComputeConfig, nodes: Sequence[Node]) -> tuple[str, 
     if compute.devices == 1 or not asked:
         return ()
     return (f"{', '.join(asked)}: on one of the {compute.devices} devices, and so is its time",)
+
+
+def drawn_otherwise(nodes: Iterable[Node]) -> tuple[str, ...]:
+    """A line about policy gradients whose responses come from another distribution than the policy's."""
+    lines = {node.settings.draws_otherwise: node.name for node in nodes if isinstance(node.settings, TrainSettings)}
+    return tuple(f"{name}: {line}" for line, name in lines.items() if line)
 
 
 def missing_sources(nodes: Iterable[Node]) -> tuple[str, ...]:

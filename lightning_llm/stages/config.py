@@ -11,7 +11,7 @@ from lightning_llm.evaluation.config import EvaluationConfig, JudgeConfig
 from lightning_llm.generation.config import SamplingConfig
 from lightning_llm.merging.config import MergeConfig
 from lightning_llm.models.config import MIXTURE_FIELDS, SIZES, ModelConfig, PruneConfig
-from lightning_llm.objectives.config import ObjectiveConfig
+from lightning_llm.objectives.config import ObjectiveConfig, PolicyConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.settings import came_later, option, refuse_below
 from lightning_llm.training.config import AveragingConfig, RolloutConfig
@@ -275,8 +275,8 @@ class GenerateStage(StageConfig):
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, is {self.engine}")
         if self.engine == "vllm" and self.stop:
             raise ValueError("stop is our own engine's: leave engine at own, or end responses by tokens")
-        if not self.sampling.temperature and self.per_prompt > 1:
-            raise ValueError("sampling.temperature is 0: all responses of a model to a prompt would be the same")
+        if self.per_prompt > 1 and (sure := self.sampling.sure_by):
+            raise ValueError(f"{sure}: all responses of a model to a prompt would be the same")
 
 
 @option("stage", "judge")
@@ -307,7 +307,7 @@ class SelectStage(StageConfig):
     per_prompt: int = 1  # responses that are kept of a prompt, at most; of different text
     keep: float = 1.0  # share of the rows that stay
     balance: str = "none"  # none | difficulty: what stays is drawn from hard and easy prompts alike
-    # a response of this score is right; the share of right ones is a prompt's difficulty; a reward model's have neither
+    # a response of this score is right; the share of right ones is a prompt's difficulty; what only ranks has neither
     right_from: float = 0.5
     bins: int = 4  # of difficulty
 
@@ -421,6 +421,17 @@ class TrainSettings:
         """The seed of all that is drawn anew for the stage's model: random weights, heads, scores of masks."""
         return self.seed if self.seed_of_parameters is None else self.seed_of_parameters
 
+    @property
+    def draws_otherwise(self) -> str | None:
+        """A line where a policy gradient learns from responses that are not drawn from the policy itself."""
+        if self.rollout is None or not isinstance(self.objective, PolicyConfig):
+            return None
+        if self.rollout.sampling.draws_from_model:
+            return None
+        return (
+            "rollout.sampling cuts off or has another temperature: the gradient is not exactly that of the mean reward"
+        )
+
 
 @dataclass
 class GenerateSettings:
@@ -509,7 +520,7 @@ class SelectSettings:
     per_prompt: int
     keep: float
     balance: str
-    right_from: float | None  # none: scores of a reward model, of which none says that a response is right
+    right_from: float | None  # none: no score says that a response is right
     bins: int
     seed: int
 

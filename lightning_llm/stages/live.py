@@ -22,6 +22,8 @@ def build_rollouts(context: StageContext, policy: Transformer, tokenizer: Tokeni
     settings: TrainSettings = context.settings
     compute = context.compute
     assert settings.rollout is not None
+    if line := settings.draws_otherwise:
+        context.console.note(line)
     actor = Actor(
         policy,
         None if settings.judge is None else build_judge(context, [context.inputs["data"]]),

@@ -28,8 +28,8 @@ class RolloutConfig:
     def __post_init__(self):
         refuse_below(1, self, "prompts", "per_prompt", "max_new_tokens", "steps", "epochs")
         refuse_below(0, self, "max_staleness", "held_out", "round")
-        if not self.sampling.temperature and self.per_prompt > 1:
-            raise ValueError("sampling.temperature is 0: all responses to a prompt would be the same")
+        if self.per_prompt > 1 and (sure := self.sampling.sure_by):
+            raise ValueError(f"{sure}: all responses to a prompt would be the same")
         if self.reference not in ("fixed", "ema"):
             raise ValueError(f"reference is fixed or ema, is {self.reference!r}")
         if not 0 <= self.ema_decay < 1:

@@ -116,6 +116,17 @@ WRONG = {  # recipe, overrides, what is said
         "whose scores are known up to a constant of the prompt. "
         f"Set {ROUND}.best.balance=none (and {ROUND}.best.keep=1",
     ),
+    "a balance by what chance calls right": (
+        "rejection_sampling",
+        [f"{SCORE}=random", "stages.best.balance=difficulty", "stages.best.keep=0.5"],
+        "stages.best.balance: is by difficulty, the share of right responses, and score asks a judge (random) that "
+        "only ranks responses. Set stages.best.balance=none",
+    ),
+    "responses that would all be one": (
+        "rejection_sampling",
+        ["stages.sample.sampling.top_k=1"],
+        "stages.sample: sampling.top_k is 1: all responses of a model to a prompt would be the same",
+    ),
     "pairs for a stage that learns from conversations": (
         "rejection_sampling",
         ["stages.best.form=pairs"],
@@ -179,8 +190,8 @@ def test_the_words_of_a_reward_model_stand_in_the_recipes_header(recipe):
         assert f" {word}" in header
 
 
-@pytest.mark.parametrize("words", [RANKED, MIXED])
-def test_no_score_of_a_reward_model_is_right(words):
+@pytest.mark.parametrize("words", [RANKED, MIXED, [f"{SCORE}=random"], [f"{SCORE}=length"]])
+def test_no_score_of_what_only_ranks_is_right(words):
     def settings(*more):
         nodes = plan(compose("rejection_sampling", overrides=["stages.best.minimum_score=null", *more])).nodes
         return next(node.settings for node in nodes if node.name == "best")

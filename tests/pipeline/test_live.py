@@ -53,6 +53,14 @@ def test_examples_are_prompts_and_every_pass_over_what_they_made_costs_steps():
     assert figures["online_dpo"]["flops"] > figures["dpo"]["flops"]
 
 
+def test_the_plan_says_that_a_policy_gradient_is_not_exact_where_others_are_drawn():
+    cold = "rollout.sampling.temperature=0.9"
+    said = plan(compose("policy_gradients", overrides=[f"stages.rlhf.{cold}"])).notes
+    assert [line.partition(":")[0] for line in said] == ["rlhf"]
+    assert "rollout.sampling" in said[0]
+    assert plan(compose("qwen2", overrides=[f"stages.online_dpo.{cold}"])).notes == ()  # pairs may come from anywhere
+
+
 def test_a_scale_says_how_many_prompts_a_step_has():
     published = compose("qwen2", scale="paper")
     assert scaled(published).stages["online_dpo"].rollout.prompts == 128
