@@ -91,8 +91,9 @@ def ending(*words: str) -> Arm:
 def of_teacher(*words: str) -> Arm:
     """The student's own answers, each token corrected by the teacher."""
     chosen = ("+stage@stages.gkd=on_policy_distil", "stages.gkd.starts_from=sft", f"stages.gkd.learns_from={TEACHER}")
-    figures = (f"stages.gkd.examples={TAUGHT}", "stages.gkd.context=1024", "stages.gkd.lr.peak=1e-3")
-    return Arm("qwen2", "gkd", (*TAUGHT_FOR_LONGER, *chosen, *figures, *words), most=None)
+    figures = (f"stages.gkd.examples={TAUGHT}", "stages.gkd.context=1024", "stages.gkd.lr.peak=4e-4")
+    steps = ("stages.gkd.rollout.prompts=32",)
+    return Arm("qwen2", "gkd", (*TAUGHT_FOR_LONGER, *chosen, *figures, *steps, *words), most=None)
 
 
 def teachers_answers() -> Arm:
@@ -213,7 +214,7 @@ def of_rejection_sampling(change: Mapping[str, Mapping[str, Any]]) -> list[dict[
 PROMPTS, PER_PROMPT = 1024, 8  # of a policy gradient: 32 records of 32 prompts, two steps from each
 ONLINE_PROMPTS, ONLINE_PER_PROMPT = 2048, 4  # of online DPO: 32 steps of 64 pairs
 TEACHER = "taught"  # a stage: SFT of the same size from the same model, of more examples
-TAUGHT = 3840  # prompts, a response to each: 60 steps of 64
+TAUGHT = 3840  # prompts, a response to each: 120 steps of 32
 TAUGHT_FOR_LONGER = (
     f"+stage@stages.{TEACHER}=sft", f"stages.{TEACHER}.starts_from=long_context", f"stages.{TEACHER}.examples=30000",
     f"stages.{TEACHER}.epochs=2", f"stages.{TEACHER}.context=1024", f"stages.{TEACHER}.batch_tokens=1024",
