@@ -9,8 +9,8 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="needs the extra notebooks: pip install 'lightning-llm[notebooks]'")
 SHORTER = {  # what a test of a notebook trains and reads less
     "01_inspect_a_run": {
-        "pretraining_tokens=200_000": "pretraining_tokens=60_000",
-        "every=20_000": "every=6_000",
+        "pretraining_tokens=200_000": "pretraining_tokens=40_000",
+        "every=20_000": "every=4_000",
         '"compute.threads=1"': '"compute.threads=1", "scale.corpora.docs.path=null", "scale.corpora.math.path=null"',
     },
     "02_preference_learning": {
@@ -21,9 +21,11 @@ SHORTER = {  # what a test of a notebook trains and reads less
         "online_dpo.examples=1280": "online_dpo.examples=320",
     },
     "03_distillation_and_merging": {
-        "500_000": "150_000",
-        "STUDENTS, 200_000": "STUDENTS, 80_000",
-        '"decayed"), 80_000': '"decayed"), 30_000',
+        "500_000": "60_000",
+        "STUDENTS, 200_000": "STUDENTS, 40_000",
+        '"decayed"), 80_000': '"decayed"), 20_000',
+        "0.125 * i, 3) for i in range(13)": "0.5 * i, 3) for i in range(4)",
+        "0.15 * i, 3) for i in range(10)": "0.4 * i, 3) for i in range(4)",
     },
 }
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
