@@ -172,7 +172,7 @@ def of_qwen2_end(change: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]
         claims.worst("Qwen 2's online DPO raises the held-out mean reward", gain["values"], above=0.0),
         claims.claim("It gains more than a random reward", more, above=0.0),
         claims.mean("It costs exact match at most .02", exact["values"], at_least=-0.02),
-        claims.worst("It costs exact match at most .02, worst seed", exact["values"], at_least=-0.02),
+        claims.worst("It costs exact match at most .02", exact["values"], at_least=-0.02),
     ]
 
 
