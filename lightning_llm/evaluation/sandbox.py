@@ -2,8 +2,10 @@
 
 With isolation by the kernel (Linux) the process has no capabilities, makes no system call but those that computing,
 reading and writing take (seccomp), and writes only below a temporary folder that goes with it (Landlock): it starts no
-other process, opens no socket, signals nobody, and changes no limit, mode or owner. It may read what its user may read:
-keep secrets elsewhere. It may write many files while its time lasts, each no larger than allowed.
+other process, opens no socket, signals nobody, and changes no limit, mode or owner, and ends with whoever has started
+it. It may read what its user may read: keep secrets elsewhere. The folder is a file system of its own with 64 MiB and
+4,096 entries where the kernel lets its user mount one; elsewhere it may write many files while its time lasts, each no
+larger than allowed.
 
 Tests run in the same interpreter as the code. A verdict is a number drawn for the occasion, so that neither an exit
 code nor anything printed passes for one; code that searches its own interpreter for that number can forge it, and
@@ -25,6 +27,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 from lightning_llm.settings import UserError
 
@@ -44,11 +47,15 @@ class Limits:
 
 def passes(code: str, tests: str, limits: Limits) -> bool:
     """Whether `tests` run to their end after `code`, in the same module."""
-    token = secrets.token_hex(16)
-    folder = tempfile.mkdtemp(prefix="lightning-llm-")
-    orders = {"code": code, "tests": tests, "token": token, "folder": folder, **asdict(limits)}
+    token, temporary = secrets.token_hex(16), tempfile.gettempdir()
+    try:
+        folder = tempfile.mkdtemp(prefix="lightning-llm-")
+    except OSError as error:
+        what = f"{temporary} takes no folder for a model's code ({error.strerror})"
+        raise UserError("TMPDIR", what, "Make room there, or name another place") from error
+    orders = {"code": code, "tests": tests, "token": token, "folder": folder, "parent": os.getpid(), **asdict(limits)}
     # Files, not pipes: what is written into a pipe has no limit, and whoever reads it keeps it in memory.
-    with tempfile.TemporaryFile() as ordered, tempfile.TemporaryFile() as said:
+    with _in_memory() as ordered, _in_memory() as said:
         ordered.write(json.dumps(orders).encode())
         ordered.seek(0)
         try:
@@ -73,6 +80,13 @@ def passes(code: str, tests: str, limits: Limits) -> bool:
                 remove(Path(folder))
         said.seek(0)
         return said.read(len(token) + 1) == token.encode()
+
+
+def _in_memory() -> IO[bytes]:
+    """A file that no full disk can keep from being written."""
+    if hasattr(os, "memfd_create"):
+        return os.fdopen(os.memfd_create("lightning-llm"), "w+b")
+    return tempfile.TemporaryFile()
 
 
 def remove(folder: Path) -> None:
@@ -100,8 +114,10 @@ def remove(folder: Path) -> None:
                 inside = os.open(name, os.O_RDONLY | os.O_DIRECTORY, dir_fd=top)
                 try:
                     for other in os.listdir(inside):
-                        open_up(other, inside)
-                        os.rename(other, secrets.token_hex(16), src_dir_fd=inside, dst_dir_fd=top)
+                        if open_up(other, inside):
+                            os.rename(other, secrets.token_hex(16), src_dir_fd=inside, dst_dir_fd=top)
+                        else:
+                            os.unlink(other, dir_fd=inside)
                 finally:
                     os.close(inside)
                 os.rmdir(name, dir_fd=top)

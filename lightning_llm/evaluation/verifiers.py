@@ -6,11 +6,14 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import regex
+
 from lightning_llm.evaluation.config import ExactAnswerConfig, FormatConfig, UnitTestsConfig
 from lightning_llm.evaluation.judges import JudgeContext, Question, Response, Verdict, refuse_unknown_answers, verify
 from lightning_llm.evaluation.sandbox import Limits, passes, refuse_weak_kernel
 from lightning_llm.settings import UserError
 
+MATCHING = 1.0  # seconds, at most, in which a response has the form or has not
 CODE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL)
 
 
@@ -34,11 +37,18 @@ class Format:
     """Whether a response has a form, whatever it says. What was cut off has none."""
 
     def __init__(self, config: FormatConfig, context: JudgeContext):
-        self.pattern = re.compile(config.pattern)
+        self.pattern = regex.compile(config.pattern)
 
     def __call__(self, questions: Sequence[Question], responses: Sequence[Response]) -> list[Verdict]:
-        """1 where the whole text matches, else 0."""
-        return [Verdict(float(r.is_complete and self.pattern.fullmatch(r.text) is not None)) for r in responses]
+        """1 where the whole text matches, else 0; 0, too, where nobody knows within MATCHING seconds: a pattern may go
+        back over a text without end, and the text is the policy's."""
+        return [Verdict(float(r.is_complete and self._matches(r.text))) for r in responses]
+
+    def _matches(self, text: str) -> bool:
+        try:
+            return self.pattern.fullmatch(text, timeout=MATCHING) is not None
+        except TimeoutError:
+            return False
 
 
 class UnitTests:

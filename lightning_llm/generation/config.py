@@ -46,9 +46,9 @@ class SamplingConfig:
     @property
     def sure_by(self) -> str | None:
         """What makes each token certain, if anything does."""
-        return (
-            "sampling.temperature is 0" if not self.temperature else "sampling.top_k is 1" if self.top_k == 1 else None
-        )
+        if not self.temperature:
+            return "sampling.temperature is 0"
+        return next((f"sampling.{name} is 1" for name in ("top_k", "min_p") if getattr(self, name) == 1), None)
 
     @property
     def draws_from_model(self) -> bool:

@@ -27,6 +27,8 @@ def check_judge(key: str, judge: JudgeConfig, judged_by: Sequence[str]) -> None:
     Raises:
         UserError: names the key.
     """
+    if len(set(judged_by)) < len(judged_by):
+        raise UserError(f"{key}.judged_by", "names one twice", "Take one away")
     if judge.needs_reward_model and not judged_by:
         what = "names nobody, and the judge asks a reward model"
         raise UserError(f"{key}.judged_by", what, "Name a stage, as [reward_model], or choose another judge")

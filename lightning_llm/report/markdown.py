@@ -14,7 +14,7 @@ from lightning_llm.report.comparison import differences, environment, recipe_tex
 from lightning_llm.report.needles import GATE_HEADS, gate_rows, needle_grids
 from lightning_llm.report.needles import table as needle_table
 from lightning_llm.report.numbers import NOTHING, duration, figure, quantity, size
-from lightning_llm.report.record import Run
+from lightning_llm.report.record import Run, visible
 from lightning_llm.report.selection import selections
 from lightning_llm.report.selection import tables as selection_tables
 
@@ -106,7 +106,7 @@ def _samples(run: Run, which: str) -> Iterator[str]:
                 for part in ("prompt", "reference", "response"):
                     if sample.get(part) is not None:
                         yield f"\n{part}\n"
-                        yield from _fenced(str(sample[part]))
+                        yield from _fenced(visible(sample[part]))
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> Iterator[str]:

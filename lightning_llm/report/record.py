@@ -13,6 +13,7 @@ from lightning_llm.settings import UserError
 from lightning_llm.stages.config import MODELS
 
 CURVES = "metrics.jsonl"  # a training stage's figures over its tokens
+PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n\r"} | {127: 0x2421}  # of controls
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,11 @@ class Run:
         """Metrics of a training stage's evaluation."""
         node = self.evaluation(stage)
         return node.metrics if node else {}
+
+
+def visible(text: Any) -> str:
+    """What a model has said, with Unicode's pictures in the place of control characters: a page may hold none."""
+    return str(text).translate(PICTURES)
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

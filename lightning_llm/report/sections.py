@@ -15,7 +15,7 @@ from lightning_llm.report.graph import LABELS, draw_graph
 from lightning_llm.report.needles import GATE_HEADS, answers_said, gate_rows, needle_grids
 from lightning_llm.report.needles import maps as needle_maps
 from lightning_llm.report.numbers import NOTHING, duration, figure, flops, is_number, measure, quantity, size
-from lightning_llm.report.record import Node, Run
+from lightning_llm.report.record import Node, Run, visible
 from lightning_llm.report.selection import Table, selections, tables
 
 MAPS_IN_A_ROW = 3
@@ -510,7 +510,7 @@ def _sample(sample: dict[str, Any]) -> str:
         )
 
     def said(label: str, text: Any, mark: str = "") -> str:
-        return f"<dt>{label} {mark}</dt><dd><pre>{escape(str(text))}</pre></dd>" if text is not None else ""
+        return f"<dt>{label} {mark}</dt><dd><pre>{escape(visible(text))}</pre></dd>" if text is not None else ""
 
     won = {"win": "won", "loss": "lost", "tie": "tie", "both wrong": "both wrong"}.get(str(sample.get("verdict")), "")
     return (

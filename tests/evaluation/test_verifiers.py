@@ -1,11 +1,15 @@
 """Verifiers, and the process that a model's code runs in: what it may not do it cannot, and neither an exit code nor
 anything printed passes for a verdict. Code that looks for the verdict in its own interpreter can forge one."""
 
+import dataclasses
 import os
 import re
+import subprocess
+import sys
 import time
 import tracemalloc
 
+import psutil
 import pytest
 
 from lightning_llm.evaluation.config import ExactAnswerConfig, FormatConfig, UnitTestsConfig
@@ -42,6 +46,13 @@ def test_a_form_is_matched_by_the_whole_text():
     assert judge([question()], [said("answer: 7", is_complete=False)])[0].score == 0
     with pytest.raises(ValueError, match="no regular expression"):
         FormatConfig(pattern="(")
+
+
+def test_a_pattern_that_goes_back_without_end_is_given_up():
+    endless = FormatConfig(pattern=r"(a|a?)+b").build(HERE)
+    began = time.monotonic()
+    assert endless([question()], [said("a" * 60)])[0].score == 0
+    assert time.monotonic() - began < 20
 
 
 TESTS = "assert double(4) == 8\nassert double(-1) == -2"
@@ -151,17 +162,73 @@ def test_a_file_is_no_larger_than_it_may_be():
 
 
 LEFT_BEHIND = {
-    "a deep folder": "import os\nfor _ in range(5000): os.mkdir('d'), os.chdir('d')",
+    "a deep folder": "import os\nfor _ in range(3000): os.mkdir('d'), os.chdir('d')",
     "a closed folder": "import os\nos.makedirs('a/b/c')\nos.mkdir('a/b/shut', 0)\nos.mkdir('gone', 0)",
     "links": "import os\nos.mkdir('sub')\nos.symlink('/tmp', 'sub/out')\nos.symlink('sub', 'in')",
 }
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])  # a file system of its own, or the folder itself
 @pytest.mark.parametrize("code", LEFT_BEHIND.values(), ids=LEFT_BEHIND.keys())
-def test_whatever_it_leaves_behind_goes(code, tmp_path, monkeypatch):
+def test_whatever_it_leaves_behind_goes(code, by_kernel, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert passes(code, "", SMALL)
+    assert passes(code, "", dataclasses.replace(SMALL, by_kernel=by_kernel))
     assert list(tmp_path.iterdir()) == []
+
+
+FLOODS = {
+    "entries": ("open(str(n), 'w').close()", 4096),
+    "bytes": ("open(str(n), 'wb').write(bytes(1 << 20))", 64),
+}
+
+
+@pytest.mark.parametrize(("flood", "most"), FLOODS.values(), ids=FLOODS.keys())
+def test_a_flood_ends_where_its_own_file_system_does(flood, most):
+    if not passes("import os\nroom = os.statvfs('.')", "assert room.f_blocks * room.f_frsize <= 64 << 20", SMALL):
+        pytest.skip("this kernel lets nobody mount a file system")
+    code = f"n = 0\ntry:\n    while n < 10_000:\n        {flood}\n        n += 1\nexcept OSError: pass"
+    assert passes(code, f"assert {most // 2} < n <= {most}, n", Limits(seconds=5.0, memory_mib=256))
+
+
+def test_a_full_disk_is_named(monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/proc")  # where nobody may make a folder
+    with pytest.raises(UserError, match="TMPDIR: /proc takes no folder"):
+        passes("", "", SMALL)
+
+
+def test_it_ends_with_whoever_has_started_it():
+    """Also a trainer that is killed leaves no code behind."""
+    started = "from lightning_llm.evaluation.sandbox import Limits, passes; passes('import time; time.sleep(999)', '', "
+    parent = subprocess.Popen([sys.executable, "-c", f"{started} Limits(seconds=500.0))"])
+    try:
+        [child] = wait_for(lambda: psutil.Process(parent.pid).children())
+        wait_for(lambda: child.num_ctx_switches().voluntary and child.status() == psutil.STATUS_SLEEPING)
+    finally:
+        parent.kill()
+        parent.wait()
+    wait_for(lambda: not psutil.pid_exists(child.pid))
+
+
+def wait_for(found, seconds=30.0):
+    """What `found` finds, as soon as it does."""
+    until = time.monotonic() + seconds
+    while not (what := found()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return what
+
+
+OWN_MODULE = {
+    "a guarded main program": "if __name__ == '__main__': raise SystemExit",
+    "pickle": "import pickle\nclass A: pass\nassert pickle.loads(pickle.dumps(A()))",
+    "hints": "from __future__ import annotations\nimport typing\nclass A:\n    a: A\nassert typing.get_type_hints(A)",
+    "a temporary file": "import tempfile\nwith tempfile.NamedTemporaryFile(dir='.') as file: file.write(b'x')",
+}
+
+
+@pytest.mark.parametrize("code", OWN_MODULE.values(), ids=OWN_MODULE.keys())
+def test_code_is_a_module_of_its_own(code):
+    assert passes(code, "", SMALL)
 
 
 def test_what_it_says_takes_no_memory_of_ours():

@@ -123,7 +123,8 @@ def test_words_of_models_and_data_stay_words(copied, tmp_path, opened):
     """A sample, a metric and a recipe that try to be HTML, also inside the JSON of a figure and in Markdown."""
     attack = "<script>document.title = 'taken'</script></script><img src=x onerror=\"document.title='taken'\">"
     samples = copied / "artifacts" / "online_dpo.evaluate" / "samples.json"
-    changed = [sample | {"response": attack, "prompt": attack} for sample in json.loads(samples.read_text())]
+    controls = "a\x00b\x1bc"
+    changed = [sample | {"response": attack, "prompt": attack + controls} for sample in json.loads(samples.read_text())]
     samples.write_text(json.dumps(changed))
     curves = copied / "artifacts" / "sft" / "metrics.jsonl"
     lines = [json.loads(line) for line in curves.read_text().splitlines()]
@@ -141,6 +142,10 @@ def test_words_of_models_and_data_stay_words(copied, tmp_path, opened):
     assert page.title() != "taken"
     assert page.locator("img").count() == 0
     assert attack in page.locator("#samples").inner_text()
+    for written in (path, path.with_suffix(".md")):
+        text = written.read_text()
+        assert "a\u2400b\u241bc" in text
+        assert not set(text) & set(map(chr, range(9)))
     outside_code = re.sub(r"^(`{3,}).*?^\1$", "", path.with_suffix(".md").read_text(), flags=re.DOTALL | re.MULTILINE)
     assert "<script" not in outside_code
 
