@@ -291,7 +291,7 @@ PARTS = {
             "own answers, Jensen-Shannon": of_teacher("stages.gkd.objective.direction=jensen_shannon"),
             "the teacher's answers": teachers_answers(),
             "own answers, not selected": own_answers(1, TAUGHT),
-            "the teacher itself": replace(of_teacher(), stage=TEACHER, until="gkd"),
+            "the teacher itself": replace(of_teacher("stages.gkd.evaluate=false"), stage=TEACHER, until="gkd"),
         },
         BASIC,
         {},
