@@ -27,7 +27,7 @@ class MergeConfig(Buildable):
         """Refuse a number of models that it cannot merge.
 
         Raises:
-            ValueError: says which it can.
+            ValueError: says which it can; a second argument is the remedy, where that is not another method.
         """
         if models < self.fewest or (self.most is not None and models > self.most):
             wanted = f"exactly {self.most}" if self.most == self.fewest else f"at least {self.fewest}"
@@ -49,7 +49,7 @@ class LinearConfig(MergeConfig):
         """Also weights that are not those of so many models."""
         super().refuse(models)
         if self.weights is not None and len(self.weights) != models:
-            raise ValueError(f"names {models}, and method.weights are {len(self.weights)}")
+            raise ValueError(f"names {models}, and method.weights are {len(self.weights)}", "Give each model a weight")
 
     def __post_init__(self):
         if self.weights is not None and not abs(sum(self.weights) - 1) <= 1e-6:
@@ -86,7 +86,7 @@ class SlerpConfig(MergeConfig):
         """Also a place on the arc of more than two."""
         super().refuse(models)
         if self.t is not None and models > 2:
-            raise ValueError(f"names {models}, and method.t is a place between two")
+            raise ValueError(f"names {models}, and method.t is a place between two", "Take method.t away")
 
     def __post_init__(self):
         _share(self, "t")

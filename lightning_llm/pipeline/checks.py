@@ -59,6 +59,7 @@ def check(recipe: Recipe) -> None:
     """
     if not recipe.stages:
         raise UserError(f"recipe {recipe.name}", "has no stages", "Add one: +stage@stages.NAME=pretrain")
+    order_of_stages(recipe.stages)  # before what follows edges: they lead somewhere, and in no circle
     for name, stage in recipe.stages.items():
         _check_stage(f"stages.{name}", stage, recipe.stages)
     _check_what_is_kept(recipe.stages)
@@ -67,7 +68,6 @@ def check(recipe: Recipe) -> None:
             _check_gate(name, stage, recipe)
     for part in ("text", "tasks", "pairs"):
         _check_data(f"evaluation.{part}", getattr(recipe.evaluation, part))
-    order_of_stages(recipe.stages)
     check_selected_rows(recipe.stages)
     _check_heads(recipe)
     check_compute(recipe.compute)
@@ -149,6 +149,7 @@ def _check_stage(key: str, stage: StageConfig, stages: Mapping[str, StageConfig]
         _check_merging(key, stage)
     elif isinstance(stage, PruneStage):
         one_of(f"{key}.kind", stage.kind, ("prune",))
+        whole(f"{key}.context", stage.context, low=SHORTEST_CONTEXT, below=MOST_TOKENS)
         check_pruning(key, stage, stages)
         _check_data(f"{key}.data", stage.data)
     elif isinstance(stage, UpcycleStage):
@@ -171,7 +172,10 @@ def _check_merging(key: str, stage: MergeStage) -> None:
     try:
         stage.method.refuse(len(stage.models))
     except ValueError as error:
-        raise UserError(f"{key}.models", str(error), f"Choose another method: merge@{key}.method=...") from error
+        what, *remedies = error.args
+        raise UserError(
+            f"{key}.models", what, *(remedies or [f"Choose another method: merge@{key}.method=..."])
+        ) from error
 
 
 def _check_heads(recipe: Recipe) -> None:
@@ -238,6 +242,8 @@ def _check_training(key: str, stage: TrainStage) -> None:
     for rate in ("peak", "final", "final_share"):
         if (value := getattr(stage.lr, rate)) is not None:
             in_range(f"{key}.lr.{rate}", value, low=0)
+    if stage.rope_theta is not None:
+        in_range(f"{key}.rope_theta", stage.rope_theta, above=0)
     if stage.evaluate_every is not None:
         in_range(f"{key}.evaluate_every", stage.evaluate_every, above=0)
     if stage.rope_scaling:

@@ -203,6 +203,7 @@ class _Expansion:
         if stage.learns_from is not None:
             assert isinstance(stage.objective, DistillationConfig), "checked"
             if stage.objective.is_kept:
+                self._refuse_large_k(name, stage.objective)
                 asked = {"model": self._source(stage.learns_from), "data": f"{name}.prepare", "tokenizer": tokenizer}
                 yield Node(f"{name}.teacher", "score", _teacher(stage.objective, train), asked)
                 inputs["teacher"] = f"{name}.teacher"
@@ -222,6 +223,13 @@ class _Expansion:
             yield self._evaluation(name, contexts[-1], tokenizer, held_out, source, has_reference=reference)
             if stage.gate.is_on:
                 yield self._gate(name, stage)
+
+    def _refuse_large_k(self, name: str, objective: DistillationConfig) -> None:
+        """Refuse to keep more ids than there are beside the label and one of the rest."""
+        most = self.models[name].vocab_size - 2
+        if objective.targets == "top_k" and objective.k > most:
+            what = f"is {objective.k:,}, and of {most + 2:,} ids {most:,} can be kept beside the label and the rest"
+            raise UserError(f"stages.{name}.objective.k", what, f"Give at most {most}, or choose targets=full")
 
     def _refuse_larger_head(self, name: str, teacher: str, objective: DistillationConfig) -> None:
         """Refuse a student whose head has rows for which KL(student || teacher) is infinite.

@@ -47,12 +47,17 @@ def unasked(stages: Mapping[str, StageConfig]) -> list[str]:
 def trained_behind(name: str, stages: Mapping[str, StageConfig]) -> str | None:
     """The stage that has trained a model: itself, of what is merged the first, of what is pruned or upcycled its start.
     None: a model of elsewhere."""
-    stage = stages.get(name)
-    if isinstance(stage, MergeStage) and stage.models:
-        return trained_behind(stage.models[0], stages)
-    if isinstance(stage, PruneStage | UpcycleStage) and stage.starts_from is not None:
-        return trained_behind(stage.starts_from, stages)
-    return name if isinstance(stage, TrainStage) else None
+    seen: set[str] = set()
+    while name not in seen:  # who goes round in a circle is refused by the order of stages
+        seen.add(name)
+        stage = stages.get(name)
+        if isinstance(stage, MergeStage) and stage.models:
+            name = stage.models[0]
+        elif isinstance(stage, PruneStage | UpcycleStage) and stage.starts_from is not None:
+            name = stage.starts_from
+        else:
+            return name if isinstance(stage, TrainStage) else None
+    return None
 
 
 def before_gates(name: str, stages: Mapping[str, StageConfig]) -> str | None:

@@ -56,6 +56,9 @@ def scaled(recipe: Recipe, scale: ScaleConfig | None = None) -> Recipe:
     factor = _context_factor(scale, original)
     model, tokenizer = _scaled_model(recipe, scale, contexts, factor)
     stages = {name: _with_scaled_model(recipe, scale, name, stage, model, factor) for name, stage in stages.items()}
+    for name, stage in stages.items():
+        if isinstance(stage, TrainStage) and stage.model is not None:
+            _refuse_small_vocabulary(f"stages.{name}.model", stage.model, tokenizer)
     stages = with_sizes(recipe, scale, stages, model)
     return replace(
         recipe,
@@ -129,6 +132,7 @@ def _scaled_generation(recipe: Recipe, scale: ScaleConfig, name: str, stage: Gen
     if data.tokens_per_example is None:
         data = replace(data, tokens_per_example=scale.generation.tokens_per_prompt)
     sizes = _given(replace(scale.generation, tokens_per_prompt=None))
+    sizes["per_prompt"] = min(stage.per_prompt, sizes.get("per_prompt", stage.per_prompt))
     return _overlaid(recipe, key, replace(stage, data=data), sizes)
 
 
@@ -424,13 +428,14 @@ def _scaled_model(
     entries = model.vocab_size if scale.vocabulary is None else scale.vocabulary
     tokenizer = _overlaid(recipe, "tokenizer", tokenizer, {"vocab_size": entries})
     model = _overlaid(recipe, "model", model, {"vocab_size": tokenizer.vocab_size})
-    if model.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            "model.vocab_size",
-            f"{model.vocab_size:,} rows cannot hold a tokenizer of {tokenizer.vocab_size:,} entries",
-            "Raise it, or lower tokenizer.vocab_size",
-        )
+    _refuse_small_vocabulary("model", model, tokenizer)
     return model, tokenizer
+
+
+def _refuse_small_vocabulary(key: str, model: ModelConfig, tokenizer: TokenizerConfig) -> None:
+    if model.tokenizer == "train" and model.vocab_size < tokenizer.vocab_size:
+        what = f"{model.vocab_size:,} rows cannot hold a tokenizer of {tokenizer.vocab_size:,} entries"
+        raise UserError(f"{key}.vocab_size", what, "Raise it, or lower tokenizer.vocab_size")
 
 
 def _located(recipe: Recipe, scale: ScaleConfig, key: str, data: DataConfig) -> DataConfig:

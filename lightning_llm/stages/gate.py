@@ -95,15 +95,15 @@ def _risen(domain: str, loss: float, limit: float) -> Fault:
     if not math.isfinite(loss):
         return Fault(f"perplexity of {domain} is no finite number", None)
     what = f"perplexity of {domain} is {loss:.2%} above what it was, {limit:.2%} may be"
-    return Fault(what, f"gate.short_context={math.ceil(1000 * loss) / 1000:g}")
+    return Fault(what, f"gate.short_context={math.ceil(1000 * loss) / 1000}")
 
 
 def _missed(length: int, share: float, wanted: float) -> Fault:
     """Needles that are found too seldom."""
     if not math.isfinite(share):
         return Fault(f"the share of needles found at {length} tokens is no number", None)
-    what = f"needles are found at {length} tokens in {share:.0%} of cases, {wanted:.0%} must be"
-    return Fault(what, f"gate.needle={math.floor(100 * share) / 100:g}")
+    what = f"needles are found at {length} tokens in {share:.1%} of cases, {wanted:.1%} must be"
+    return Fault(what, f"gate.needle={math.floor(1000 * share) / 1000:g}")
 
 
 def read_metrics(artifact: Path) -> Metrics:

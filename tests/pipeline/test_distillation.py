@@ -144,6 +144,7 @@ def test_the_plan_says_that_a_teacher_is_asked_on_one_device():
 def test_sequences_and_own_responses_of_a_student():
     nodes = nodes_of(recipe="distillation")
     assert nodes["answers"].inputs["model.0"] == "larger_sft"
+    assert nodes["answers"].settings.per_prompt == 1  # the recipe's: a scale draws no more than that
     assert nodes["written"].inputs == {"samples.0.0": "answers"}
     assert nodes["sft.prepare"].inputs["source.written"] == "written"
     on_policy = nodes["on_policy"]
@@ -161,6 +162,14 @@ def test_sequences_and_own_responses_of_a_student():
         (["stages.student.learns_from=null"], "stages.student.learns_from: has no value, and distillation needs"),
         (["stages.student.learns_from=longcontext"], "learns_from: longcontext is neither .* nearest is long_context"),
         (["stages.student.learns_from=student"], "goes round in a circle"),
+        (
+            ["stages.student.objective.targets=top_k", "stages.student.objective.k=5000"],
+            r"objective\.k: is 5,000, .* most 1022",
+        ),
+        (
+            ["+model@stages.pretrain.model=gemma2_9b", "stages.pretrain.model.vocab_size=100"],
+            r"stages\.pretrain\.model\.vocab_size: 100 rows cannot hold a tokenizer of 1,024",
+        ),
         (["stages.sft.learns_from=pretrain"], "stages.sft.learns_from: is given, and causal_lm knows no teacher"),
         (["stages.student.starts_from=long_context"], "stages.student.learns_from: is long_context, which the stage"),
         (["stages.student.objective.targets=top_p"], "targets: is top1, top_k or full"),
@@ -181,7 +190,7 @@ def test_a_mistake_is_one_line(words, says):
     if "stages.on_policy.objective.targets=top_k" in words:
         words.append("stages.on_policy.objective.direction=forward")
     with pytest.raises(UserError, match=says) as caught:
-        compose("qwen2", overrides=[*STUDENT, *words])
+        plan(compose("qwen2", overrides=[*STUDENT, *words]))
     assert "\n" not in str(caught.value)
 
 

@@ -104,6 +104,8 @@ def test_the_users_own_steps():
             ["stages.pretrain.evaluate=false"],
             r"gate\.short_context: is given, and nothing is known of the model before",
         ),
+        (["stages.anneal.starts_from=lengthen.stp"], r"^stages\.anneal\.starts_from: lengthen\.stp is neither a stage"),
+        (["stages.lengthen.stages.step.starts_from=step"], "goes round in a circle"),
         (["stages.pretrain.gate.short_context=0.1"], r"before it \(random weights\)"),
         (["evaluation.needle.answer=gredy"], "answer: is greedy or likelihood"),
         (["+scale.evaluation.needle.trails=3"], r"needle\.trails.*trials"),

@@ -149,6 +149,7 @@ def test_an_offset_moves_the_order_of_data_and_not_what_is_drawn():
         (["stages.mean.models=[sft,sft]"], "stages.mean.models: names one twice"),
         (["stages.mean.models=[sft,dpoo]"], "stages.mean.models: dpoo is neither .* The nearest is dpo"),
         (["stages.mean.models=[sft,mean]"], "goes round in a circle"),
+        (["stages.mean.models=[mean,sft]"], "goes round in a circle"),
         (["stages.mean.method.weights=[0.5,0.6]"], "weights: must add up to 1, got 1.1"),
         (["stages.mean.method.weights=[0.5,0.3,0.2]"], "names 2, and method.weights are 3"),
         (["merge@stages.mean.method=ties"], "stages.mean.starts_from: has no value, and ties merges"),

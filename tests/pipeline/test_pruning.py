@@ -103,6 +103,8 @@ def test_the_key_knows_measure_sizes_and_what_is_measured():
     [
         (["stages.prune.starts_from=null"], "stages.prune.starts_from: has no value: there is no model to be pruned"),
         (["stages.prune.starts_from=parent"], "stages.prune.starts_from: parent has learnt no masks"),
+        (["prune@stages.prune.method=magnitude", "stages.prune.starts_from=prune"], "goes round in a circle"),
+        (["stages.prune.context=1"], r"stages.prune.context: is 1"),
         (["stages.prune.starts_from=maskss"], "maskss is neither a stage nor a folder .* The nearest is masks"),
         (["stages.prune.num_hidden_layers=3"], "num_hidden_layers: is given, and masks ranks? intermediate_size alone"),
         ([*BY_SIZE, "stages.prune.num_hidden_layers=3"], "num_hidden_layers: is given, and magnitude ranks"),

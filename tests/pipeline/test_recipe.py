@@ -72,6 +72,7 @@ COMMAND_LINE = {
     "recipe=../recipe/pair": ["recipe: '../recipe/pair' is a path", "--config-dir"],
     "stages.base.context=[128]": ["stages.base.context: an entry of a ramp has the keys at and value, got 128"],
     "scale.pretraining_tokens=0": ["scale.pretraining_tokens: must be a number of at least 1"],
+    "stages.last.rope_theta=-1": ["stages.last.rope_theta"],
     "scale.minimum_steps=0": ["scale.minimum_steps", "at least 1"],
     "scale.context=1": ["scale.context", "at least 4"],
     "scale.validation=2": ["scale.validation: must be a share below 1"],
