@@ -187,8 +187,11 @@ def teachers_alone(compute: ComputeConfig, nodes: Sequence[Node]) -> tuple[str, 
 
 def drawn_otherwise(nodes: Iterable[Node]) -> tuple[str, ...]:
     """A line about policy gradients whose responses come from another distribution than the policy's."""
-    lines = {node.settings.draws_otherwise: node.name for node in nodes if isinstance(node.settings, TrainSettings)}
-    return tuple(f"{name}: {line}" for line, name in lines.items() if line)
+    names: dict[str, list[str]] = {}
+    for node in nodes:
+        if isinstance(node.settings, TrainSettings) and (line := node.settings.draws_otherwise):
+            names.setdefault(line, []).append(node.name)
+    return tuple(f"{', '.join(found)}: {line}" for line, found in names.items())
 
 
 def missing_sources(nodes: Iterable[Node]) -> tuple[str, ...]:

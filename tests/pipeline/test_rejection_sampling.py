@@ -25,7 +25,9 @@ WORDS = [
     "stages.sample.prompts=800",
     "stages.sample.per_prompt=3",
     "stages.sample.max_new_tokens=24",
-    "judge@stages.score.judge=random",  # models of this size say nothing that could be right
+    "judge@stages.score.judge=weighted",
+    "~stages.score.judge.parts.length",
+    "+judge@stages.score.judge.parts.chance.judge=random",  # models of this size say nothing that could be right
     "stages.best.minimum_score=0.6",
     "stages.best.keep=0.5",
     "stages.best.balance=difficulty",
@@ -140,7 +142,9 @@ def test_a_committee_teaches_itself_for_two_rounds(beside, tmp_path):
     inside = "stages.itec.stages"
     words = [f"{inside}.sample.prompts=120", f"{inside}.sample.per_prompt=2", f"{inside}.sample.max_new_tokens=24"]
     words += [
-        f"judge@{inside}.score.judge=random",
+        f"judge@{inside}.score.judge=weighted",
+        f"~{inside}.score.judge.parts.length",
+        f"+judge@{inside}.score.judge.parts.chance.judge=random",
         f"{inside}.best.minimum_score=0.2",
         f"{inside}.pairs.minimum_score=0",
     ]
