@@ -120,7 +120,7 @@ class Tokenizer:
 
     @functools.cached_property
     def ids_fingerprint(self) -> str:
-        """sha256 of tokenizer.json alone: models that agree on it read the same ids, whatever their chat templates."""
+        """sha256 of tokenizer.json alone: tokenizers that agree on it differ in their chat templates at most."""
         return hashlib.sha256(self._json.encode()).hexdigest()
 
     @functools.cached_property

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import ClassVar
-
-import regex
 
 from lightning_llm.data.config import DataConfig
 from lightning_llm.settings import Buildable, came_later, option, refuse_below
@@ -109,8 +108,8 @@ class FormatConfig(JudgeConfig):
 
     def __post_init__(self):
         try:
-            regex.compile(self.pattern)
-        except regex.error as error:
+            re.compile(self.pattern)
+        except re.error as error:
             raise ValueError(f"pattern is no regular expression ({error})") from None
 
 

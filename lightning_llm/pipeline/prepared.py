@@ -82,14 +82,19 @@ class Prepared:
             other = self._tokenizer(place)
             if other is None and place is not None and place not in self.nodes:
                 self._refuse_unknown_tokenizer(node, source, Path(place), own)
-            if other is not None and other.ids_fingerprint != own.ids_fingerprint:
+            if other is not None and other.fingerprint != own.fingerprint:
                 where, named = self._named(node, source)
-                shas = (tokenizer.ids_fingerprint[:8] for tokenizer in (other, own))
-                what = "{} has another tokenizer (sha {}) than the data of {} (sha {})"
-                remedy = "Name a model with the same one"
+                part, remedy = "tokenizer", "Name a model with the same one"
+                if other.ids_fingerprint == own.ids_fingerprint:
+                    part, remedy = (
+                        "chat template",
+                        "Name a model with the same one, or put the data's into its folder",
+                    )
+                shas = (tokenizer.fingerprint[:8] for tokenizer in (other, own))
+                what = "{} has another {} (sha {}) than the data of {} (sha {})"
                 if where.endswith(".learns_from"):
                     remedy += ", or take starts_from away: random weights take over their teacher's"
-                raise UserError(where, what.format(named, next(shas), node.stage, next(shas)), remedy)
+                raise UserError(where, what.format(named, part, next(shas), node.stage, next(shas)), remedy)
 
     def _refuse_unknown_tokenizer(self, node: Node, source: str, place: Path, own: Tokenizer) -> None:
         """Refuse a model of elsewhere that has its tokenizer in other files than we read, or too few ids. One that has

@@ -61,28 +61,28 @@ def model_directory(path: Path) -> Path:
 
 def refuse_other_tokenizer(where: str, inputs: Mapping[str, Path]) -> None:
     """A stage's data and models must have one tokenizer, that of the stage if it was given any; a model without one is
-    trusted. The stage's chat template has made the data, so that a model's may be another.
+    trusted.
 
     Raises:
         UserError: one has another; names it.
     """
     from lightning_llm.data.tokenizer import Tokenizer
 
-    def refuse(name: str, own: str, other: str) -> None:
-        if own != other:
-            what = f"the tokenizer of the data (sha {own[:8]}) is not that of {name} (sha {other[:8]})"
-            raise UserError(where, what, "Give all stages the same model.tokenizer")
-
-    of_data = (inputs["data"] / "tokenizer_fingerprint").read_text("utf-8").strip()
-    given = Tokenizer.load(inputs["tokenizer"] / "tokenizer") if "tokenizer" in inputs else None
-    if given is not None:
-        refuse("the stage", of_data, given.fingerprint)
+    own = (inputs["data"] / "tokenizer_fingerprint").read_text("utf-8").strip()
+    others = {}
+    if "tokenizer" in inputs:
+        others["the stage"] = Tokenizer.load(inputs["tokenizer"] / "tokenizer").fingerprint
     for role in (role for role in inputs if role.partition(".")[0] in ("model", "starts_from", "teacher_model")):
         directory = model_directory(inputs[role])
         if (directory / "tokenizer.json").is_file():
-            found = Tokenizer.load(directory)
-            pair = (of_data, found.fingerprint) if given is None else (given.ids_fingerprint, found.ids_fingerprint)
-            refuse(f"the model in {directory}", *pair)
+            others[f"the model in {directory}"] = Tokenizer.load(directory).fingerprint
+    for name, fingerprint in others.items():
+        if fingerprint != own:
+            raise UserError(
+                where,
+                f"the tokenizer of the data (sha {own[:8]}) is not that of {name} (sha {fingerprint[:8]})",
+                "Give all stages the same model.tokenizer",
+            )
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def refuse_other_models(directories: Sequence[Path]) -> None:
             what = f"is {read_head(other)}, {first} is {read_head(first)}"
             raise UserError(f"{other}", what, "Merge either reward models or models that speak")
     with_one = [directory for directory in directories if (directory / "tokenizer.json").is_file()]
-    fingerprints = {directory: Tokenizer.load(directory).ids_fingerprint for directory in with_one}
+    fingerprints = {directory: Tokenizer.load(directory).fingerprint for directory in with_one}
     for other, fingerprint in fingerprints.items():
         if fingerprint != fingerprints[with_one[0]]:
             what = f"has another tokenizer (sha {fingerprint[:8]}) than {with_one[0]} ({fingerprints[with_one[0]][:8]})"

@@ -125,7 +125,7 @@ WRONG = {  # recipe, overrides, what is said
     "responses that would all be one": (
         "rejection_sampling",
         ["stages.sample.sampling.top_k=1"],
-        "stages.sample: sampling.top_k is 1: all responses of a model to a prompt would be the same",
+        "stages.sample.sampling.top_k: is 1: all responses of a model to a prompt would be the same",
     ),
     "pairs for a stage that learns from conversations": (
         "rejection_sampling",

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from lightning_llm import cli, compose, plan, run
+from lightning_llm.merging.config import BLOCK
 from lightning_llm.merging.spherical import slerp_task_vectors
 from lightning_llm.models import Transformer
 from lightning_llm.models.reward import RewardModel
@@ -56,7 +57,7 @@ def test_it_stands_between_its_models_and_what_starts_from_it():
     assert figures["memory_gib"] > 0
     [paper] = [node for node in plan(compose("qwen2", "paper", ARC)).nodes if node.name == "mean"]
     figures = paper.figures  # of 7B weights: the largest tensor, and four blocks of each model
-    assert figures["memory_gib"] == pytest.approx(4 * (152_064 * 3584 + 3 * 4 * 2**21) / 2**30, rel=0.02)
+    assert figures["memory_gib"] == pytest.approx(4 * (152_064 * 3584 + 3 * 4 * BLOCK) / 2**30, rel=0.02)
     assert figures["memory_gib"] < figures["disk_gib"] / 10
 
 

@@ -204,7 +204,7 @@ def test_a_model_of_elsewhere(place):
     other = replace(place.recipe.model, tokenizer=str(place.folder / "tokenizer"))
     mixed = place.changed("dpo", starts_from=str(path))
     mixed = replace(mixed, model=other, pinned=mixed.pinned | {"model.tokenizer"})
-    with pytest.raises(UserError, match=r"stages.dpo.starts_from: .* has another tokenizer .* than the data of dpo"):
+    with pytest.raises(UserError, match=r"dpo.starts_from: .* has another chat template .* than the data of dpo"):
         place.run(mixed, only="dpo")
 
 

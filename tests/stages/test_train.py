@@ -24,7 +24,7 @@ from lightning_llm.optimization.config import LearningRateConfig
 from lightning_llm.settings import UserError
 from lightning_llm.stages import prepare, score, train
 from lightning_llm.stages.config import ComputeConfig, PrepareSettings, ScoreSettings
-from lightning_llm.stages.context import model_directory, refuse_other_tokenizer
+from lightning_llm.stages.context import model_directory
 
 
 @pytest.fixture(scope="session")
@@ -290,17 +290,6 @@ def test_siblings_begin_as_one_model_and_read_in_another_order(
     assert all(torch.equal(sibling[name], tensor) for name, tensor in one.items())
     assert not torch.equal(rows, others)
     assert not all(torch.equal(stranger[name], tensor) for name, tensor in one.items())
-
-
-def test_a_model_may_have_another_chat_template(prepared, tokenizer_artifact, pretrained, tmp_path):
-    """Its ids are those of the data, which the stage's own template has made."""
-    model, own = tmp_path / "model", tokenizer_artifact / "tokenizer"
-    shutil.copytree(pretrained[0].output / "model", model)
-    with (model / "chat_template.jinja").open("a") as template:
-        template.write("{# another one #}")
-    assert Tokenizer.load(model).fingerprint != Tokenizer.load(own).fingerprint
-    inputs = {"data": prepared["text"], "tokenizer": tokenizer_artifact, "starts_from": tmp_path}
-    refuse_other_tokenizer("stage", inputs)
 
 
 def test_what_does_not_belong_together_is_refused(
