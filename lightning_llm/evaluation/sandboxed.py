@@ -12,7 +12,7 @@ import sys
 import types
 
 # Numbers of the system calls that computing, reading and writing take; all others are refused, those too that later
-# kernels bring. Missing are new processes and programs, sockets, signals, other processes, ioctl, shared memory, and
+# kernels bring. Missing are new processes and programs, sockets, signals, other processes, locks, shared memory, and
 # owners, modes, times and attributes of files, which Landlock does not guard.
 ALLOWED = {
     "x86_64": (
@@ -81,9 +81,12 @@ def bound(folder):
     if libc.unshare(NEW_MOUNTS):
         if libc.unshare(NEW_MOUNTS | NEW_USER):
             return
-        for name, said in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1")):
-            with open(f"/proc/self/{name}", "w") as file:
-                file.write(said)
+        try:
+            for name, said in ("setgroups", "deny"), ("uid_map", f"{user} {user} 1"), ("gid_map", f"{group} {group} 1"):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(said)
+        except OSError:  # some kernels give a namespace without any rights in it
+            return
     if not libc.mount(b"none", b"/", None, PRIVATE, None):
         libc.mount(b"tmpfs", folder.encode(), b"tmpfs", NO_DEVICES, FOLDER)
         os.chdir(folder)

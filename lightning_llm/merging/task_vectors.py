@@ -157,10 +157,8 @@ def largest_from(sizes: Callable[[], Iterable[Tensor]], density: float) -> float
     wanted = max(math.ceil(density * int(upper.sum())), 1)
     first, left = digit_of(upper, wanted)
     begin = first * DIGITS
-    lower = counted(sizes(), lambda bits: (bits - begin).clamp_(-1, DIGITS) + 1, DIGITS + 2)[
-        1:-1
-    ]  # others: at the ends
-    last, _ = digit_of(lower, left)
+    lower = counted(sizes(), lambda bits: (bits - begin).clamp_(-1, DIGITS) + 1, DIGITS + 2)
+    last, _ = digit_of(lower[1:-1], left)  # at the ends are all numbers that begin otherwise
     return torch.tensor(first * DIGITS + last, dtype=torch.int32).view(torch.float32).item()
 
 

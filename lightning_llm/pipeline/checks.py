@@ -173,9 +173,8 @@ def _check_merging(key: str, stage: MergeStage) -> None:
         stage.method.refuse(len(stage.models))
     except ValueError as error:
         what, *remedies = error.args
-        raise UserError(
-            f"{key}.models", what, *(remedies or [f"Choose another method: merge@{key}.method=..."])
-        ) from error
+        remedy = remedies[0] if remedies else f"Choose another method: merge@{key}.method=..."
+        raise UserError(f"{key}.models", what, remedy) from error
 
 
 def _check_heads(recipe: Recipe) -> None:

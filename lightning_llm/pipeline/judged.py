@@ -134,13 +134,14 @@ def _names_stages(key: str, data: Sequence[str]) -> None:
 
 
 def _check_scores_are_compared(key: str, stage: SelectStage, stages: Mapping[str, StageConfig]) -> None:
-    judging = judge_that_only_ranks(stage, stages)
-    if judging is None:
+    name = judge_that_only_ranks(stage, stages)
+    if name is None:
         return
-    judge = stages[judging].judge  # pyright: ignore[reportAttributeAccessIssue]
-    why = f"{judging} asks a judge ({judge.name}) that only ranks responses"
-    if judge.needs_reward_model:
-        why = f"{judging} asks a reward model, whose scores are known up to a constant of the prompt"
+    judging = stages[name]
+    assert isinstance(judging, JudgeStage)
+    why = f"{name} asks a judge ({judging.judge.name}) that only ranks responses"
+    if judging.judge.needs_reward_model:
+        why = f"{name} asks a reward model, whose scores are known up to a constant of the prompt"
         if stage.rule == "threshold":
             remedy = f"Set {key}.rule=best and {key}.minimum_score=null"
             raise UserError(f"{key}.rule", f"is threshold, and {why}", remedy)

@@ -86,15 +86,12 @@ class Prepared:
                 where, named = self._named(node, source)
                 part, remedy = "tokenizer", "Name a model with the same one"
                 if other.ids_fingerprint == own.ids_fingerprint:
-                    part, remedy = (
-                        "chat template",
-                        "Name a model with the same one, or put the data's into its folder",
-                    )
-                shas = (tokenizer.fingerprint[:8] for tokenizer in (other, own))
-                what = "{} has another {} (sha {}) than the data of {} (sha {})"
+                    part, remedy = "chat template", f"{remedy}, or put the data's into its folder"
+                theirs, ours = other.fingerprint[:8], own.fingerprint[:8]
+                what = f"{named} has another {part} (sha {theirs}) than the data of {node.stage} (sha {ours})"
                 if where.endswith(".learns_from"):
                     remedy += ", or take starts_from away: random weights take over their teacher's"
-                raise UserError(where, what.format(named, part, next(shas), node.stage, next(shas)), remedy)
+                raise UserError(where, what, remedy)
 
     def _refuse_unknown_tokenizer(self, node: Node, source: str, place: Path, own: Tokenizer) -> None:
         """Refuse a model of elsewhere that has its tokenizer in other files than we read, or too few ids. One that has
