@@ -1,6 +1,6 @@
 """Kernels, training steps and sampling on one NVIDIA GPU, in bf16; writes results/gpu.json.
 
-    python benchmarks/gpu.py [attention training vocabulary generation] [--small]
+    python benchmarks/gpu.py [attention training distillation vocabulary generation] [--small]
 
 Wall time between synchronisations, all ways on the same inputs and weights, call by call in turns. The peer is
 transformers in a plain loop, in this process; of the vocabulary torch's linear cross-entropy and Liger's too, where
@@ -32,6 +32,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from lightning_llm.batch import SegmentBatch
+from lightning_llm.data.teacher import IDS, LOG_P
 from lightning_llm.generation import engine
 from lightning_llm.generation.config import Sampling
 from lightning_llm.generation.engine import sample
@@ -40,13 +41,14 @@ from lightning_llm.models import ModelConfig, Transformer
 from lightning_llm.models.attention import BACKENDS, Request, Segments, attention, capability
 from lightning_llm.models.compilation import compile_parts
 from lightning_llm.models.size import attended_pairs, training_flops
-from lightning_llm.objectives.config import CausalLMConfig
+from lightning_llm.objectives.config import CausalLMConfig, DistillationConfig, ObjectiveConfig
 from lightning_llm.optimization.config import AdamWConfig
 from lightning_llm.optimization.window import optimizer_step
 
 IGNORED = -100
 OPTIMIZER = AdamWConfig()
 LEARNING_RATE = 0.0  # a step is as much work, and all ways' losses are of the same weights however many came before
+KEPT = (1, 8, 64)  # ids of a teacher
 LOSSES_DIFFER = 1e-2  # relative, by bf16 and the order of sums
 KERNELS = {"triton": "triton", "flash-attn": "flash_attn", "liger-kernel": "liger_kernel"}  # package -> module
 Call = Callable[[], float | None]
@@ -282,15 +284,16 @@ def training_part(size: Size) -> dict[str, Any]:
         compiled = copy.deepcopy(ours)
         compile_parts(compiled)
         ways: dict[str, Call] = {}
-        own_step = step_of_ours(ours, texts, size)
+        batch = SegmentBatch.from_documents(texts)
+        own_step = step_of_ours(ours, CausalLMConfig(), batch, size)
         for backend in BACKENDS:
             request = Request(
                 size.device, torch.bfloat16, config.head_size, capability=capability(torch.device(size.device))
             )
             if BACKENDS[backend].refuses(request) is None:
                 ways[f"ours, {backend}"] = own_step(backend)
-        ways["ours, compiled"] = step_of_ours(compiled, texts, size)("auto")
-        ways["transformers"] = step_of_theirs(theirs, theirs, texts, size)
+        ways["ours, compiled"] = step_of_ours(compiled, CausalLMConfig(), batch, size)("auto")
+        ways["transformers"] = step_of_theirs(theirs, texts, size)
         found, refused = in_turns(ways, size)
         require_equal_losses(found)
         tokens = sum(map(len, texts))
@@ -314,10 +317,11 @@ def mixed_precision(size: Size) -> Iterator[None]:
         yield
 
 
-def step_of_ours(model: Transformer, texts: list[np.ndarray], size: Size) -> Callable[[str], Call]:
-    objective = CausalLMConfig().build(model)
+def step_of_ours(
+    model: Transformer, config: ObjectiveConfig, batch: SegmentBatch, size: Size, **others: Transformer
+) -> Callable[[str], Call]:
+    objective = config.build(model, **others)
     optimizer = OPTIMIZER.build(model)
-    batch = SegmentBatch.from_documents(texts)
 
     def with_backend(backend: str) -> Call:
         def call() -> float:
@@ -338,29 +342,76 @@ def step_of_ours(model: Transformer, texts: list[np.ndarray], size: Size) -> Cal
     return with_backend
 
 
-def step_of_theirs(model: nn.Module, run: nn.Module, texts: list[np.ndarray], size: Size) -> Call:
-    """Documents of unlike length are padded on the right."""
+def step_of_theirs(model: nn.Module, texts: list[np.ndarray], size: Size) -> Call:
+    """Documents of unlike length are padded on the right, and as many rows go together as full rows would."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    longest = max(map(len, texts))
-    ids = torch.tensor(np.stack([np.pad(text, (0, longest - len(text))) for text in texts]))
-    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    is_padded = bool((mask == 0).any())
+    parts = [texts[first : first + size.documents] for first in range(0, len(texts), size.documents)]
+    targets = sum(len(text) - 1 for text in texts)
+
+    def padded(part: list[np.ndarray]) -> dict[str, Tensor]:
+        longest = max(map(len, part))
+        ids = torch.tensor(np.stack([np.pad(text, (0, longest - len(text))) for text in part]))
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in part])
+        given = {"input_ids": ids, "labels": ids.masked_fill(mask == 0, IGNORED)}
+        return given if mask.all() else {**given, "attention_mask": mask}
+
+    batches = [padded(part) for part in parts]
 
     def call() -> float:
-        moved = {"input_ids": ids.to(size.device), "labels": labels.to(size.device)}
-        if is_padded:
-            moved["attention_mask"] = mask.to(size.device)
-        with mixed_precision(size):
-            loss = run(**moved, use_cache=False).loss
-        loss.backward()
+        total = 0.0
+        for part, given in zip(parts, batches, strict=True):
+            share = sum(len(text) - 1 for text in part) / targets
+            with mixed_precision(size):
+                loss = model(**{name: values.to(size.device) for name, values in given.items()}, use_cache=False).loss
+            (loss * share).backward()
+            total += loss.detach() * share
         torch.nn.utils.clip_grad_norm_(model.parameters(), OPTIMIZER.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.item()
+        return float(total)
 
     return call
+
+
+# ---- distillation
+
+
+def distillation_part(size: Size) -> dict[str, Any]:
+    """A step where a teacher has a say beside the same step without one: from kept ids, and from the teacher itself.
+
+    The teacher that is asked is of the student's size; what is kept is drawn, since no time depends on it.
+    """
+    config = model_config(size)
+    draw = np.random.default_rng(0)
+    rows = list(draw.integers(0, config.vocab_size, (size.documents, size.long)))
+
+    def with_kept(k: int) -> SegmentBatch:
+        ids = draw.integers(0, config.vocab_size, (size.documents, size.long, k), dtype=np.int32)
+        log_p = torch.randn(size.documents, size.long, k + 2).log_softmax(-1).half().numpy()
+        return SegmentBatch.from_segments(rows, token_columns={IDS: list(ids), LOG_P: list(log_p)})
+
+    free()
+    student, teacher = own_model(config, size), own_model(config, size)
+    plain = step_of_ours(student, CausalLMConfig(), SegmentBatch.from_documents(rows), size)
+    ways = {"plain": plain("auto")}
+    for k in KEPT:
+        kept = DistillationConfig(targets="top_k" if k > 1 else "top1", k=k)
+        ways[f"{k} kept" if k > 1 else "top-1 kept"] = step_of_ours(student, kept, with_kept(k), size)("auto")
+    asked = DistillationConfig(targets="full", teacher_weight=1.0)
+    ways["teacher asked"] = step_of_ours(
+        student, asked, SegmentBatch.from_documents(rows), size, teacher=teacher.to(torch.bfloat16)
+    )("auto")
+    found, refused = in_turns(ways, size)
+    for figures in found.values():
+        figures["tokens_per_second"] = size.tokens / figures["seconds"]["median"]
+    judged = []
+    if (most := f"{KEPT[-1]} kept") in found:
+        cost = found[most]["seconds"]["median"] / found["plain"]["seconds"]["median"]
+        judged = [
+            claims.claim(f"Time of a step from {KEPT[-1]} kept ids over that of plain training", cost, at_most=1.15)
+        ]
+    return {"machine": describe(size), "claims": judged, "model": size.model, "found": found, "refused": refused}
 
 
 # ---- the vocabulary
@@ -485,6 +536,7 @@ def generation_part(size: Size) -> dict[str, Any]:
 PARTS = {
     "attention": attention_part,
     "training": training_part,
+    "distillation": distillation_part,
     "vocabulary": vocabulary_part,
     "generation": generation_part,
 }

@@ -41,6 +41,7 @@ PARTS = {
 }
 SOURCES = ["pretrain", "sft", "dpo", "reward", "generate", "vocabulary", "gpu"]
 BACKENDS = ("flash", "varlen", "flex", "sdpa")
+GPU_PARTS = ("attention", "training", "distillation", "vocabulary", "generation")
 GPU_VOCABULARY = ("ours", "ours_in_backward", "dense", "torch_fused", "liger")  # ways that benchmarks/gpu.py knows
 GPU_LIBRARIES = ("torch", "transformers", "flash-attn", "liger-kernel", "triton")
 Results = dict[str, dict[str, Any]]  # benchmark -> part -> what was found
@@ -158,7 +159,7 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
         f"One {gpu}: wall time, in bf16, all ways in one process and in turns (`benchmarks/gpu.py`).",
         f"Versions: {gpu_versions(parts)}.",
     ]
-    if missing := [name for name in ("attention", "training", "vocabulary", "generation") if name not in parts]:
+    if missing := [name for name in GPU_PARTS if name not in parts]:
         lines.append(f"Not measured yet: {', '.join(missing)}.")
     if attention := parts.get("attention"):
         heads, key_heads, width = attention["heads"]
@@ -194,6 +195,23 @@ def gpu_section(parts: dict[str, Any]) -> list[str]:
                 for name, batch in training["batches"].items()
                 for way, why in batch.get("refused", {}).items()
             ),
+        ]
+    if distillation := parts.get("distillation"):
+        plain = distillation["found"]["plain"]["seconds"]["median"]
+        rows = [
+            [
+                way,
+                milliseconds(found),
+                f"{found['seconds']['median'] / plain:.3f}",
+                f"{found['peak_bytes'] / 2**20:,.0f}",
+            ]
+            for way, found in distillation["found"].items()
+        ]
+        lines += [
+            "\nThe same step, full rows, with a teacher of the student's size: what is kept of it for each token,",
+            "or its whole distribution, for which it runs in every step.\n",
+            *lines_of_table(["teacher", "ms", "of a plain step", "peak MiB"], rows),
+            *(f"\n{way} did not run here: `{why}`." for way, why in distillation["refused"].items()),
         ]
     if generation := parts.get("generation"):
         count, length, new = generation["prompts"]
