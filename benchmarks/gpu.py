@@ -320,7 +320,7 @@ def mixed_precision(size: Size) -> Iterator[None]:
 def step_of_ours(
     model: Transformer, config: ObjectiveConfig, batch: SegmentBatch, size: Size, **others: Transformer
 ) -> Callable[[str], Call]:
-    objective = config.build(model, **others)
+    objective = config.build(model, **others).to(size.device)  # which moves what it asks there
     optimizer = OPTIMIZER.build(model)
 
     def with_backend(backend: str) -> Call:

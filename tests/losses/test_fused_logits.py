@@ -78,11 +78,11 @@ def test_the_loss_is_that_of_torchs_operations(softcap, in_forward, monkeypatch)
             values = values if in_forward else values * factors
         return values, *torch.autograd.grad(values.sum(), (hidden, weight))
 
-    used = []
+    asked = []
     found = run()
-    monkeypatch.setattr("lightning_llm.losses.likelihood.kernels_run", lambda: used.append(True))
+    monkeypatch.setattr("lightning_llm.losses.likelihood.kernels_run", lambda: bool(asked.append(True)))
     expected = run()
-    assert used  # else both were the kernels
+    assert asked  # else both were the kernels
     for ours, theirs, tolerance in zip(found, expected, (1e-4, 2e-2, 2e-2), strict=True):
         torch.testing.assert_close(
             ours.float(), theirs.float(), rtol=tolerance, atol=tolerance * theirs.abs().max().item()
