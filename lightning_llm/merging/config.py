@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from lightning_llm.settings import Buildable, option
 
-BLOCK = 2**18  # entries of each model that are merged at a time: what is computed of them stays in the cache
+BLOCK = 2**16  # entries of each model that are merged at a time: what is computed of them stays in the cache
 
 
 @dataclass
@@ -108,7 +108,7 @@ class TiesConfig(MergeConfig):
     """Trimmed task vectors, without those entries that disagree on the sign (Yadav et al. 2023)."""
 
     implementation: ClassVar[str] = "lightning_llm.merging.methods:merge_ties"
-    passes: ClassVar[int] = 2  # for the thresholds
+    passes: ClassVar[int] = 1  # for the thresholds, where a sample tells about where they are
     name: str = "ties"
     density: float = 0.2  # share of a task vector that is kept: the largest entries of the whole model
     scale: float = 1.0  # of what is merged

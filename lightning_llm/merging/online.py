@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_llm.merging.task_vectors import dropped
+from lightning_llm.merging.task_vectors import seed_of
 
 
 def ondare(
@@ -61,3 +61,21 @@ def consensus(a: Tensor, b: Tensor) -> Tensor:
     opposed = a.sign() * b.sign() < 0
     larger = torch.where(a.abs() > b.abs(), a, torch.where(b.abs() > a.abs(), b, 0.0))
     return torch.where(opposed, larger, a + b)
+
+
+def dropped(vector: Tensor, rate: float, generator: torch.Generator, *, rescale: bool) -> Tensor:
+    """Each entry with probability `rate`, else 0.
+
+    Args:
+        generator: on the vector's device.
+        rescale: divide by the rate: the mean over the draws is then the vector.
+    """
+    if rate == 1:
+        return vector
+    mask = torch.empty_like(vector).bernoulli_(rate, generator=generator)
+    return vector * mask.div_(rate) if rescale else vector * mask
+
+
+def seeded(seed: int, *parts: object, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator whose numbers are a function of the seed and of what they are for."""
+    return torch.Generator(device).manual_seed(seed_of(seed, *parts))

@@ -97,11 +97,14 @@ def refuse_unlike(states: Sequence[State]) -> None:
 
 
 def blocks(states: Sequence[State], name: str) -> Iterator[list[Tensor]]:
-    """Of one parameter: the same entries of all states, flat, so many at a time, in fp32, or in fp64 if any are: what
-    adds up must not round."""
-    for entries in zip(*(state[name].flatten().split(BLOCK) for state in states), strict=True):
-        wide = torch.float64 if any(some.dtype == torch.float64 for some in entries) else torch.float32
-        yield [some.to(wide) for some in entries]
+    """Of one parameter: the same entries of all states, flat, so many at a time, `widened`."""
+    return map(widened, zip(*(state[name].flatten().split(BLOCK) for state in states), strict=True))
+
+
+def widened(entries: Sequence[Tensor]) -> list[Tensor]:
+    """In fp32, or in fp64 if any are: what adds up must not round."""
+    wide = torch.float64 if any(some.dtype == torch.float64 for some in entries) else torch.float32
+    return [some.to(wide) for some in entries]
 
 
 def differences(start: Tensor, *others: Tensor) -> list[Tensor]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from lightning_llm.merging.averaging import share, weighted_sum
+from lightning_llm.merging.largest import largest_from, runs
 from lightning_llm.merging.states import LazyState, Merge, Rule, State, blocks, differences, refuse_unlike
-
-DIGITS = 2**16  # an fp32 number's bits are two digits of this base; as integers they are in the order of its size
 
 
 @Merge
@@ -51,17 +50,19 @@ def ties(init: State, states: Sequence[State], density: float = 0.2, scale: floa
     """
     refuse_unlike([init, *states])
     positive_share(density, "density")
+    everyone = [init, *states]
 
-    def sizes(state: State) -> Callable[[], Iterable[Tensor]]:
-        return lambda: (differences(*each)[0].abs() for name in init for each in blocks([init, state], name))
+    def vectors() -> Iterator[list[Tensor]]:
+        return (differences(*entries) for name in init for entries in blocks(everyone, name))
 
-    thresholds = [largest_from(sizes(state), density) for state in states]
+    sampled = zip(*(differences(*entries) for entries in runs(everyone)), strict=True)
+    thresholds = largest_from(vectors, [torch.cat(parts) for parts in sampled], density)
 
     def rule(entries: Sequence[Tensor]) -> Tensor:
         kept = [trimmed(vector, least) for vector, least in zip(differences(*entries), thresholds, strict=True)]
         return added(entries[0], agreed_mean(kept), scale)
 
-    return LazyState(states[0], [init, *states], lambda name: rule)
+    return LazyState(states[0], everyone, lambda name: rule)
 
 
 @Merge
@@ -81,15 +82,15 @@ def dare(init: State, states: Sequence[State], density: float = 0.1, scale: floa
     """
     refuse_unlike([init, *states])
     positive_share(density, "density")
-    shares = [scale] * len(states)
 
     def rule_of(name: str) -> Rule:
-        draws = [seeded(seed, name, place) for place in range(len(states))]
+        draws = [np.random.SFC64(seed_of(seed, name, place)) for place in range(len(states))]
 
         def rule(entries: Sequence[Tensor]) -> Tensor:
-            moved = zip(differences(*entries), draws, strict=True)
-            kept = [dropped(vector, density, draw, rescale=True) for vector, draw in moved]
-            return weighted_sum([entries[0], *kept], [1.0, *shares])
+            merged = entries[0].clone()
+            for vector, draw in zip(differences(*entries), draws, strict=True):
+                random_part(vector, density, scale / density, draw, onto=merged)
+            return merged
 
         return rule
 
@@ -125,57 +126,21 @@ def agreed_mean(vectors: Sequence[Tensor]) -> Tensor:
     return total.div_(count.clamp_(min=1)).mul_(elected)
 
 
-def dropped(vector: Tensor, rate: float, generator: torch.Generator, *, rescale: bool) -> Tensor:
-    """Each entry with probability `rate`, else 0.
+def random_part(vector: Tensor, density: float, scale: float, draw: np.random.SFC64, onto: Tensor) -> Tensor:
+    """onto + scale * mask * vector in the place of `onto`, each entry's mask 1 with probability `density`, else 0.
 
     Args:
-        generator: on the vector's device.
-        rescale: divide by the rate: the mean over the draws is then the vector.
+        draw: gives 32 bits to each entry.
     """
-    if rate == 1:
-        return vector
-    mask = torch.empty_like(vector).bernoulli_(rate, generator=generator)
-    return vector * mask.div_(rate) if rescale else vector * mask
+    bits = draw.random_raw((len(vector) + 1) // 2).view(np.uint32)[: len(vector)]
+    mask = torch.from_numpy((bits < round(density * 2**32)).view(np.uint8))
+    return onto.addcmul_(vector, mask.to(vector), value=scale)  # torch's product with another type is slower
 
 
-def seeded(seed: int, *parts: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator whose numbers are a function of the seed and of what they are for."""
+def seed_of(seed: int, *parts: object) -> int:
+    """A number of 63 bits that is a function of the seed and of what it is for."""
     digest = hashlib.blake2b(" ".join(map(str, (seed, *parts))).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
-
-
-def largest_from(sizes: Callable[[], Iterable[Tensor]], density: float) -> float:
-    """How large an entry must be to be among the largest `density`: exactly, in two passes of constant memory.
-
-    Numbers that are not negative are in the order of their bits: the first pass counts by the upper 16 of them, the
-    second by the lower 16 among those that have the upper ones of the answer.
-
-    Args:
-        sizes: gives all entries anew, in flat blocks, none negative; rounded to fp32 they are what is compared.
-    """
-    upper = counted(sizes(), lambda bits: bits >> 16, DIGITS)
-    wanted = max(math.ceil(density * int(upper.sum())), 1)
-    first, left = digit_of(upper, wanted)
-    begin = first * DIGITS
-    lower = counted(sizes(), lambda bits: (bits - begin).clamp_(-1, DIGITS) + 1, DIGITS + 2)
-    last, _ = digit_of(lower[1:-1], left)  # at the ends are all numbers that begin otherwise
-    return torch.tensor(first * DIGITS + last, dtype=torch.int32).view(torch.float32).item()
-
-
-def counted(sizes: Iterable[Tensor], digit: Callable[[Tensor], Tensor], digits: int) -> Tensor:
-    """How often each of so many digits occurs among the entries' bits."""
-    counts = torch.zeros(digits, dtype=torch.int64)
-    for block in sizes:
-        counts += torch.bincount(digit(block.float().view(torch.int32)), minlength=digits).cpu()
-    return counts
-
-
-def digit_of(counts: Tensor, wanted: int) -> tuple[int, int]:
-    """The digit of the entry that is number `wanted` from above, and which number it has among those of its digit."""
-    above = counts.flip(0).cumsum(0)
-    place = int(torch.searchsorted(above, wanted))
-    before = int(above[place - 1]) if place else 0
-    return DIGITS - 1 - place, wanted - before
+    return int.from_bytes(digest, "big") >> 1
 
 
 def positive_share(value: float, name: str) -> float:

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_llm.merging.online import ondare, onties
-from lightning_llm.merging.task_vectors import seeded
+from lightning_llm.merging.online import ondare, onties, seeded
 from lightning_llm.optimization.config import OnlineMergingConfig, OptimizerConfig
 
 

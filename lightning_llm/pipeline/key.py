@@ -30,7 +30,7 @@ CONTRACTS = {
     "gate": 1,
     "generate": 2,
     "live": 2,  # training with a rollout, in the place of train
-    "merge": 2,
+    "merge": 3,
     "prune": 1,
     "upcycle": 1,
     "judge": 1,

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.merging.online import consensus, largest, ondare, onties
-from lightning_llm.merging.task_vectors import seeded
+from lightning_llm.merging.online import consensus, dropped, largest, ondare, onties, seeded
 
 
 def draw(*shape, seed=0):
@@ -66,3 +65,10 @@ def test_nothing_dropped_is_plain_arithmetic():
     alone = ondare(delta, tau, alpha=0.0, reserve_rate=1.0, generator=seeded(0, "x"))
     assert torch.equal(alone, delta)
     assert torch.equal(onties(delta, tau, alpha=0.0, reserve_rate=1.0), delta)
+
+
+def test_dropping_without_rescaling_is_a_mask():
+    vector = torch.randn(10_000, generator=seeded(0, "vector"))
+    kept = dropped(vector, 0.3, seeded(0, "mask"), rescale=False)
+    assert set((kept / vector).tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(dropped(vector, 0.3, seeded(0, "mask"), rescale=True), kept / 0.3)

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_llm.merging.task_vectors import agreed_mean, dare, dropped, largest_from, seeded, task_arithmetic, ties
+from lightning_llm.merging.largest import RUN, largest_from, runs
+from lightning_llm.merging.task_vectors import agreed_mean, dare, task_arithmetic, ties
 
 SHAPES = {"model.embed_tokens.weight": (50, 4), "model.layers.0.mlp.weight": (30, 4), "model.norm.weight": (4,)}
 
@@ -59,15 +60,52 @@ def test_ties_elects_by_hand():
     torch.testing.assert_close(ties(init, [one, one], 1.0), one)
 
 
-@given(
-    values=st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=60),
-    density=st.floats(0.01, 1),
-    cut=st.integers(0, 60),
-)
-def test_the_threshold_is_that_of_sorting(values, density, cut):
-    parts = [torch.tensor(values[:cut]), torch.tensor(values[cut:])]  # one of them may be empty
+VALUES = st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=60)
+
+
+@given(VALUES, VALUES, st.floats(0.01, 1), st.integers(0, 60), st.integers(0, 60))
+def test_the_threshold_is_that_of_sorting(values, other, density, cut, sampled):
+    other = (other * 60)[: len(values)]
+    passes = []
+
+    def vectors():
+        passes.append(True)
+        for part in (slice(cut), slice(cut, None)):  # one of them may be empty
+            yield torch.tensor(values[part]), -torch.tensor(other[part])
+
+    samples = [torch.tensor(values[:sampled]), torch.tensor(values[:sampled])]  # those of the second may mislead
     wanted = max(math.ceil(density * len(values)), 1)
-    assert largest_from(lambda: iter(parts), density) == sorted(values, reverse=True)[wanted - 1]
+    expected = [sorted(each, reverse=True)[wanted - 1] for each in (values, other)]
+    assert largest_from(vectors, samples, density) == expected
+    assert len(passes) <= 4
+
+
+def test_a_threshold_takes_one_pass_where_a_sample_shows_it():
+    passes = []
+    vector = torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    states = {"a": vector[:10].clone(), "b": vector[10:].view(2, -1).clone()}
+
+    def vectors():
+        passes.append(True)
+        for block in vector.split(70_001):
+            yield (block,)
+
+    sample = torch.cat([entries[0] for entries in runs([states])])
+    assert RUN <= len(sample) <= len(vector) + 1
+    for density in (1e-5, 0.2, 1.0):
+        [found] = largest_from(vectors, [sample], density)
+        assert found == vector.abs().sort(descending=True).values[math.ceil(density * len(vector)) - 1]
+    assert len(passes) == 3
+
+
+def test_a_sample_is_short_whatever_the_model(monkeypatch):
+    monkeypatch.setattr("lightning_llm.merging.largest.RUNS", 16)
+    states = [{"small": torch.zeros(3), "large": torch.arange(RUN * 160.0).view(160, RUN)}, {}]
+    states[1] = {name: tensor + 1 for name, tensor in states[0].items()}
+    found = list(runs(states))
+    assert sum(len(entries[0]) for entries in found) == 3 + 16 * RUN
+    assert found[0][1].tolist() == [1, 1, 1]
+    assert [int(entries[0][0]) // RUN for entries in found[1:]] == list(range(0, 160, 10))
 
 
 def test_dare_keeps_a_share_and_the_mean():
@@ -88,13 +126,6 @@ def test_dare_draws_by_seed_name_and_place():
     assert not torch.equal(same["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
     both = dare(init, [one, one], 0.5, 0.5, seed=3)["model.embed_tokens.weight"]
     assert not torch.equal(both, same["model.embed_tokens.weight"])  # each model has a mask of its own
-
-
-def test_dropping_without_rescaling_is_a_mask():
-    vector = torch.randn(10_000, generator=seeded(0, "vector"))
-    kept = dropped(vector, 0.3, seeded(0, "mask"), rescale=False)
-    assert set((kept / vector).tolist()) == {0.0, 1.0}
-    torch.testing.assert_close(dropped(vector, 0.3, seeded(0, "mask"), rescale=True), kept / 0.3)
 
 
 @pytest.mark.parametrize(("merge", "density"), [(ties, 0.0), (dare, 1.5)])

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_llm.merging.online import ondare, onties
-from lightning_llm.merging.task_vectors import seeded
+from lightning_llm.merging.online import ondare, onties, seeded
 from lightning_llm.optimization.config import (
     AdamWConfig,
     AFMRMSPropConfig,
