@@ -1,6 +1,6 @@
 """How large an entry must be to be among the largest of vectors that do not fit in memory: exactly, mostly in one pass.
 
-Numbers that are not negative are in the order of their bits, and a pass tells 2**20 neighbours in that order apart.
+Numbers that are not negative are in the order of their bits, and a pass tells 2**19 neighbours in that order apart.
 Which neighbours is guessed from a sample; where the guess was wrong, the passes that follow need none.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_llm.merging.states import State, shape_of, widened
 
-BINS = 2**20  # around a guess they are all numbers within 6 % of it
+BINS = 2**19  # around a guess they are all numbers within 3 % of it
 TOP = 2**31  # above the bits of every fp32 number that is not negative
 RUN, RUNS = 1024, 2048  # of a sample: entries in a row, and how many rows, of which each parameter has one at least
 
@@ -41,14 +41,15 @@ def largest_from(
 
 
 def runs(states: Sequence[State]) -> Iterator[list[Tensor]]:
-    """As `states.blocks` of all parameters, but short ones with gaps between: a sample of any model is soon read."""
+    """As `states.blocks`, but of all parameters, and with gaps: a sample of any model is soon read."""
     first = states[0]
     total = sum(math.prod(shape_of(first, name)) for name in first)
     step = RUN * max(total // (RUN * RUNS), 1)
     for name in first:
         flat = [state[name].flatten() for state in states]
-        for begin in range(0, len(flat[0]), step):
-            yield widened([entries[begin : begin + RUN] for entries in flat])
+        whole = len(flat[0]) - len(flat[0]) % step
+        yield widened([entries[:whole].view(-1, step)[:, :RUN].flatten() for entries in flat])
+        yield widened([entries[whole : whole + RUN] for entries in flat])
 
 
 class _Threshold:
