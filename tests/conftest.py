@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from hypothesis import settings
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes (`make test`): a core and a thread each,
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for what the tests start
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the background, as by `nohup make test &`: what the
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests start and interrupt would ignore it as well
 
 settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 settings.load_profile("unhurried")
