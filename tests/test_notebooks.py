@@ -7,13 +7,19 @@ from pathlib import Path
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra notebooks: pip install 'lightning-llm[notebooks]'")
+LESS_TEXT = [
+    "+tokenizer.sources={web: {path: 'embedded:web'}}",
+    *(f"scale.corpora.{n}.path=null" for n in ("docs", "math")),
+]
+SMALLER = ["scale.vocabulary=512", "model.hidden_size=32", "model.num_hidden_layers=2", "model.num_attention_heads=2"]
 SHORTER = {  # what a test of a notebook trains and reads less
     "01_inspect_a_run": {
         "pretraining_tokens=200_000": "pretraining_tokens=40_000",
-        "every=20_000": "every=4_000",
-        '"compute.threads=1"': '"compute.threads=1", "scale.corpora.docs.path=null", "scale.corpora.math.path=null"',
+        "every=20_000": "every=10_000",
+        '"compute.threads=1"': str(["compute.threads=1", "model.num_key_value_heads=1", *SMALLER, *LESS_TEXT])[1:-1],
     },
     "02_preference_learning": {
+        '"compute.threads=1"': str(["compute.threads=1", *LESS_TEXT])[1:-1],
         "{rows: 6000, held_out: 300}": "{rows: 1200, held_out: 200}",
         "rows=18_000": "rows=6_000",
         "sft.examples=9000": "sft.examples=2000",
