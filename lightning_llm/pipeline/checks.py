@@ -25,7 +25,7 @@ from lightning_llm.pipeline.mappings import PHASES
 from lightning_llm.pipeline.names import name_nearest, unknown_entry
 from lightning_llm.pipeline.order import before_gates, order_of_stages, trained_behind
 from lightning_llm.pipeline.remade import check_mask_learning, check_pruning, check_upcycling
-from lightning_llm.pipeline.values import in_range, one_of, whole
+from lightning_llm.pipeline.values import each_once, in_range, one_of, whole
 from lightning_llm.schedules import as_ramp
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import (
@@ -161,8 +161,7 @@ def _check_merging(key: str, stage: MergeStage) -> None:
     one_of(f"{key}.kind", stage.kind, ("merge",))
     if not stage.models:
         raise UserError(f"{key}.models", "names nobody", "Name stages, as [sft, dpo]")
-    if len(set(stage.models)) < len(stage.models):
-        raise UserError(f"{key}.models", "names one twice", "Take one away")
+    each_once(f"{key}.models", stage.models, "Take one away")
     if stage.starts_from in stage.models:
         what = "is one of the models: it has learnt nothing since itself"
         raise UserError(f"{key}.starts_from", what, "Name what all of them started from")

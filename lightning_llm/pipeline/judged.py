@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from lightning_llm.data.config import STAGE, DataConfig
 from lightning_llm.data.places import is_of_stage
 from lightning_llm.evaluation.config import RULES, SCORED, JudgeConfig
-from lightning_llm.pipeline.values import one_of
+from lightning_llm.pipeline.values import each_once, one_of
 from lightning_llm.settings import UserError
 from lightning_llm.stages.config import GenerateStage, JudgeStage, SelectStage, StageConfig
 
@@ -27,8 +27,7 @@ def check_judge(key: str, judge: JudgeConfig, judged_by: Sequence[str]) -> None:
     Raises:
         UserError: names the key.
     """
-    if len(set(judged_by)) < len(judged_by):
-        raise UserError(f"{key}.judged_by", "names one twice", "Take one away")
+    each_once(f"{key}.judged_by", judged_by, "Take one away")
     if judge.needs_reward_model and not judged_by:
         what = "names nobody, and the judge asks a reward model"
         raise UserError(f"{key}.judged_by", what, "Name a stage, as [reward_model], or choose another judge")
@@ -47,8 +46,7 @@ def check_generation(key: str, stage: GenerateStage) -> None:
     one_of(f"{key}.kind", stage.kind, ("generate",))
     if not stage.models:
         raise UserError(f"{key}.models", "names nobody", "Name a stage, or several: [sft, dpo]")
-    if len(set(stage.models)) < len(stage.models):
-        raise UserError(f"{key}.models", "names one twice", "Raise per_prompt instead")
+    each_once(f"{key}.models", stage.models, "Raise per_prompt instead")
     one_of(f"{key}.data.form", stage.data.form, ASKED)
     for name, source in stage.data.sources.items():
         if not isinstance(source.weight, int | float):
@@ -129,8 +127,7 @@ def check_selected_rows(stages: Mapping[str, StageConfig]) -> None:
 def _names_stages(key: str, data: Sequence[str]) -> None:
     if not data:
         raise UserError(f"{key}.data", "names no stage", "Name one, as [sample]")
-    if len(set(data)) < len(data):
-        raise UserError(f"{key}.data", "names a stage twice", "Take one away")
+    each_once(f"{key}.data", data, "Take one away")
 
 
 def _check_scores_are_compared(key: str, stage: SelectStage, stages: Mapping[str, StageConfig]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,13 @@ def one_of(key: str, value: str, known: Sequence[str]) -> None:
     """Refuse what is none of a setting's values; names the key and the nearest one."""
     if value not in known:
         raise UserError(key, f"{value!r} is not one of its values", name_nearest(str(value), known))
+
+
+def each_once(key: str, names: Sequence[str], remedy: str) -> None:
+    """Refuse a stage or a folder that is named twice, however a folder is spelt; names the key."""
+    for place, name in enumerate(map(os.path.normpath, names)):
+        if name in map(os.path.normpath, names[:place]):
+            raise UserError(key, f"names {name} twice", remedy)
 
 
 def in_range(

@@ -147,7 +147,7 @@ def test_an_offset_moves_the_order_of_data_and_not_what_is_drawn():
     [
         (["stages.mean.models=[]"], "stages.mean.models: names nobody"),
         (["stages.mean.models=[sft]"], "stages.mean.models: names 1, and linear merges at least 2"),
-        (["stages.mean.models=[sft,sft]"], "stages.mean.models: names one twice"),
+        (["stages.mean.models=[sft,sft]"], "stages.mean.models: names sft twice"),
         (["stages.mean.models=[sft,dpoo]"], "stages.mean.models: dpoo is neither .* The nearest is dpo"),
         (["stages.mean.models=[sft,mean]"], "goes round in a circle"),
         (["stages.mean.models=[mean,sft]"], "goes round in a circle"),
@@ -240,3 +240,8 @@ def test_warm_is_a_reward_model_that_judges_and_directories_merge_alone(given, t
     merged = RewardModel.from_pretrained(soup.artifact("soup") / "model")
     for name, parameter in merged.named_parameters():
         torch.testing.assert_close(parameter, dict(both.named_parameters())[name])
+
+
+def test_a_folder_is_one_however_it_is_spelt(talker):
+    with pytest.raises(UserError, match=rf"stages\.mean\.models: names {talker} twice"):
+        compose("qwen2", overrides=[*MEAN, f"stages.mean.models=[{talker},{talker}/]"])
