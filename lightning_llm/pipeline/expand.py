@@ -25,10 +25,11 @@ from lightning_llm.data.config import STAGE, DataConfig, SourceConfig, Tokenizer
 from lightning_llm.data.embedded.options import fewest_questions
 from lightning_llm.data.places import is_of_stage, is_prepared
 from lightning_llm.evaluation.config import EvaluationConfig
-from lightning_llm.models.config import SIZES, ModelConfig
+from lightning_llm.models.config import SIZES
 from lightning_llm.objectives.config import DistillationConfig
 from lightning_llm.optimization.config import LearningRateConfig, OptimizerConfig
 from lightning_llm.pipeline.judged import judge_that_only_ranks
+from lightning_llm.pipeline.lineage import Lineage
 from lightning_llm.pipeline.order import before_gates, order_of_stages, trained_behind
 from lightning_llm.pipeline.recipe import Recipe
 from lightning_llm.pipeline.remade import masks_of, refuse_masks_of_another_size, shape_left, units_of_masks
@@ -106,7 +107,7 @@ def expand(recipe: Recipe) -> list[Node]:
 class _Expansion:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.models: dict[str, ModelConfig] = {}  # stage -> shape
+        self.lineage = Lineage(recipe)
         self.ended_at: dict[str, float] = {}  # stage that trains -> its last learning rate
         self.order = order_of_stages(recipe.stages)
         self.first = next((stage for name in self.order if isinstance(stage := recipe.stages[name], TrainStage)), None)
@@ -123,10 +124,12 @@ class _Expansion:
     def _nodes_of(self, name: str, stage: StageConfig) -> Iterator[Node]:
         recipe = self.recipe
         if isinstance(stage, TrainStage):
-            self.models[name] = self._own_shape(stage) if stage.starts_from is None else self._shape(stage.starts_from)
+            self.lineage.shapes[name] = (
+                self.lineage.own_shape(stage) if stage.starts_from is None else self.lineage.shape(stage.starts_from)
+            )
             yield from self._training(name, stage)
         elif isinstance(stage, MergeStage):
-            self.models[name] = self._shape(stage.models[0])
+            self.lineage.shapes[name] = self.lineage.shape(stage.models[0])
             yield from self._merging(name, stage)
         elif isinstance(stage, PruneStage):
             yield from self._pruning(name, stage)
@@ -136,7 +139,9 @@ class _Expansion:
             yield from self._generation(name, stage)
         elif isinstance(stage, JudgeStage):
             inputs = {f"samples.{place}": source for place, source in enumerate(stage.data)}
-            inputs |= {f"reward_model.{place}": self._source(model) for place, model in enumerate(stage.judged_by)}
+            inputs |= {
+                f"reward_model.{place}": self.lineage.source(model) for place, model in enumerate(stage.judged_by)
+            }
             yield Node(name, "judge", JudgeSettings(stage.judge, recipe.compute.precision, recipe.seed), inputs)
         elif isinstance(stage, SelectStage):
             yield self._selection(name, stage)
@@ -156,11 +161,11 @@ class _Expansion:
         return Node(name, "select", settings, inputs)
 
     def _generation(self, name: str, stage: GenerateStage) -> Iterator[Node]:
-        tokenizer, _ = self._shared(stage.models[0], name)
-        yield Node(tokenizer, "prepare", self._tokenizer(self._root(stage.models[0], name)[1]))
+        tokenizer, _ = self.lineage.shared(stage.models[0], name)
+        yield Node(tokenizer, "prepare", self._tokenizer(self.lineage.root(stage.models[0], name)[1]))
         data = PrepareSettings(_rows_of(stage.data), [], ["train"], DATA_SEED)
         yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer})
-        models = {f"model.{number}": self._source(model) for number, model in enumerate(stage.models)}
+        models = {f"model.{number}": self.lineage.source(model) for number, model in enumerate(stage.models)}
         settings = GenerateSettings(
             models=_called(stage.models),
             weights={source: float(config.weight) for source, config in stage.data.sources.items()},
@@ -179,8 +184,8 @@ class _Expansion:
     def _training(self, name: str, stage: TrainStage) -> Iterator[Node]:
         recipe = self.recipe
         assert self.first is not None, "it is this stage, or one before it"
-        tokenizer, held_out = self._shared(name)
-        yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
+        tokenizer, held_out = self.lineage.shared(name)
+        yield Node(tokenizer, "prepare", self._tokenizer(self.lineage.root(name)[1]))
         speaks = not stage.objective.is_scored
         evaluates = stage.evaluate and any(part.sources for part in _parts(recipe.evaluation).values())
         if evaluates and speaks:
@@ -194,8 +199,8 @@ class _Expansion:
         rows = self._rows_of_stages(stage.data)
         yield Node(f"{name}.prepare", "prepare", data, {"tokenizer": tokenizer, **rows})
         inputs = {"data": f"{name}.prepare", "tokenizer": tokenizer}
-        source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
-        inputs |= {f"reward_model.{place}": self._source(model) for place, model in enumerate(stage.judged_by)}
+        source = {} if stage.starts_from is None else {"starts_from": self.lineage.source(stage.starts_from)}
+        inputs |= {f"reward_model.{place}": self.lineage.source(model) for place, model in enumerate(stage.judged_by)}
         if stage.objective.needs_reference and stage.rollout is None:
             score = ScoreSettings(contexts[-1], ["train", "validation"], recipe.compute.precision, stage.data.on_long)
             yield Node(f"{name}.reference", "score", score, {"model": source["starts_from"], "data": f"{name}.prepare"})
@@ -204,17 +209,21 @@ class _Expansion:
             assert isinstance(stage.objective, DistillationConfig), "checked"
             if stage.objective.is_kept:
                 self._refuse_large_k(name, stage.objective)
-                asked = {"model": self._source(stage.learns_from), "data": f"{name}.prepare", "tokenizer": tokenizer}
+                asked = {
+                    "model": self.lineage.source(stage.learns_from),
+                    "data": f"{name}.prepare",
+                    "tokenizer": tokenizer,
+                }
                 yield Node(f"{name}.teacher", "score", _teacher(stage.objective, train), asked)
                 inputs["teacher"] = f"{name}.teacher"
             else:
                 self._refuse_larger_head(name, stage.learns_from, stage.objective)
-                inputs["teacher_model"] = self._source(stage.learns_from)
+                inputs["teacher_model"] = self.lineage.source(stage.learns_from)
         if stage.optimizer.online_merging.is_on:
             assert stage.starts_from is not None, "checked"
             merging = stage.optimizer.online_merging
-            inputs["merging_base"] = self._source(merging.base or "")
-            inputs["merging_reference"] = self._source(merging.reference or stage.starts_from)
+            inputs["merging_base"] = self.lineage.source(merging.base or "")
+            inputs["merging_reference"] = self.lineage.source(merging.reference or stage.starts_from)
         yield Node(name, "train", train, source | inputs, stage.evaluate_every)
         if stage.evaluate and not speaks:
             yield self._evaluation_of_rewards(name, name, inputs)
@@ -226,7 +235,7 @@ class _Expansion:
 
     def _refuse_large_k(self, name: str, objective: DistillationConfig) -> None:
         """Refuse to keep more ids than there are beside the label and one of the rest."""
-        most = self.models[name].vocab_size - 2
+        most = self.lineage.shapes[name].vocab_size - 2
         if objective.targets == "top_k" and objective.k > most:
             what = f"is {objective.k:,}, and of {most + 2:,} ids {most:,} can be kept beside the label and the rest"
             raise UserError(f"stages.{name}.objective.k", what, f"Give at most {most}, or choose targets=full")
@@ -238,7 +247,7 @@ class _Expansion:
         """
         if objective.direction != "reverse":
             return  # nor is the config.json of a teacher of elsewhere read for it
-        own, others = self.models[name].vocab_size, self._shape(teacher).vocab_size
+        own, others = self.lineage.shapes[name].vocab_size, self.lineage.shape(teacher).vocab_size
         if own > others:
             raise UserError(
                 f"stages.{name}.objective.direction",
@@ -261,8 +270,8 @@ class _Expansion:
         return {f"source.{name}": path.removeprefix(STAGE) for name, path in made.items()}
 
     def _merging(self, name: str, stage: MergeStage) -> Iterator[Node]:
-        models = {f"model.{number}": self._source(model) for number, model in enumerate(stage.models)}
-        source = {} if stage.starts_from is None else {"starts_from": self._source(stage.starts_from)}
+        models = {f"model.{number}": self.lineage.source(model) for number, model in enumerate(stage.models)}
+        source = {} if stage.starts_from is None else {"starts_from": self.lineage.source(stage.starts_from)}
         settings = MergeSettings(stage.method, self.recipe.seed if stage.method.draws else 0)
         yield Node(name, "merge", settings, models | source)
         last = self.recipe.stages.get(trained_behind(name, self.recipe.stages) or "")
@@ -275,12 +284,12 @@ class _Expansion:
         sizes: dict[str, int | None] = dict.fromkeys(SIZES) | stage.sizes
         if stage.method.needs_masks:
             sizes["intermediate_size"] = units_of_masks(name, stage, self.recipe.stages)
-        source = {"starts_from": self._source(stage.starts_from)}
+        source = {"starts_from": self.lineage.source(stage.starts_from)}
         settings = PruneSettings(stage.method, **sizes, data=DataConfig(), tokens=0, context=0, precision="", seed=0)
         inputs = dict(source)
         if stage.method.needs_data:
-            tokenizer, _ = self._shared(name)
-            yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
+            tokenizer, _ = self.lineage.shared(name)
+            yield Node(tokenizer, "prepare", self._tokenizer(self.lineage.root(name)[1]))
             fitted = [stage.context] if stage.data.form != "text" else []
             data = PrepareSettings(_rows_of(stage.data), fitted, ["train"], DATA_SEED)
             rows = self._rows_of_stages(stage.data)
@@ -295,7 +304,7 @@ class _Expansion:
                 seed=self.recipe.seed,
             )
         node = Node(name, "prune", settings, inputs)
-        self.models[name] = shape_left(node, self._shape(stage.starts_from))
+        self.lineage.shapes[name] = shape_left(node, self.lineage.shape(stage.starts_from))
         yield node
         if stage.evaluate:
             yield from self._evaluation_of_made(name, source, has_reference=False)
@@ -304,9 +313,9 @@ class _Expansion:
         assert stage.starts_from is not None, "checked"
         own = {f.name for f in fields(UpcycleSettings)} - {"seed"}
         settings = UpcycleSettings(**{field: getattr(stage, field) for field in own}, seed=self.recipe.seed)
-        source = {"starts_from": self._source(stage.starts_from)}
+        source = {"starts_from": self.lineage.source(stage.starts_from)}
         node = Node(name, "upcycle", settings, source)
-        self.models[name] = shape_left(node, self._shape(stage.starts_from))
+        self.lineage.shapes[name] = shape_left(node, self.lineage.shape(stage.starts_from))
         yield node
         if stage.evaluate:
             yield from self._evaluation_of_made(name, source, has_reference=False)
@@ -318,13 +327,13 @@ class _Expansion:
             has_reference: preferences are measured by implicit rewards.
         """
         trained = trained_behind(name, self.recipe.stages)
-        tokenizer, held_out = self._shared(name)
-        if self._scores(name):
+        tokenizer, held_out = self.lineage.shared(name)
+        if self.lineage.scores(name):
             if trained is not None:  # what the first of them was trained on holds out rows; nobody else's data is known
                 data = {"data": f"{trained}.prepare", "tokenizer": tokenizer}
                 yield self._evaluation_of_rewards(name, trained, data)
         elif any(part.sources for part in _parts(self.recipe.evaluation).values()):
-            yield Node(tokenizer, "prepare", self._tokenizer(self._root(name)[1]))
+            yield Node(tokenizer, "prepare", self._tokenizer(self.lineage.root(name)[1]))
             yield Node(held_out, "prepare", self._held_out(), {"tokenizer": tokenizer})
             context = self._last_context(name, trained)
             yield self._evaluation(name, context, tokenizer, held_out, source, has_reference=has_reference)
@@ -334,7 +343,7 @@ class _Expansion:
         stage = self.recipe.stages.get(trained or "")
         if isinstance(stage, TrainStage):
             return max(int(entry["value"]) for entry in _whole(as_ramp(stage.context)))
-        longest = self.models[model].max_position_embeddings
+        longest = self.lineage.shapes[model].max_position_embeddings
         return min(longest, self.recipe.scale.context or longest)
 
     def _evaluation(
@@ -381,64 +390,11 @@ class _Expansion:
         )
         return Node(f"{name}.evaluate", "evaluate", settings, inputs | {"model": name})
 
-    def _shared(self, model: str, user: str = "") -> tuple[str, str]:
-        """Names of the tokenizer and of the held-out data that go with a model."""
-        root, outside = self._root(model, user)
-        return ("tokenizer", "evaluation.prepare") if outside is None else (f"{root}.tokenizer", f"{root}.evaluation")
-
-    def _root(self, model: str, user: str = "") -> tuple[str, str | None]:
-        """The stage where a model's line begins, and the model of elsewhere that it begins from.
-
-        Args:
-            model: a training stage, or a model of elsewhere that the stage `user` names.
-        """
-        stage = self.recipe.stages.get(model)
-        if stage is None:
-            return user, model
-        if isinstance(stage, MergeStage):
-            return self._root(stage.models[0], model)
-        if isinstance(stage, PruneStage | UpcycleStage):
-            return self._root(stage.starts_from or "", model)
-        assert isinstance(stage, TrainStage), "checked by order_of_stages"
-        if stage.starts_from is not None:
-            return self._root(stage.starts_from, model)
-        if stage.learns_from is not None:  # random weights speak as the teacher does
-            root, outside = self._root(stage.learns_from, model)
-            return (model if outside is not None else root), outside
-        return model, None
-
-    def _own_shape(self, stage: TrainStage) -> ModelConfig:
-        """Of random weights: the stage's or the recipe's model, with the vocabulary of a teacher of elsewhere."""
-        model = stage.model or self.recipe.model
-        outside = None if stage.learns_from is None else self._root(stage.learns_from, "")[1]
-        if outside is None or self.recipe.is_pinned("model.vocab_size"):
-            return model
-        return replace(model, vocab_size=self._shape(outside).vocab_size)
-
-    def _source(self, starts_from: str) -> str:
-        return starts_from if starts_from in self.recipe.stages else str(Path(starts_from).expanduser().resolve())
-
-    def _shape(self, model: str) -> ModelConfig:
-        if model in self.models:
-            return self.models[model]
-        from lightning_llm.models.families import read_config  # knows torch: only models of elsewhere cost it
-
-        return read_config(model_directory(Path(self._source(model))))
-
-    def _scores(self, model: str) -> bool:
-        """Whether it is a reward model."""
-        if (trained := trained_behind(model, self.recipe.stages)) is not None:
-            return self.recipe.stages[trained].objective.is_scored  # pyright: ignore[reportAttributeAccessIssue]
-        from lightning_llm.models.families import CLASSIFIER, read_head
-
-        outside = self._root(model)[1] if model in self.recipe.stages else model
-        return read_head(model_directory(Path(self._source(outside or "")))) == CLASSIFIER
-
     def _tokenizer(self, outside: str | None) -> TokenizerSettings:
         recipe = self.recipe
         source = recipe.model.tokenizer
         if outside is not None and not recipe.is_pinned("model.tokenizer"):
-            source = str(model_directory(Path(self._source(outside))))
+            source = str(model_directory(Path(self.lineage.source(outside))))
             if not (Path(source) / "tokenizer.json").is_file():
                 raise UserError(
                     source, "has a model but no tokenizer.json", "Put the model's tokenizer files beside it"
@@ -489,14 +445,14 @@ class _Expansion:
         return PrepareSettings(_rows_of(data), [], ["validation"], DATA_SEED)
 
     def _train(self, name: str, stage: TrainStage) -> TrainSettings:
-        refuse_masks_of_another_size(name, masks_of(stage), self.models[name])
+        refuse_masks_of_another_size(name, masks_of(stage), self.lineage.shapes[name])
         context, batch = _whole(as_ramp(stage.context)), _whole(as_ramp(stage.batch_tokens))
         tokens = round(length_in_tokens(f"stages.{name}", stage, batch))
         lr = resolve_learning_rate(self._with_peak(name, stage), tokens, batch)
         self.ended_at[name] = learning_rate(lr, tokens, tokens)
         draws = stage.starts_from is None or stage.objective.draws
         return TrainSettings(
-            model=replace(self.models[name], published={}, tokenizer="train"),
+            model=replace(self.lineage.shapes[name], published={}, tokenizer="train"),
             objective=stage.objective,
             optimizer=_without_edges(stage.optimizer),
             data=replace(stage.data, tokens_per_example=None),
