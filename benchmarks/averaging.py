@@ -92,7 +92,7 @@ def summarise(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     shares = [half / whole for half, whole in zip(kls["half"], kls["linear"], strict=True)]
     return {
         "claims": [
-            claims.mean(
+            claims.clearly(
                 "`linear` gains more exact match than the three models do in the mean",
                 trials.differences(gains["linear"], of_singles),
                 above=0.0,

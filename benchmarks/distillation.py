@@ -1,6 +1,6 @@
 """What is a teacher worth at equal tokens, what does keeping a part of it lose, and what does it cost?
 
-    python benchmarks/distillation.py [--parts students speed] [--seeds 0 1 2] [--jobs 4] [--teachers FOLDER ...]
+    python benchmarks/distillation.py [--parts students speed memory] [--seeds 0 1 2] [--jobs 4] [--teachers FOLDER ...]
         [overrides ...]
 
 Writes results/distillation.json and docs/images/distillation.svg. `students` sweeps the mixture of label and teacher
@@ -12,6 +12,7 @@ is there, one for each seed, the recipe trains them, of its own, larger shape. T
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,7 @@ from lightning_llm.optimization.config import AdamWConfig
 from lightning_llm.optimization.window import optimizer_step
 from lightning_llm.stages.context import model_directory
 
-PARTS = ("students", "speed")
+PARTS = ("students", "speed", "memory")
 RUN = ["recipe=distillation", "until=student", "stages.larger.evaluate=false", "stages.student.evaluate=false"]
 RESULT = claims.RESULTS / "distillation.json"
 PICTURE = figures.IMAGES / "distillation.svg"
@@ -297,6 +298,45 @@ def ratios(run: Path, k: int, steps: int) -> dict[str, Any]:
     }
 
 
+# ---- memory ----
+
+PEAK = """
+import json, sys, torch
+from lightning_llm.losses.likelihood import token_log_likelihood
+
+def status(name):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+tokens, vocabulary, width, kept = map(int, sys.argv[1:])
+torch.set_num_threads(1)
+torch.manual_seed(0)
+token_log_likelihood(torch.randn(4, 8), torch.randn(16, 8), torch.zeros(4, 1, dtype=torch.int64))  # what is loaded once
+hidden = torch.randn(tokens, width, requires_grad=True)
+weight = torch.randn(vocabulary, width).mul_(0.02).requires_grad_()
+ids = torch.randint(vocabulary, (tokens, kept + 1))
+weights, tail = torch.rand(tokens, kept + 1).div_(kept + 1), torch.rand(tokens)
+before = status("VmRSS")
+options = {"target_weights": weights, "tail_weight": tail, "token_weights": torch.ones(tokens)}
+token_log_likelihood(hidden, weight, ids, **options).sum().backward()
+print(json.dumps(status("VmHWM") - before - weight.grad.nbytes - hidden.grad.nbytes))
+"""
+TOKENS, VOCABULARIES, WIDTH, KEPT_IDS = (1024, 4096, 16_384), (16_384, 65_536, 262_144), 32, 64
+
+
+def memory() -> dict[str, Any]:
+    """Bytes that the loss of kept targets takes above its gradients, by tokens and size of the vocabulary."""
+    peaks = {}
+    for tokens, vocabulary in itertools.product(TOKENS, VOCABULARIES):
+        words = [sys.executable, "-c", PEAK, *map(str, (tokens, vocabulary, WIDTH, KEPT_IDS))]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        peaks[f"{tokens} {vocabulary}"] = json.loads(done.stdout)
+    share = peaks[f"{TOKENS[-1]} {VOCABULARIES[-1]}"] / (4 * TOKENS[-1] * VOCABULARIES[-1])
+    says = (
+        f"Memory of {KEPT_IDS} kept ids' loss over that of all logits, {TOKENS[-1]:,} tokens, V = {VOCABULARIES[-1]:,}"
+    )
+    return {"claims": [claims.claim(says, share, at_most=0.05)], "peaks": peaks}
+
+
 def measure_part(part: str, arguments: Namespace) -> trials.Result:
     """A part of the result."""
     teachers: dict[int, list[str]] = {seed: [] for seed in arguments.seeds}
@@ -304,6 +344,8 @@ def measure_part(part: str, arguments: Namespace) -> trials.Result:
         teachers[seed] = [f"stages.student.learns_from={Path(folder).resolve()}"]
     if part == "students":
         return students(teachers, arguments.overrides, arguments.jobs)
+    if part == "memory":
+        return memory()
     return speed(teachers[arguments.seeds[0]], arguments.overrides)
 
 
@@ -338,8 +380,25 @@ def kept_table(found: dict[str, Any]) -> list[str]:
     return figures.lines_of_table(head, [*rows, ["all", "1", f"{found['kept']['whole']:.4f}", "", ""]])
 
 
+def memory_table(found: dict[str, Any]) -> list[str]:
+    """Peaks over tokens and vocabulary, beside those of all logits."""
+    rows = [
+        [
+            f"{tokens:,}",
+            *(
+                f"{found['peaks'][f'{tokens} {size}'] / 2**20:,.0f} ({4 * tokens * size / 2**20:,.0f})"
+                for size in VOCABULARIES
+            ),
+        ]
+        for tokens in TOKENS
+    ]
+    return figures.lines_of_table(["tokens", *(f"V = {size:,}" for size in VOCABULARIES)], rows)
+
+
 def table(part: str, found: dict[str, Any]) -> list[str]:
     """Lines of a part's tables; of speed there is none."""
+    if part == "memory":
+        return memory_table(found)
     return [*student_table(found), "", *kept_table(found)] if part == "students" else []
 
 

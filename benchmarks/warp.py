@@ -146,7 +146,7 @@ def judge(found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         "Merged policies earn more than a single one at the same KL (reward)": advantages(found, first, single),
         "A second round earns more than the first at the same KL (reward)": advantages(found, second, first),
     }
-    return [claims.mean(says, each, above=0.0) for says, each in values.items()]
+    return [claims.clearly(says, each, above=0.0) for says, each in values.items()]
 
 
 def table(result: Mapping[str, Any]) -> list[str]:

@@ -113,7 +113,7 @@ def build_loader(config_dir: str | Path | None = None) -> Loader:
     """Hydra's loader for our conf/ and the user's folder, beside whatever else Hydra does in this process.
 
     Raises:
-        UserError: the folder does not exist.
+        UserError: the folder does not exist, or has a file that one of ours of the same name would hide.
     """
     version.setbase("1.3")
     register_schemas()
@@ -124,8 +124,18 @@ def build_loader(config_dir: str | Path | None = None) -> Loader:
             raise UserError(
                 "--config-dir", f"there is no folder {config_dir}", "Name the folder of your own YAML files"
             )
+        _refuse_hidden(folder)
         search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
     return Loader(config_search_path=search_path)
+
+
+def _refuse_hidden(folder: Path) -> None:
+    if folder.resolve() == CONF.resolve():
+        return
+    for file in folder.glob("**/*.yaml"):
+        if (CONF / file.relative_to(folder)).is_file():
+            what = "has the name of a file that comes with this program, which would be read in its place"
+            raise UserError(str(file), what, "Give it another name, and choose it by that")
 
 
 def compose_tree(

@@ -71,7 +71,7 @@ def state_of(source: ConfigSource | None, config_path: str) -> tuple[Hashable | 
     match source.scheme():
         case "file":
             now = os.stat(os.path.join(source.path, name))
-            return (*place, now.st_ino, now.st_mtime_ns, now.st_size), None
+            return (*place, now.st_ino, now.st_mtime_ns, now.st_ctime_ns, now.st_size), None
         case "structured":
             node = ConfigStore.instance()._load(name)  # the source has a copy of the store
             return (*place, id(node)), node

@@ -388,9 +388,11 @@ def _in_the_recipe(error: UserError, node: Node, recipe: Recipe) -> UserError:
     """A stage speaks of its own settings; what is typed begins with the stage. The tokenizer is all stages'."""
     if node.stage not in recipe.stages:
         return error
-    names = "|".join(f.name for f in fields(recipe.stages[node.stage]))
-    own = rf"(?<![\w./])(?!model\.tokenizer)(?=({names})\.[a-z])"
-    parts = (re.sub(own, f"stages.{node.stage}.", str(part)) for part in error.args)
+    known = [f.name for f in fields(recipe.stages[node.stage])]
+    own = rf"(?<![\w./])(?!model\.tokenizer)(?=({'|'.join(known)})\.[a-z])"
+    where, *rest = map(str, error.args)
+    whole = f"stages.{node.stage}.{where}" if where in known else where
+    parts = (re.sub(own, f"stages.{node.stage}.", part) for part in (whole, *rest))
     return type(error)(*(typed_key(part, recipe.rounds) for part in parts))
 
 

@@ -7,12 +7,14 @@ types. Memory is needed for the tensor that is written, and for a few blocks of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lightning_llm.data.tokenizer import Tokenizer
 from lightning_llm.merging.spherical import inner_products
@@ -53,7 +55,8 @@ def run(context: StageContext) -> StageResult:
         refuse_unlike_shards(states if began is None else [*states, began])
         with phases("merge"):
             merged = settings.method.build(states, began, settings.seed)
-            write_shards(output, merged, states[0], lambda done: context.console.update(done, len(merged), "tensors"))
+            written = Finite(merged, states if began is None else [*states, began])
+            write_shards(output, written, states[0], lambda done: context.console.update(done, len(merged), "tensors"))
         metrics: dict[str, float] = {"tensors": len(merged)}
         if began is not None and len(states) > 1:
             with phases("angle"):
@@ -61,6 +64,38 @@ def run(context: StageContext) -> StageResult:
     copy_beside(directories[0], output, "config.json", "generation_config.json")
     merge_grading(directories, output, settings)
     return StageResult(metrics, seconds=phases.seconds)
+
+
+class Finite(Mapping[str, Tensor]):
+    """A merged state that is refused where it has numbers that are none."""
+
+    def __init__(self, merged: State, sources: Sequence[Shards]):
+        self.merged, self.sources = merged, sources
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The merged tensor.
+
+        Raises:
+            UserError: it is not finite; names the directory whose tensor is to blame, if one is.
+        """
+        tensor = self.merged[name]
+        if not is_finite(tensor):
+            sick = next((source for source in self.sources if not is_finite(source[name])), None)
+            where = f"{'the merged model' if sick is None else sick.directory}: {name}"
+            remedy = "Merge in fp32, or with smaller weights" if sick is None else "Take another checkpoint"
+            raise UserError(where, "holds numbers that are not finite", remedy)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.merged)
+
+    def __len__(self) -> int:
+        return len(self.merged)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all entries are; that their sum is says so in one pass without memory."""
+    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(tensor.isfinite().all())
 
 
 def refuse_other_models(directories: Sequence[Path]) -> None:

@@ -54,4 +54,5 @@ def test_the_page_has_the_figures_of_the_results(benchmarks):
     for table in (distillation.student_table, distillation.kept_table):
         assert "\n".join(table(result["students"])) in page
     assert len(result["students"]["seeds"]) >= 3
+    assert "\n".join(distillation.memory_table(result["memory"])) in page
     assert f"{result['speed']['kept']['64']['ratio']['median']:.3f}" in page

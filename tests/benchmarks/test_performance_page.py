@@ -42,6 +42,15 @@ def test_a_claim_that_fails_is_said():
     ]
 
 
+def test_seeds_that_differ_as_much_as_they_gain_have_shown_nothing():
+    import claims
+
+    assert not claims.clearly("More", [-0.012, 0.014, 0.004], above=0.0)["holds"]
+    shown = claims.clearly("More", [0.014, 0.004, 0.012], above=0.0)
+    assert shown["holds"]
+    assert shown["value"] == pytest.approx(0.01 - 2 * 0.0053 / 3**0.5, abs=1e-3)
+
+
 @pytest.mark.parametrize(
     ("bounds", "value", "holds"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -245,3 +246,11 @@ def test_warm_is_a_reward_model_that_judges_and_directories_merge_alone(given, t
 def test_a_folder_is_one_however_it_is_spelt(talker):
     with pytest.raises(UserError, match=rf"stages\.mean\.models: names {talker} twice"):
         compose("qwen2", overrides=[*MEAN, f"stages.mean.models=[{talker},{talker}/]"])
+
+
+def test_models_of_elsewhere_that_speak_are_no_reward_models(talker, tmp_path):
+    words = [*MEAN, f"stages.mean.models=[{talker},{tmp_path}/other]", "merge@stages.mean.method=warm"]
+    shutil.copytree(talker, tmp_path / "other")
+    stored = [f"store.root={tmp_path}/artifacts", f"runs={tmp_path}/runs"]
+    with pytest.raises(UserError, match=r"^stages\.mean\.models: .* speaks, and warm is for reward models"):
+        run(compose("qwen2", overrides=[*words, *stored]), until="mean")

@@ -148,3 +148,21 @@ def test_what_does_not_belong_together_is_refused(models, moved, talker, tmp_pat
     save_file(kept, damaged / "model.safetensors")
     with pytest.raises(UserError, match=r"model.norm.weight: is missing, \S+ has it"):
         merged(context_of, LinearConfig(), [models[0], damaged])
+
+
+@pytest.mark.parametrize(
+    "method", [LinearConfig(), TiesConfig(), DareConfig(density=0.5)], ids=lambda method: method.name
+)
+def test_a_diverged_model_is_refused_by_name(method, models, moved, talker, context_of):
+    sick = moved(7)
+    state = load_file(sick / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 2] = torch.nan
+    save_file(state, sick / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{sick}: model\.layers\.1\.mlp\.up_proj\.weight: holds numbers that are not"):
+        merged(context_of, method, [models[0], sick], talker if method.needs_start else None)
+
+
+def test_large_numbers_are_no_fault():
+    assert merge.is_finite(torch.full((4,), 3e38))  # whose sum is none
+    assert not merge.is_finite(torch.tensor([1.0, torch.inf]))
+    assert not merge.is_finite(torch.tensor([-torch.inf, torch.inf]).half())
