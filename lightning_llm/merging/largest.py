@@ -72,6 +72,7 @@ class _Threshold:
         self.total = self.above = 0  # entries, and those from `high` on
         self.counts = np.zeros(BINS, np.int64)  # of those between, by their bits above the last `shift`
         self.waiting: list[np.ndarray] = []  # for as many that counting them is worth going through all bins
+        self.waits = 0  # how many that are
 
     @property
     def value(self) -> float:
@@ -86,13 +87,14 @@ class _Threshold:
         self.total += len(bits)
         self.above += int(np.count_nonzero(bits < TOP)) - len(inside)
         self.waiting.append(inside >> self.shift)
-        if sum(map(len, self.waiting)) > BINS:
+        self.waits += len(inside)
+        if self.waits > BINS:
             self._add_up()
 
     def _add_up(self) -> None:
         if self.waiting:
             self.counts += np.bincount(np.concatenate(self.waiting), minlength=BINS)
-        self.waiting = []
+        self.waiting, self.waits = [], 0
 
     def narrow(self) -> None:
         """After a pass: the range in which the threshold lies, and whether that is one number."""

@@ -132,8 +132,8 @@ def build_loader(config_dir: str | Path | None = None) -> Loader:
 def _refuse_hidden(folder: Path) -> None:
     if folder.resolve() == CONF.resolve():
         return
-    for file in folder.glob("**/*.yaml"):
-        if (CONF / file.relative_to(folder)).is_file():
+    for ours in CONF.glob("**/*.yaml"):  # not the user's folder, which may be a home
+        if (file := folder / ours.relative_to(CONF)).is_file():
             what = "has the name of a file that comes with this program, which would be read in its place"
             raise UserError(str(file), what, "Give it another name, and choose it by that")
 

@@ -248,11 +248,12 @@ def uninterrupted(beside, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_teacher_that_was_killed_goes_on_where_it_was(uninterrupted, beside, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_teacher_that_was_killed_goes_on_where_it_was(number, uninterrupted, beside, tmp_path):
     """And leaves the bytes of one that nobody has interrupted."""
     done, artifacts = DONE, []
     killed = Asking(tmp_path, beside(tmp_path))
-    killed.stopped(f".making/{done}/scored.json", signal.SIGKILL)
+    killed.stopped(f".making/{done}/scored.json", number)
     [left] = killed.making.glob(f"{done}/scored.json")
     place = json.loads(left.read_text())["tokens"]
     said = killed.stopped(done, signal.SIGKILL)
